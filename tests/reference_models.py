@@ -1,0 +1,201 @@
+"""Whole-model references: eager ToMe forwards of HuggingFace transformers (5.x) models.
+
+Each takes a model in eval mode, calls its submodules and weights directly and writes the encoder
+out with merging, by `tomepass.reference` alone. A block merges after the attention's residual and
+before the MLP's norm; its attention sees the sizes from before that merge.
+
+`*_forward(model, pixel_values, r, prop_attn)` returns a `Result`, `*_logits` (for `ViTModel`
+`vit_hidden`) just its first field. `pixel_values` is `[B, 3, height, width]`; `r` is anything
+`tomepass.reference.schedule` takes.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tomepass import reference
+
+Rate = int | list[int] | tuple[int, float]
+Module = Callable[[Tensor], Tensor]
+
+
+class Result(NamedTuple):
+    """`output` is the logits `[B, classes]`, or for a headless model the hidden states."""
+
+    output: Tensor
+    hidden: Tensor  # [B, N', C], after the final norm
+    size: Tensor  # [B, N'], original tokens held by each
+    source: Tensor  # [B, N], the place in `hidden` of each original token
+    counts: list[int]  # tokens after each block
+    margin: Tensor  # [B], smallest `match_margin` of all blocks; infinite unless asked for
+
+
+class Block(NamedTuple):
+    """The parts of one pre-norm block; `scale*` are LayerScale or nothing."""
+
+    norm1: Module
+    attention: Any
+    scale1: Module
+    norm2: Module
+    mlp: Module
+    scale2: Module
+
+
+def vit_logits(model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True) -> Tensor:
+    """`ViTForImageClassification`: `[B, classes]`."""
+    return vit_forward(model, pixel_values, r, prop_attn).output
+
+
+def vit_hidden(model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True) -> Tensor:
+    """`ViTModel`: last hidden states, merged, `[B, N', C]`."""
+    return vit_model_forward(model, pixel_values, r, prop_attn).output
+
+
+def deit_logits(model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True) -> Tensor:
+    """`DeiTForImageClassificationWithTeacher`: `[B, classes]`."""
+    return deit_forward(model, pixel_values, r, prop_attn).output
+
+
+def ijepa_logits(model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True) -> Tensor:
+    """`IJepaForImageClassification`: `[B, classes]`."""
+    return ijepa_forward(model, pixel_values, r, prop_attn).output
+
+
+def dinov2_with_registers_logits(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True
+) -> Tensor:
+    """`Dinov2WithRegistersForImageClassification`: `[B, classes]`."""
+    return dinov2_with_registers_forward(model, pixel_values, r, prop_attn).output
+
+
+def vit_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`ViTForImageClassification`: the head reads the class token. Options: see `encode`."""
+    encoded = vit_model_forward(model.vit, pixel_values, r, prop_attn, **options)
+    return encoded._replace(output=model.classifier(encoded.hidden[:, 0]))
+
+
+def vit_model_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`ViTModel`: a class token, no head. Options: see `encode`."""
+    return _forward_of_vit_family(model, pixel_values, r, prop_attn, protected=1, **options)
+
+
+def deit_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`DeiTForImageClassificationWithTeacher`: class and distillation token, a head each.
+
+    Options: see `encode`.
+    """
+    encoded = _forward_of_vit_family(model.deit, pixel_values, r, prop_attn, protected=2, **options)
+    of_class = model.cls_classifier(encoded.hidden[:, 0])
+    of_distillation = model.distillation_classifier(encoded.hidden[:, 1])
+    return encoded._replace(output=(of_class + of_distillation) / 2)
+
+
+def ijepa_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`IJepaForImageClassification`: nothing protected, the head reads the mean of the tokens.
+
+    Options: see `encode`.
+    """
+    encoded = _forward_of_vit_family(
+        model.ijepa, pixel_values, r, prop_attn, protected=0, **options
+    )
+    return encoded._replace(output=model.classifier(weighted_mean(encoded.hidden, encoded.size)))
+
+
+def dinov2_with_registers_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`Dinov2WithRegistersForImageClassification`: class token and registers protected.
+
+    The head reads the class token and the mean of the patch tokens. Options: see `encode`.
+    """
+    base = model.dinov2_with_registers
+    blocks = [
+        Block(b.norm1, b.attention, b.layer_scale1, b.norm2, b.mlp, b.layer_scale2)
+        for b in base.encoder.layer
+    ]
+    protected = 1 + model.config.num_register_tokens
+    embedded = base.embeddings(pixel_values)
+    encoded = encode(embedded, blocks, base.layernorm, r, protected, prop_attn, **options)
+    patches = weighted_mean(encoded.hidden[:, protected:], encoded.size[:, protected:])
+    read = torch.cat([encoded.hidden[:, 0], patches], dim=-1)
+    return encoded._replace(output=model.classifier(read))
+
+
+def encode(
+    x: Tensor,
+    blocks: Iterable[Block],
+    norm: Module,
+    r: Rate,
+    protected: int,
+    prop_attn: bool = True,
+    with_margin: bool = False,
+    match_dtype: torch.dtype = torch.float64,
+) -> Result:
+    """Blocks and final norm over embedded tokens x `[B, N, C]`, of which the first `protected`
+    are never merged. `with_margin`: work out `Result.margin` too. `match_dtype`: the arithmetic
+    of the matching."""
+    blocks = list(blocks)
+    images, tokens, _ = x.shape
+    size = torch.ones(images, tokens, device=x.device)
+    source = torch.arange(tokens, device=x.device).repeat(images, 1)
+    margin = torch.full((images,), float("inf"), dtype=torch.float64, device=x.device)
+    first = tuple(range(protected))
+    counts = []
+    for block, wanted in zip(blocks, reference.schedule(r, len(blocks)), strict=True):
+        update, keys = _attend(block.attention, block.norm1(x), size if prop_attn else None)
+        x = x + block.scale1(update)
+        if with_margin:
+            here = reference.match_margin(keys, wanted, first, match_dtype)
+            margin = torch.minimum(margin, here)
+        assign = reference.match(keys, wanted, first, match_dtype)
+        left = x.shape[1] - reference.merge_count(wanted, x.shape[1], first)
+        x, size = reference.merge(x, size, assign, left)
+        source = reference.compose(assign, source)
+        x = x + block.scale2(block.mlp(block.norm2(x)))
+        counts.append(left)
+    hidden = norm(x)
+    return Result(hidden, hidden, size, source, counts, margin)
+
+
+def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
+    """Mean over the original tokens: x `[B, N, C]`, size `[B, N]` -> `[B, C]`."""
+    weight = size.double() / size.double().sum(dim=1, keepdim=True)
+    return (x.double() * weight[..., None]).sum(dim=1).to(x.dtype)
+
+
+def _forward_of_vit_family(
+    base: Any, pixel_values: Tensor, r: Rate, prop_attn: bool, protected: int, **options: Any
+) -> Result:
+    """ViT, DeiT and I-JEPA name their parts alike."""
+    blocks = [
+        Block(b.layernorm_before, b.attention, _same, b.layernorm_after, b.mlp, _same)
+        for b in base.layers
+    ]
+    embedded = base.embeddings(pixel_values)
+    return encode(embedded, blocks, base.layernorm, r, protected, prop_attn, **options)
+
+
+def _attend(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Update of the residual stream `[B, N, C]`, and the keys `[B, H, N, D]`."""
+    images, tokens, _ = x.shape
+
+    def heads(projection: Module) -> Tensor:
+        return projection(x).reshape(images, tokens, -1, attention.head_dim).transpose(1, 2)
+
+    q, k, v = heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)
+    out = reference.proportional_attention(q, k, v, size, attention.scaling)
+    return attention.o_proj(out.transpose(1, 2).reshape(images, tokens, -1)), k
+
+
+def _same(x: Tensor) -> Tensor:
+    return x

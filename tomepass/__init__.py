@@ -1,0 +1,61 @@
+"""tomepass: Vision Transformers made faster by merging redundant tokens, as a compiler pass.
+
+    merged = tomepass.apply(model, r=16)
+    fast = torch.compile(model, backend=tomepass.tome_backend)
+
+Importing the package is light: names load what they need on first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tomepass.backend import TomeBackend, tome_backend
+    from tomepass.config import ToMe
+    from tomepass.equivalence import CheckReport, check
+    from tomepass.errors import TomeError
+    from tomepass.module import MergedModel, apply, explain
+    from tomepass.report import Report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckReport",
+    "MergedModel",
+    "Report",
+    "ToMe",
+    "TomeBackend",
+    "TomeError",
+    "apply",
+    "check",
+    "explain",
+    "tome_backend",
+]
+
+_HOME = {
+    "CheckReport": "equivalence",
+    "MergedModel": "module",
+    "Report": "report",
+    "ToMe": "config",
+    "TomeBackend": "backend",
+    "TomeError": "errors",
+    "apply": "module",
+    "check": "equivalence",
+    "explain": "module",
+    "tome_backend": "backend",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+
+    value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

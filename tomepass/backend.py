@@ -1,0 +1,210 @@
+"""The second door: a backend for ``torch.compile``."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Union
+
+import torch
+from torch import fx
+
+from tomepass.capture import CanonicalGraph, capture_dynamo
+from tomepass.config import ToMe
+from tomepass.errors import TomeError
+from tomepass.macs import is_overhead
+from tomepass.module import OnUnmatched, Outputs
+from tomepass.planning import plan_graph
+from tomepass.report import make_report
+from tomepass.rewrite import rewrite
+from tomepass.structure import attention_nodes
+
+Inner = Union[str, Callable[..., Any]]
+InnerOptions = Union[dict[str, Any], tuple[tuple[str, Any], ...]]
+
+# The distribution that brings a backend which torch does not have itself.
+_EXTRAS = {"openvino": "openvino", "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt"}
+
+
+@dataclass(frozen=True)
+class TomeBackend:
+    """``torch.compile(model, backend=TomeBackend(...))``: merge tokens, then compile.
+
+    Graphs without attention pass through untouched. A graph that starts inside a model (after
+    a graph break) is refused unless the method gives ``protected=``.
+
+    Args:
+        method: what to do.
+        inner: who compiles the rewritten graph: a backend name that ``torch.compile`` knows, or
+            a callable.
+        inner_options: options of the inner backend, a dict.
+        on_unmatched: ``"raise"`` a TomeError on a graph that cannot be merged, or ``"warn"`` and
+            compile it unmerged.
+        outputs: as in :func:`tomepass.apply`.
+    """
+
+    method: ToMe = ToMe()  # noqa: RUF009 - frozen and hashable
+    inner: Inner = "inductor"
+    inner_options: InnerOptions = ()
+    on_unmatched: OnUnmatched = "raise"
+    outputs: Outputs = "original"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, ToMe):
+            raise TypeError(f"method must be a tomepass method, got {self.method!r}")
+        if self.method.trace_source:
+            raise TomeError(
+                "trace_source is not available under torch.compile's backend: a compiled model "
+                "returns the model's outputs alone",
+                advice="use tomepass.apply(model, ToMe(..., trace_source=True)).source(inputs)",
+            )
+        options = self.inner_options
+        if isinstance(options, dict):
+            options = tuple(sorted(options.items()))
+        object.__setattr__(self, "inner_options", tuple(options))
+
+    @property
+    def __name__(self) -> str:
+        return "tome"
+
+    def __call__(
+        self,
+        gm: fx.GraphModule,
+        example_inputs: Sequence[Any],
+        *,
+        mode: str | None = None,
+        options: dict[str, Any] | None = None,
+    ) -> Callable[..., Any]:
+        """Rewrites a Dynamo graph and hands it to the inner backend."""
+        if options:
+            return self.with_options(options)(gm, example_inputs, mode=mode)
+        compile_graph = resolve_inner(self.inner, dict(self.inner_options), mode)
+        captured = capture_dynamo(gm, example_inputs)
+        if any(is_overhead(node) for node in captured.graph.nodes):
+            raise TomeError(
+                "the model is already merged",
+                advice="compile the applied module with another backend, for example "
+                'torch.compile(merged, backend="inductor")',
+            )
+        if not attention_nodes(captured.graph) and self._harmless(captured):
+            return compile_graph(gm, example_inputs)
+        merged = self._rewritten(captured)
+        if merged is None:
+            return compile_graph(gm, example_inputs)
+        return compile_graph(merged, example_inputs)
+
+    def with_options(self, options: dict[str, Any]) -> TomeBackend:
+        """A copy with fields of the backend or of its method changed, by name.
+
+        Raises:
+            TomeError: on an unknown name; the message lists the valid ones.
+        """
+        own = [f.name for f in dataclasses.fields(self)]
+        of_method = [f.name for f in dataclasses.fields(self.method)]
+        if unknown := sorted(set(options) - set(own) - set(of_method)):
+            raise TomeError(
+                f"unknown options {unknown} of the tome backend; valid: {', '.join(own)}, and "
+                f"of the method: {', '.join(of_method)}"
+            )
+        changed = {k: v for k, v in options.items() if k in of_method}
+        method = options.get("method", self.method).replace(**changed)
+        mine = {k: v for k, v in options.items() if k in own}
+        return dataclasses.replace(self, **(mine | {"method": method}))
+
+    def _harmless(self, captured: CanonicalGraph) -> bool:
+        # No attention at all: a fragment around a graph break. Attention in another spelling
+        # is not harmless: it would be left unmerged in silence.
+        from tomepass.structure import manual_attention
+
+        return manual_attention(captured.graph) is None
+
+    def _rewritten(self, captured: CanonicalGraph) -> fx.GraphModule | None:
+        planned = plan_graph(captured, self.method)
+        rewritten, refused = None, None
+        if planned.streams:
+            try:
+                rewritten = rewrite(captured, planned, outputs=self.outputs)
+            except TomeError as error:
+                refused = error
+        if rewritten is not None:
+            return rewritten.module
+        report = make_report("the compiled graph", captured, planned, None, refused)
+        if self.on_unmatched == "raise":
+            raise report.refusal()
+        warnings.warn(f"left unmerged: {report.refusal()}", stacklevel=2)
+        return None
+
+
+tome_backend = TomeBackend()
+"""The backend with its defaults: ``ToMe(r=16)``, compiled by Inductor."""
+
+
+def resolve_inner(
+    inner: Inner, options: dict[str, Any], mode: str | None = None
+) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
+    """The compiler behind a name, with its options bound.
+
+    Raises:
+        TomeError: if the backend is not installed or not known.
+    """
+    if inner == "inductor":
+        return _inductor(options, mode)
+    if callable(inner):
+        compiler: Any = inner
+    else:
+        compiler = _registered(inner)
+    keywords: dict[str, Any] = {}
+    if options:
+        keywords["options"] = options
+    if mode is not None:
+        keywords["mode"] = mode
+    return lambda gm, inputs: compiler(gm, list(inputs), **keywords)
+
+
+def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
+    def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        from torch._inductor import list_mode_options
+        from torch._inductor.compile_fx import compile_fx
+
+        patches = (list_mode_options(mode) if mode else {}) | options
+        compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches or None)
+        return compiled
+
+    return compile_graph
+
+
+def _registered(name: str) -> Callable[..., Any]:
+    from torch._dynamo.backends.registry import list_backends, lookup_backend
+
+    package = _EXTRAS.get(name)
+    if package is not None:
+        _import_extra(name, package)
+    try:
+        found: Callable[..., Any] = lookup_backend(name)
+    except Exception as error:
+        advice = None
+        if package is not None:
+            advice = f"pip install 'tomepass[{package}]'"
+        raise TomeError(
+            f"torch.compile knows no backend {name!r} here; it knows "
+            f"{', '.join(sorted(list_backends()))}",
+            advice=advice,
+        ) from error
+    return found
+
+
+def _import_extra(name: str, package: str) -> None:
+    """Backends of other distributions register themselves on import."""
+    module = {"openvino": "openvino.torch", "tensorrt": "torch_tensorrt"}[package]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise TomeError(
+            f"inner backend {name!r} is not installed: {error}",
+            advice=f"pip install 'tomepass[{package}]'",
+        ) from error
+
+

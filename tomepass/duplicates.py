@@ -1,0 +1,132 @@
+"""Lossless on duplicates: where tokens are identical, merging them must change nothing.
+
+The size-weighted mean and proportional attention are exact there, whatever the architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from tomepass.capture import Capture
+from tomepass.config import ToMe
+from tomepass.graphs import Recorder, relative_error, zeroed
+from tomepass.module import read_state
+from tomepass.ops.merge import merge
+from tomepass.origins import position_terms
+from tomepass.planning import Planned, plan_graph
+from tomepass.rewrite import Rewritten, rewrite
+
+# Heights of the constant regions, as shares: unequal, so that sizes matter.
+REGIONS = (0.4, 0.3, 0.2, 0.1)
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class DuplicatesResult:
+    """Error against the unmerged model, the negative control's error, and the r that was used.
+
+    ``blind`` says why the figures prove nothing, if they do not.
+    """
+
+    error: float
+    control: float
+    r: Any
+    blind: str | None
+
+
+def check_duplicates(
+    model: nn.Module, capture: Capture, method: ToMe, call: dict[str, Any]
+) -> DuplicatesResult:
+    """Merged against unmerged on an input of a few constant regions, position terms zeroed.
+
+    ``r`` is halved until only duplicates merge: a schedule that must merge different tokens
+    loses information by design.
+    """
+    if not method.prop_attn:
+        return DuplicatesResult(0.0, 0.0, None, "proportional attention is off")
+    # Bands along one dimension can put all duplicates at positions of one parity.
+    result = _along(model, capture, method, call, -2)
+    return result if result.blind is None else _along(model, capture, method, call, -1)
+
+
+def _along(
+    model: nn.Module, capture: Capture, method: ToMe, call: dict[str, Any], dim: int
+) -> DuplicatesResult:
+    inputs = pytree.tree_map(lambda value: constant_regions(value, dim), call)
+    values = [*read_state(model, capture), *pytree.tree_leaves(inputs)]
+    probe = plan_graph(capture.graph, method)
+    positions = _position_names(capture, probe)
+    original = zeroed(capture.graph.module, positions)(*values)
+    counts = list(method.counts(len(probe.streams[0].stream.blocks)))
+    while any(counts):
+        attempt = method.replace(r=counts, trace_source=False)
+        rewritten = rewrite(capture.graph, plan_graph(capture.graph, attempt))
+        merged, identical = _run(rewritten, positions, values)
+        if identical:
+            control = _control(capture, attempt, positions, values)
+            error, without = _worst(merged, original), _worst(control, original)
+            blind = None
+            if without <= TOLERANCE:
+                blind = f"without proportional attention the error is {without:.0e} too"
+            return DuplicatesResult(error, without, _shown(counts), blind)
+        counts = [c // 2 for c in counts]
+    return DuplicatesResult(0.0, 0.0, 0, "no two tokens are identical on a constant input")
+
+
+def constant_regions(value: Any, dim: int = -2) -> Any:
+    """An input of the same shape with constant bands along one of its last two dimensions."""
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
+        return value
+    generator = torch.Generator().manual_seed(0)
+    size = value.shape[dim]
+    ends = [round(size * sum(REGIONS[: i + 1])) for i in range(len(REGIONS))]
+    bands, start = [], 0
+    for end in ends:
+        level = torch.randn(*value.shape[:-2], 1, 1, generator=generator).to(value)
+        band = value.narrow(dim, start, end - start)
+        bands.append(2 * level.expand_as(band))
+        start = end
+    return torch.cat(bands, dim=dim)
+
+
+def _run(
+    rewritten: Rewritten, positions: set[str], values: list[Any]
+) -> tuple[Any, bool]:
+    renamed = {rewritten.renamed[p] for p in positions if p in rewritten.renamed}
+    recorder = Recorder(zeroed(rewritten.module, renamed), (merge,))
+    outputs = recorder.run(*values)
+    identical = all(
+        relative_error(merged.gather(1, assign[..., None].expand_as(x)), x) <= TOLERANCE / 10
+        for (x, _, assign, _), merged in recorder.calls(merge)
+    )
+    return outputs, identical
+
+
+def _control(
+    capture: Capture, method: ToMe, positions: set[str], values: list[Any]
+) -> Any:
+    planned = plan_graph(capture.graph, method.replace(prop_attn=False))
+    rewritten = rewrite(capture.graph, planned)
+    return _run(rewritten, positions, values)[0]
+
+
+def _position_names(capture: Capture, planned: Planned) -> set[str]:
+    return {
+        term.name
+        for s in planned.streams
+        for term in position_terms(s.stream.entry, s.layout.tokens.dim, capture.graph.data)
+    }
+
+
+def _worst(ours: Any, theirs: Any) -> float:
+    pairs = zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True)
+    return max(relative_error(a, b) for a, b in pairs if a.is_floating_point())
+
+
+def _shown(counts: list[int]) -> Any:
+    return counts[0] if len(set(counts)) == 1 else counts

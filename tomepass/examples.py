@@ -1,0 +1,47 @@
+"""Example inputs from a HuggingFace config: what a model takes, without being told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tomepass.errors import TomeError
+
+
+def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
+    """Random inputs for ``model`` at its configured resolution: ``{"pixel_values": [B, C, H, W]}``.
+
+    Spectrogram models get ``{"input_values": [B, T, F]}``.
+
+    Raises:
+        TomeError: if the config does not say what the model takes.
+    """
+    config = getattr(model, "config", None)
+    name = getattr(model, "main_input_name", None)
+    shape = _shape(config)
+    if name is None or shape is None:
+        raise TomeError(
+            f"what {type(model).__name__} takes cannot be read off its config",
+            advice='give example_inputs, for example {"pixel_values": torch.randn(2, 3, 224, 224)}',
+        )
+    parameter = next(model.parameters(), torch.empty(0))
+    dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
+    # A generator of its own: making an example must not disturb the user's random state.
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(batch, *shape, generator=generator)
+    return {name: value.to(device=parameter.device, dtype=dtype)}
+
+
+def _shape(config: Any) -> tuple[int, ...] | None:
+    config = getattr(config, "vision_config", config)
+    size = getattr(config, "image_size", None)
+    channels = getattr(config, "num_channels", None)
+    if size is not None and channels is not None:
+        height, width = size if isinstance(size, (list, tuple)) else (size, size)
+        return (int(channels), int(height), int(width))
+    frames, mels = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
+    if frames is not None and mels is not None:
+        return (int(frames), int(mels))
+    return None

@@ -1,0 +1,100 @@
+"""Multiply-accumulates of a graph, per image, counted operator by operator.
+
+Papers write "GFLOPs" for these. What matching and merging cost is counted apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from tomepass.axis import argument
+from tomepass.capture import CanonicalGraph
+from tomepass.ops.match import match
+from tomepass.ops.merge import merge
+from tomepass.structure import ATTENTION
+
+aten = torch.ops.aten
+
+
+def batch_of(captured: CanonicalGraph) -> int:
+    """The batch the graph's example values have."""
+    for node in captured.graph.find_nodes(op="placeholder"):
+        if node.name in captured.data:
+            return _hint(node.meta["val"].shape[0])
+    return 1
+
+
+def node_macs(node: fx.Node) -> int:
+    """Multiply-accumulates of one node on its example values; 0 for all that is not a product."""
+    count = _MACS.get(node.target)
+    return 0 if count is None or node.op != "call_function" else count(node)
+
+
+def is_overhead(node: fx.Node) -> bool:
+    """Is the node one of the pass's own?"""
+    return getattr(node.target, "namespace", None) == "tome"
+
+
+def _shape(node: Any) -> list[int]:
+    value: Tensor = node.meta["val"]
+    return [_hint(s) for s in value.shape]
+
+
+def _hint(size: Any) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _linear(node: fx.Node) -> int:
+    return prod(_shape(node)) * _shape(node.args[0])[-1]
+
+
+def _matmul(node: fx.Node) -> int:
+    return prod(_shape(node)) * _shape(node.args[0])[-1]
+
+
+def _addmm(node: fx.Node) -> int:
+    return prod(_shape(node)) * _shape(node.args[1])[-1]
+
+
+def _convolution(node: fx.Node) -> int:
+    # Each output element sums over (channels / groups) * kernel.
+    return prod(_shape(node)) * prod(_shape(node.args[1])[1:])
+
+
+def _attention(node: fx.Node) -> int:
+    query, key, value = (_shape(a) for a in node.args[:3])
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _match(node: fx.Node) -> int:
+    batch, _, tokens, width = _shape(node.args[0])
+    protected = len(argument(node, 2, "protected"))
+    free = tokens - protected
+    return batch * (free // 2) * (free - free // 2) * width
+
+
+def _merge(node: fx.Node) -> int:
+    batch, tokens, width = _shape(node.args[0])
+    return batch * tokens * _shape(node)[1] * width
+
+
+_MACS: dict[Any, Callable[[fx.Node], int]] = {
+    aten.linear.default: _linear,
+    aten.matmul.default: _matmul,
+    aten.bmm.default: _matmul,
+    aten.mm.default: _matmul,
+    aten.addmm.default: _addmm,
+    aten.conv1d.default: _convolution,
+    aten.conv2d.default: _convolution,
+    aten.conv2d.padding: _convolution,
+    aten.conv3d.default: _convolution,
+    aten.convolution.default: _convolution,
+    ATTENTION: _attention,
+    match: _match,
+    merge: _merge,
+}

@@ -1,0 +1,10 @@
+"""The ``tome::`` operators: functional, schema'd, composite.
+
+They are registered for ``CompositeImplicitAutograd``: they run eagerly, differentiate, inline
+under ``torch.compile``, and vanish in ``ExportedProgram.run_decompositions()``.
+One file an operator; importing this package registers them all.
+"""
+
+from tomepass.ops import log_size, match, merge, unmerge, weighted_mean
+
+__all__ = ["log_size", "match", "merge", "unmerge", "weighted_mean"]

@@ -1,0 +1,51 @@
+"""``tome::unmerge`` and the source map behind it: the way back to the original tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import register
+
+
+@register("unmerge(Tensor x, Tensor source, int dim) -> Tensor")
+def unmerge(x: Tensor, source: Tensor, dim: int) -> Tensor:
+    """Gives each original position the value of the token that holds it.
+
+    Args:
+        x: batch first, merged tokens on ``dim``.
+        source: ``[B, N]``, the index of each original token in the merged sequence.
+        dim: the token dimension of ``x``, 1 or more.
+
+    Returns:
+        ``x`` with N tokens on ``dim``.
+    """
+    shape = [1] * x.ndim
+    shape[0], shape[dim] = source.shape[0], source.shape[1]
+    expanded = list(x.shape)
+    expanded[dim] = source.shape[1]
+    return x.gather(dim, source.reshape(shape).expand(expanded))
+
+
+@register("compose(Tensor? source, Tensor assign) -> Tensor")
+def compose(source: Tensor | None, assign: Tensor) -> Tensor:
+    """The source map after one more merge: ``[B, N]`` and ``[B, N_in]`` to ``[B, N]``."""
+    return assign if source is None else assign.gather(1, source)
+
+
+@register("narrow_source(Tensor source, int[] positions, int[] removed) -> Tensor")
+def narrow_source(source: Tensor, positions: list[int], removed: list[int]) -> Tensor:
+    """The source map of a sequence some protected tokens were sliced off.
+
+    Args:
+        source: ``[B, N]`` for the whole sequence.
+        positions: original positions that are left, ascending.
+        removed: indices, in the merged sequence, of the tokens sliced off.
+
+    Returns:
+        ``[B, len(positions)]``.
+    """
+    index = torch.tensor(positions, device=source.device)
+    kept = source.index_select(1, index)
+    shift = sum(((kept > r).long() for r in removed), start=kept.new_zeros(()))
+    return kept - shift

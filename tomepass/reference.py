@@ -1,0 +1,214 @@
+"""A plain reference of Token Merging (Bolya et al., "Token Merging: Your ViT But Faster",
+arXiv 2210.09461), to test other implementations against.
+
+It shares no code with the rest of the package, imports only torch, loops over images in Python and
+computes in float64. It is meant to be read and trusted, not to be fast.
+
+Notation: B images, N tokens, C channels, H heads, D channels a head. "Protected" tokens (class,
+distillation and register tokens) take no part in the matching. Positions are those of the current
+sequence, so after a merge the P protected tokens are at positions 0 .. P-1.
+"""
+
+import torch
+from torch import Tensor
+
+_INF = float("inf")
+
+
+def schedule(r: int | list[int] | tuple[int, float], blocks: int) -> list[int]:
+    """Counts of tokens to merge, one a block (before the cap of `merge_count`).
+
+    - `r: int`: the same in every block.
+    - `r: list[int]`: a count a block, padded with zeros at the end.
+    - `r: (count, inflection)`, inflection in [-1, 1]: from `lo = int(count * (1 - inflection))` to
+      `hi = 2 * count - lo`, linear over the blocks, each truncated. A single block, on which no
+      line is defined, gets the mean of both ends.
+    """
+    if isinstance(r, tuple):
+        return _inflected(*r, blocks)
+    counts = [r] * blocks if isinstance(r, int) else list(r)
+    if len(counts) > blocks:
+        raise ValueError(f"{len(counts)} counts for {blocks} blocks")
+    if any(count < 0 for count in counts):
+        raise ValueError(f"a count is negative: {counts}")
+    return counts + [0] * (blocks - len(counts))
+
+
+def _inflected(count: int, inflection: float, blocks: int) -> list[int]:
+    if count < 0 or not -1 <= inflection <= 1:
+        raise ValueError(f"need a count >= 0 and an inflection in [-1, 1]: {(count, inflection)}")
+    lo = int(count * (1 - inflection))
+    hi = 2 * count - lo
+    steps = blocks - 1
+    if steps == 0:
+        return [count]
+    # In integers: a rounded step would now and then truncate a whole number to the one below it.
+    return [(lo * steps + (hi - lo) * block) // steps for block in range(blocks)]
+
+
+def merge_count(r: int, tokens: int, protected: tuple[int, ...]) -> int:
+    """How many of `tokens` a block that is asked to merge `r` does merge: at most half."""
+    sources, destinations = _partition(tokens, protected)
+    if r < 0:
+        raise ValueError(f"a negative count: {r}")
+    if not destinations:
+        return 0
+    return min(r, (tokens - len(set(protected))) // 2, len(sources))
+
+
+def match(
+    keys: Tensor, r: int, protected: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """Bipartite soft matching (arXiv 2210.09461, section 3).
+
+    keys: `[B, H, N, D]`, the attention keys; r: tokens to merge, capped here by `merge_count`;
+    protected: positions that neither merge nor are merged into; dtype: of the arithmetic.
+    Returns `[B, N]` int64: where each token goes in the merged sequence of `N - merge_count`
+    tokens. That sequence holds the protected tokens, then the sources (even positions) that did
+    not merge, then the destinations (odd positions), each in ascending position.
+    A token ties with another in favour of the lower position, as a source and as a destination. A
+    NaN score is the lowest of all. Where nothing merges the sequence stays as it was.
+    """
+    images, _, tokens, _ = keys.shape
+    count = merge_count(r, tokens, protected)
+    if count == 0:
+        return torch.arange(tokens, device=keys.device).repeat(images, 1)
+    sources, destinations = _partition(tokens, protected)
+    assign = []
+    for metric in _metric(keys, dtype):
+        scores = _scores(metric, sources, destinations)
+        best = [_argmax(row) for row in scores]
+        merged = _by_best_score(scores)[:count]
+        drawn = {sources[row]: destinations[best[row]] for row in merged}
+        assign.append(_places(tokens, protected, sources, destinations, drawn))
+    return torch.tensor(assign, dtype=torch.int64, device=keys.device)
+
+
+def match_margin(
+    keys: Tensor, r: int, protected: tuple[int, ...], dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """How far each image is from another assignment, to tell a wrong match from a rounded tie.
+
+    Arguments as for `match`. Returns `[B]` float64: the smallest of the gap between the last edge
+    that merges and the first that does not, and, over the sources that merge, the gaps between
+    their best and second best destination. Infinite where there is no choice to make. Scores that
+    are both NaN leave no gap to round: the position decides between them.
+    """
+    images, _, tokens, _ = keys.shape
+    margins = torch.full((images,), _INF, dtype=torch.float64, device=keys.device)
+    count = merge_count(r, tokens, protected)
+    if count == 0:
+        return margins
+    sources, destinations = _partition(tokens, protected)
+    for image, metric in enumerate(_metric(keys, dtype)):
+        scores = _scores(metric, sources, destinations)
+        order = _by_best_score(scores)
+        gaps = [_gap_of_best_two(scores[row]) for row in order[:count]]
+        if count < len(order):
+            gaps.append(_gap(max(scores[order[count - 1]]), max(scores[order[count]])))
+        margins[image] = min(gaps)
+    return margins
+
+
+def compose(assign: Tensor, source: Tensor) -> Tensor:
+    """Follow one more merge: `assign [B, N']` of it, `source [B, N]` up to it -> `[B, N]`."""
+    return torch.stack([a[s] for a, s in zip(assign, source, strict=True)])
+
+
+def merge(x: Tensor, size: Tensor, assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
+    """Size-weighted mean of the tokens that share a place (arXiv 2210.09461, section 3).
+
+    x: `[B, N, C]`; size: `[B, N]`, positive: original tokens held by each; assign: `[B, N]` of
+    `match`; n_out: tokens after it. Returns `[B, n_out, C]` and `[B, n_out]`, dtypes as given.
+    """
+    merged, sizes = [], []
+    for tokens, weight, place in zip(x.double(), size.double(), assign, strict=True):
+        total = weight.new_zeros(n_out).index_add(0, place, weight)
+        weighted = tokens * weight[:, None]
+        summed = tokens.new_zeros(n_out, tokens.shape[-1]).index_add(0, place, weighted)
+        merged.append(summed / total[:, None])
+        sizes.append(total)
+    return torch.stack(merged).to(x.dtype), torch.stack(sizes).to(size.dtype)
+
+
+def unmerge(x: Tensor, source: Tensor) -> Tensor:
+    """Give every original position the value of the token that holds it.
+
+    x: `[B, N', C]`; source: `[B, N]`, the place in x of each original token. Returns `[B, N, C]`.
+    """
+    return torch.stack([tokens[place] for tokens, place in zip(x, source, strict=True)])
+
+
+def proportional_attention(
+    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+) -> Tensor:
+    """`softmax(q kᵀ · scale + log size) v` (arXiv 2210.09461, section 3, "Tracking Token Size").
+
+    q, k, v: `[B, H, N, D]`; size: `[B, N]` of the keys, None for plain attention; scale: 1/√D
+    unless given. Returns `[B, H, N, D]` in the dtype of q.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    if size is not None:
+        scores = scores + size.double().log()[:, None, None, :]
+    return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+
+def _partition(tokens: int, protected: tuple[int, ...]) -> tuple[list[int], list[int]]:
+    """The unprotected positions of set A (even: sources) and of set B (odd: destinations)."""
+    if any(not 0 <= position < tokens for position in protected):
+        raise ValueError(f"protected positions {protected} are not all in 0 .. {tokens - 1}")
+    free = [position for position in range(tokens) if position not in protected]
+    return [p for p in free if p % 2 == 0], [p for p in free if p % 2 == 1]
+
+
+def _metric(keys: Tensor, dtype: torch.dtype) -> Tensor:
+    """`[B, H, N, D]` -> `[B, N, D]`: mean over heads, then unit length. No gradient."""
+    mean = keys.detach().to(dtype).mean(dim=1)
+    length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
+    unit: Tensor = mean / length.clamp(min=1e-12)
+    return unit
+
+
+def _scores(metric: Tensor, sources: list[int], destinations: list[int]) -> list[list[float]]:
+    """Cosines of one image, `metric [N, D]`: a row a source, a column a destination."""
+    rows = []
+    for source in sources:
+        # A product and a sum, not a matmul, whose rounding may depend on the column: the same
+        # vector at two destinations must give the same score.
+        row = (metric[destinations] * metric[source]).sum(-1)
+        rows.append(row.masked_fill(row.isnan(), -_INF).tolist())
+    return rows
+
+
+def _argmax(row: list[float]) -> int:
+    # max() returns the first of equals; the order of equals in torch.argmax is not defined.
+    return max(range(len(row)), key=row.__getitem__)
+
+
+def _by_best_score(scores: list[list[float]]) -> list[int]:
+    """The rows in the order in which they merge: best score first, of equals the lower first."""
+    return sorted(range(len(scores)), key=lambda row: (-max(scores[row]), row))
+
+
+def _places(
+    tokens: int,
+    protected: tuple[int, ...],
+    sources: list[int],
+    destinations: list[int],
+    drawn: dict[int, int],
+) -> list[int]:
+    """The place of every token, where `drawn` maps a source that merges to its destination."""
+    kept = [source for source in sources if source not in drawn]
+    order = sorted(set(protected)) + kept + destinations
+    place = {position: index for index, position in enumerate(order)}
+    return [place[drawn.get(position, position)] for position in range(tokens)]
+
+
+def _gap_of_best_two(row: list[float]) -> float:
+    best, *rest = sorted(row, reverse=True)
+    return _gap(best, rest[0]) if rest else _INF
+
+
+def _gap(high: float, low: float) -> float:
+    return _INF if low == -_INF else high - low

@@ -1,0 +1,211 @@
+"""What ``explain`` answers: what was found, what is done, what was refused and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import fx
+
+from tomepass.capture import CanonicalGraph, source_line
+from tomepass.config import ToMe
+from tomepass.errors import TomeError
+from tomepass.macs import batch_of, is_overhead, node_macs
+from tomepass.planning import Planned, PlannedStream
+from tomepass.rewrite import Rewritten
+from tomepass.structure import Mismatch
+from tomepass.tokens import Averaged, Taken
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+
+@dataclass(frozen=True)
+class BlockReport:
+    """One block: tokens in and out, the nodes matched, MACs per image before and after."""
+
+    index: int
+    tokens_in: int
+    tokens_out: int
+    r: int
+    macs_original: int
+    macs: int
+    entry: str
+    attention: str
+    join: str
+    merge_at: str
+    source: str | None
+
+
+@dataclass(frozen=True)
+class StreamReport:
+    """One residual stream: its protected positions, its blocks, how its tokens are read out."""
+
+    tokens: int
+    protected: tuple[int, ...]
+    blocks: tuple[BlockReport, ...]
+    readout: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the pass found in a model and does to it. Prints as a table.
+
+    Args:
+        model: the model's class, as a label.
+        method: what was asked for.
+        streams: the streams that are merged.
+        refused: each stream or attention left alone, with the reason.
+        unmerged: readers before which tokens are unmerged, with the reason.
+        macs_original: multiply-accumulates per image as captured.
+        macs: the same after merging, without the pass's own operators.
+        macs_overhead: matching and merging.
+    """
+
+    model: str
+    method: ToMe
+    streams: tuple[StreamReport, ...]
+    refused: tuple[Mismatch, ...]
+    unmerged: tuple[str, ...]
+    macs_original: int
+    macs: int
+    macs_overhead: int
+
+    @property
+    def ok(self) -> bool:
+        """Is at least one stream merged?"""
+        return bool(self.streams)
+
+    @property
+    def blocks(self) -> tuple[BlockReport, ...]:
+        """The blocks of all streams, in order."""
+        return tuple(block for stream in self.streams for block in stream.blocks)
+
+    @property
+    def protected(self) -> tuple[int, ...]:
+        """Protected positions of the first stream."""
+        return self.streams[0].protected if self.streams else ()
+
+    @property
+    def speedup_ideal(self) -> float:
+        """MACs before over MACs after: what the arithmetic allows."""
+        return self.macs_original / self.macs if self.macs else 1.0
+
+    def refusal(self) -> TomeError:
+        """The first reason for refusing, as an error."""
+        first = self.refused[0] if self.refused else Mismatch("nothing to merge was found")
+        return TomeError(
+            f"{self.model} cannot be merged: {first.reason}",
+            block=first.block,
+            node=first.node,
+            source=first.source,
+            advice=first.advice,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self) | {
+            "method": self.method.to_dict(),
+            "speedup_ideal": self.speedup_ideal,
+            "ok": self.ok,
+        }
+
+    def __str__(self) -> str:
+        from tomepass.tables import to_text
+
+        return to_text(self)
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        from tomepass.tables import report_tables
+
+        yield from report_tables(self)
+
+
+def make_report(
+    model: str,
+    captured: CanonicalGraph,
+    planned: Planned,
+    rewritten: Rewritten | None,
+    refused: TomeError | None,
+) -> Report:
+    """Gathers a report; ``rewritten`` is None where the model is left alone."""
+    mismatches = list(planned.mismatches)
+    if refused is not None:
+        mismatches.insert(0, Mismatch(refused.reason, None, refused.node, refused.source))
+    batch = batch_of(captured)
+    before = {n.name: node_macs(n) // batch for n in captured.graph.nodes}
+    original = sum(before.values())
+    method = planned.method
+    if rewritten is None:
+        return Report(model, method, (), tuple(mismatches), (), original, original, 0)
+    nodes = list(rewritten.module.graph.nodes)
+    after = {n.name: node_macs(n) // batch for n in nodes}
+    own = sum(after[n.name] for n in nodes if is_overhead(n))
+    streams = tuple(_stream(s, captured, rewritten, before, after) for s in planned.streams)
+    return Report(
+        model,
+        method,
+        streams,
+        tuple(mismatches),
+        rewritten.unmerged,
+        original,
+        sum(after.values()) - own,
+        own,
+    )
+
+
+def _stream(
+    planned: PlannedStream,
+    captured: CanonicalGraph,
+    rewritten: Rewritten,
+    before: dict[str, int],
+    after: dict[str, int],
+) -> StreamReport:
+    members = _members(planned, captured.graph)
+    blocks = []
+    for block, plan, names in zip(
+        planned.stream.blocks, planned.plan.blocks, members, strict=True
+    ):
+        blocks.append(
+            BlockReport(
+                index=block.index,
+                tokens_in=plan.tokens_in,
+                tokens_out=plan.tokens_out,
+                r=plan.r,
+                macs_original=sum(before[n] for n in names),
+                macs=sum(after[rewritten.renamed[n]] for n in names if n in rewritten.renamed),
+                entry=block.entry.name,
+                attention=block.attention.name,
+                join=block.join.name,
+                merge_at=block.merge_at.name,
+                source=source_line(block.attention),
+            )
+        )
+    return StreamReport(
+        planned.plan.tokens, planned.plan.protected, tuple(blocks), _readout(planned)
+    )
+
+
+def _members(planned: PlannedStream, graph: fx.Graph) -> list[list[str]]:
+    """Names of the nodes that work on tokens, block by block."""
+    starts = {block.entry: block.index for block in planned.stream.blocks}
+    members: list[list[str]] = [[] for _ in planned.stream.blocks]
+    current = None
+    for node in graph.nodes:
+        current = starts.get(node, current)
+        if current is not None and node in planned.flow.outcomes and node_macs(node):
+            members[current].append(node.name)
+    return members
+
+
+def _readout(planned: PlannedStream) -> tuple[str, ...]:
+    lines = []
+    for node, outcome in planned.flow.outcomes.items():
+        if isinstance(outcome, Averaged):
+            lines.append(f"{node.name}: mean over tokens, weighted by size")
+        elif isinstance(outcome, Taken) and outcome.layout is None:
+            lines.append(f"{node.name}: reads tokens {list(outcome.positions)}")
+    return tuple(lines)

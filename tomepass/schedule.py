@@ -1,0 +1,120 @@
+"""Schedules: from ``r`` to the tokens merged in each block, worked out before any run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A normalised ``r``: ``[13, 0]`` and ``(13, 0)`` stay different things.
+
+    Args:
+        kind: ``"constant"`` (one int), ``"list"`` (a count a block) or ``"linear"``
+            (``(r, inflection)``).
+        values: the int, the list, or the pair, as a tuple.
+    """
+
+    kind: Literal["constant", "list", "linear"]
+    values: tuple[int | float, ...]
+
+    def to_json(self) -> Any:
+        """An int, a list of ints, or ``{"r": r, "inflection": i}``."""
+        if self.kind == "constant":
+            return self.values[0]
+        if self.kind == "list":
+            return list(self.values)
+        return {"r": self.values[0], "inflection": self.values[1]}
+
+    @staticmethod
+    def from_json(data: Any) -> Schedule:
+        """Reads what :meth:`to_json` wrote."""
+        if isinstance(data, dict):
+            return parse_schedule((data["r"], data["inflection"]))
+        return parse_schedule(data)
+
+    def __repr__(self) -> str:
+        if self.kind == "constant":
+            return f"r={self.values[0]}"
+        return f"r={list(self.values) if self.kind == 'list' else self.values}"
+
+
+def parse_schedule(r: Any) -> Schedule:
+    """Checks and normalises an ``r`` as users write it.
+
+    Raises:
+        TypeError: on a float, a bool, or anything that is not an int, a list or a pair.
+        ValueError: on a negative count or an inflection outside [-1, 1].
+    """
+    if isinstance(r, Schedule):
+        return r
+    if isinstance(r, list):
+        return Schedule("list", tuple(_count(v) for v in r))
+    if isinstance(r, tuple):
+        if len(r) != 2:
+            raise ValueError(
+                f"a tuple r is a pair (r, inflection), got {len(r)} values: {r!r}; "
+                "write a list for one count a block"
+            )
+        return Schedule("linear", (_count(r[0]), _inflection(r[1])))
+    return Schedule("constant", (_count(r),))
+
+
+def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
+    """Counts asked for in each block, before the cap (ToMe paper, section 4.1 and appendix).
+
+    ``(r, inflection)``: lo = int(r (1 - inflection)), hi = 2r - lo, linear from lo to hi over
+    the blocks, each truncated.
+
+    Raises:
+        ValueError: if a list is longer than ``blocks``.
+    """
+    if schedule.kind == "constant":
+        return (int(schedule.values[0]),) * blocks
+    if schedule.kind == "list":
+        counts = tuple(int(v) for v in schedule.values)
+        if len(counts) > blocks:
+            raise ValueError(
+                f"r lists {len(counts)} counts but the model has {blocks} blocks: "
+                f"give at most {blocks}"
+            )
+        return counts + (0,) * (blocks - len(counts))
+    r, inflection = int(schedule.values[0]), schedule.values[1]
+    if blocks == 1:
+        return (r,)  # no line through one block; its mean is r
+    low = int(r * (1 - inflection))
+    high = 2 * r - low
+    return tuple(int(low + (high - low) * i / (blocks - 1)) for i in range(blocks))
+
+
+def capped(r: int, tokens: int, protected: tuple[int, ...]) -> int:
+    """How many tokens can really merge in a block: at most half, and never a protected one.
+
+    Args:
+        r: the count asked for.
+        tokens: tokens entering the block.
+        protected: their protected positions.
+    """
+    held = set(protected)
+    sources = sum(1 for i in range(0, tokens, 2) if i not in held)
+    destinations = sum(1 for i in range(1, tokens, 2) if i not in held)
+    if not destinations:
+        return 0
+    return max(0, min(r, (tokens - len(held)) // 2, sources))
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"r counts tokens: expected an int, got {value!r}")
+    if value < 0:
+        raise ValueError(f"r counts tokens: expected 0 or more, got {value}")
+    return value
+
+
+def _inflection(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"inflection: expected a number in [-1, 1], got {value!r}")
+    if not -1 <= value <= 1:
+        raise ValueError(f"inflection: expected a number in [-1, 1], got {value}")
+    return float(value)
