@@ -76,6 +76,12 @@ def shape_of(node: fx.Node) -> tuple[Size, ...]:
     return tuple(value.shape)
 
 
+def same_shape(a: fx.Node, b: fx.Node) -> bool:
+    """Do two nodes have the same shape for every batch?"""
+    left, right = shape_of(a), shape_of(b)
+    return len(left) == len(right) and all(map(same, left, right))
+
+
 def target_name(node: fx.Node) -> str:
     """The operator as one reads it: ``aten.roll``."""
     target = node.target
@@ -90,8 +96,8 @@ def argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
 
 
 def dimensions(value: Any, ndim: int) -> tuple[int, ...]:
-    """``dim`` arguments as a tuple of non-negative ints; None means all."""
-    if value is None:
+    """``dim`` arguments as a tuple of non-negative ints; None or an empty list means all."""
+    if value is None or value == []:
         return tuple(range(ndim))
     values = value if isinstance(value, (list, tuple)) else [value]
     return tuple(int(v) % ndim for v in values)
@@ -121,13 +127,12 @@ def rule(*targets: object) -> Callable[[Rule], Rule]:
     aten._to_copy.default,
     aten.type_as.default,
     aten.feature_dropout.default,
-    aten.view_as.default,
-    aten.expand_as.default,
     aten.zeros_like.default,
     aten.ones_like.default,
 )
 def _unchanged(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
-    if shape_of(node) != shape_of(operand) or operand is not node.args[0]:
+    # A second operand of the same shape gives its dtype alone.
+    if not same_shape(node, operand):
         return f"{target_name(node)} changes the shape"
     return axis
 
@@ -142,59 +147,121 @@ def _pointwise(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axi
 
 @rule(aten.linear.default)
 def _linear(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
-    if operand is not node.args[0] or axis.dim == len(shape_of(operand)) - 1:
+    if not _read_once(node, operand) or axis.dim == len(shape_of(operand)) - 1:
         return "a linear layer mixes along the axis"
     return axis
 
 
-@rule(aten.matmul.default, aten.bmm.default)
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def _matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
-    left, right = node.args[0], node.args[1]
+    left, right = node.args[:2]
     if left is right:
         return "a product of a tensor with itself"
-    rows = len(shape_of(operand)) - (2 if operand is left else 1)
-    contracted = len(shape_of(operand)) - (1 if operand is left else 2)
+    ndim = len(shape_of(operand))
+    contracted = ndim - 1 if operand is left or ndim == 1 else ndim - 2
     if axis.dim == contracted:
         return "a matrix product sums over the axis"
-    offset = len(shape_of(node)) - len(shape_of(operand))
-    if axis.dim == rows or same(shape_of(node)[axis.dim + offset], shape_of(operand)[axis.dim]):
-        return Axis(axis.dim + offset, axis.before, axis.after)
-    return "a matrix product broadcasts the axis"
+    offset = len(shape_of(node)) - ndim
+    if offset < 0:  # a product with a vector drops the dimension it sums over
+        dim = axis.dim - (axis.dim > contracted)
+    else:
+        dim = axis.dim + offset
+    if not same(shape_of(node)[dim], shape_of(operand)[axis.dim]):
+        return "a matrix product broadcasts the axis"
+    return Axis(dim, axis.before, axis.after)
 
 
-@rule(aten.layer_norm.default, aten.rms_norm.default)
+@rule(aten.einsum.default)
+def _einsum(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    equation, operands = str(node.args[0]).replace(" ", ""), list(node.args[1])  # type: ignore[arg-type]
+    if "->" not in equation or "." in equation or operands.count(operand) > 1:
+        return "expected an einsum of different tensors, with an explicit result and no ellipsis"
+    terms, result = equation.split("->")
+    term = terms.split(",")[operands.index(operand)]
+    letter = term[axis.dim]
+    if letter not in result or term.count(letter) > 1:
+        return "an einsum sums over the axis"
+    if not same(shape_of(node)[result.index(letter)], shape_of(operand)[axis.dim]):
+        return "an einsum broadcasts the axis"
+    return Axis(result.index(letter), axis.before, axis.after)
+
+
+@rule(
+    aten.layer_norm.default,
+    aten.native_layer_norm.default,
+    aten.rms_norm.default,
+    aten._fused_rms_norm.default,
+)
 def _normalised(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     trailing = len(node.args[1])  # type: ignore[arg-type]
-    if operand is not node.args[0] or axis.dim >= len(shape_of(operand)) - trailing:
+    if not _read_once(node, operand) or axis.dim >= len(shape_of(operand)) - trailing:
         return "a norm mixes along the axis"
     return axis
 
 
-@rule(
-    aten.softmax.int,
-    aten._softmax.default,
-    aten.log_softmax.int,
-    aten.cumsum.default,
-    aten.glu.default,
-    aten.split.Tensor,
-    aten.split.sizes,
-    aten.split_with_sizes.default,
-    aten.chunk.default,
-    aten.slice.Tensor,
-    aten.flip.default,
-)
+# Where each of these names the dimension it works along, and which one if it does not.
+_ALONG = {
+    aten.softmax.int: (1, None),
+    aten._softmax.default: (1, None),
+    aten._safe_softmax.default: (1, None),
+    aten.log_softmax.int: (1, None),
+    aten.cumsum.default: (1, None),
+    aten.glu.default: (1, -1),
+    aten.flip.default: (1, None),
+    aten.roll.default: (2, None),
+    aten.slice.Tensor: (1, 0),
+    aten.narrow.default: (1, None),
+    aten.index_select.default: (1, None),
+    aten.split.Tensor: (2, 0),
+    aten.split.sizes: (2, 0),
+    aten.split_with_sizes.default: (2, 0),
+    aten.chunk.default: (2, 0),
+    aten.tensor_split.sections: (2, 0),
+    aten.tensor_split.indices: (2, 0),
+    aten.repeat_interleave.self_int: (2, None),
+}
+
+
+@rule(*_ALONG)
 def _along_another(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
-    along = argument(node, 2, "dim", 0) if _dim_is_third(node) else argument(node, 1, "dim", 0)
-    whole = node.target is aten.slice.Tensor and all(map(same, shape_of(node), shape_of(operand)))
+    index, default = _ALONG[node.target]
+    along = argument(node, index, "dim", default)
+    whole = node.target is aten.slice.Tensor and same_shape(node, operand)
+    if not _read_once(node, operand):
+        return f"{target_name(node)} takes the tokens for positions"
     if axis.dim in dimensions(along, len(shape_of(operand))) and not whole:
         return f"{target_name(node)} works along the axis"
     return axis
 
 
-@rule(aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.linalg_vector_norm.default)
+# Where each of these names the dimensions it reduces; none, or none given, means all.
+_REDUCED = {
+    aten.mean.dim: 1,
+    aten.sum.dim_IntList: 1,
+    aten.prod.dim_int: 1,
+    aten.amax.default: 1,
+    aten.amin.default: 1,
+    aten.max.dim: 1,
+    aten.min.dim: 1,
+    aten.argmax.default: 1,
+    aten.argmin.default: 1,
+    aten.all.dim: 1,
+    aten.any.dim: 1,
+    aten.logsumexp.default: 1,
+    aten.var.dim: 1,
+    aten.var.correction: 1,
+    aten.std.dim: 1,
+    aten.std.correction: 1,
+    aten.var_mean.dim: 1,
+    aten.var_mean.correction: 1,
+    aten.linalg_vector_norm.default: 2,
+    aten.norm.ScalarOpt_dim: 2,
+}
+
+
+@rule(*_REDUCED)
 def _reduced(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
-    at = 2 if node.target is aten.linalg_vector_norm.default else 1
-    reduced = dimensions(argument(node, at, "dim"), len(shape_of(operand)))
+    reduced = dimensions(argument(node, _REDUCED[node.target], "dim"), len(shape_of(operand)))
     if axis.dim in reduced:
         return f"{target_name(node)} sums over the axis"
     if len(shape_of(node)) == len(shape_of(operand)):
@@ -202,18 +269,21 @@ def _reduced(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis 
     return Axis(axis.dim - sum(d < axis.dim for d in reduced), axis.before, axis.after)
 
 
-@rule(aten.select.int, aten.unbind.int, aten.squeeze.dim, aten.squeeze.dims)
+@rule(aten.select.int, aten.unbind.int)
 def _removed(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
-    if node.target is aten.unbind.int:
-        along = argument(node, 1, "dim", 0)
-    else:
-        along = node.args[1]
-    gone = dimensions(along, len(shape_of(operand)))
-    if axis.dim in gone:
+    (gone,) = dimensions(argument(node, 1, "dim", 0), len(shape_of(operand)))
+    if axis.dim == gone:
         return f"{target_name(node)} reads single positions of the axis"
-    dropped = len(shape_of(operand)) - len(shape_of(node))
-    if dropped == 0:
-        return axis
+    return Axis(axis.dim - (gone < axis.dim), axis.before, axis.after)
+
+
+@rule(aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def _squeezed(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    shape = shape_of(operand)
+    asked = dimensions(argument(node, 1, "dim"), len(shape))
+    gone = [d for d in asked if same(shape[d], 1)]
+    if axis.dim in gone or len(gone) != len(shape) - len(shape_of(node)):
+        return f"{target_name(node)} removes the axis"
     return Axis(axis.dim - sum(d < axis.dim for d in gone), axis.before, axis.after)
 
 
@@ -223,23 +293,47 @@ def _inserted(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis
     return Axis(axis.dim + (at <= axis.dim), axis.before, axis.after)
 
 
-@rule(aten.transpose.int, aten.permute.default, aten.t.default, aten.movedim.int)
+@rule(aten.permute.default, aten.numpy_T.default)
 def _permuted(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
-    order = list(range(len(shape_of(operand))))
-    if node.target is aten.permute.default:
-        order = list(dimensions(node.args[1], len(order)))
-    elif node.target is aten.movedim.int:
-        (a,), (b,) = dimensions(node.args[1], len(order)), dimensions(node.args[2], len(order))
-        order.insert(b, order.pop(a))
-    else:
-        pair = (0, 1) if node.target is aten.t.default else node.args[1:3]
-        a, b = dimensions(list(pair), len(order))
-        order[a], order[b] = order[b], order[a]
+    ndim = len(shape_of(operand))
+    reverse = range(ndim - 1, -1, -1)
+    order = dimensions(argument(node, 1, "dims", list(reverse)), ndim)
     return Axis(order.index(axis.dim), axis.before, axis.after)
 
 
-@rule(aten.expand.default)
+@rule(
+    aten.transpose.int,
+    aten.swapaxes.default,
+    aten.swapdims.default,
+    aten.t.default,
+    aten.mT.default,
+    aten.adjoint.default,
+)
+def _transposed(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    ndim = len(shape_of(operand))
+    pair = node.args[1:3] or (max(ndim - 2, 0), ndim - 1)
+    a, b = dimensions(list(pair), ndim)
+    return Axis({a: b, b: a}.get(axis.dim, axis.dim), axis.before, axis.after)
+
+
+@rule(aten.movedim.int, aten.movedim.intlist, aten.moveaxis.int, aten.moveaxis.intlist)
+def _dim_moved(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    ndim = len(shape_of(operand))
+    moved = dict(zip(*(dimensions(node.args[i], ndim) for i in (1, 2)), strict=True))
+    # The others fill the places left, in their order.
+    places = [d for d in range(ndim) if d not in moved.values()]
+    moved.update(zip((d for d in range(ndim) if d not in moved), places, strict=True))
+    return Axis(moved[axis.dim], axis.before, axis.after)
+
+
+@rule(aten.expand.default, aten.expand_as.default)
 def _expanded(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    return _pointwise(node, operand, axis, length)
+
+
+@rule(aten.repeat.default, aten.tile.default)
+def _repeated(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    # New dimensions come first, as in broadcasting; a repeated axis changes its size.
     return _pointwise(node, operand, axis, length)
 
 
@@ -248,10 +342,15 @@ def _expanded(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis
     aten.reshape.default,
     aten._unsafe_view.default,
     aten.flatten.using_ints,
+    aten.ravel.default,
     aten.unflatten.int,
+    aten.view_as.default,
+    aten.reshape_as.default,
 )
 def _viewed(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     """A view keeps the number of elements behind one step along the axis."""
+    if same_shape(node, operand):
+        return axis
     before, after = shape_of(operand), shape_of(node)
     step = prod(before[axis.dim + 1 :]) * axis.after
     found = None
@@ -267,7 +366,7 @@ def _viewed(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis |
     return found or f"{target_name(node)} splits the axis: {_show(before)} to {_show(after)}"
 
 
-@rule(aten.cat.default, aten.stack.default)
+@rule(aten.cat.default, aten.concat.default, aten.concatenate.default, aten.stack.default)
 def _joined(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     (along,) = dimensions(argument(node, 1, "dim", 0), len(shape_of(node)))
     if node.target is aten.stack.default:
@@ -275,13 +374,9 @@ def _joined(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis |
     return "a cat extends the axis" if axis.dim == along else axis
 
 
-def _dim_is_third(node: fx.Node) -> bool:
-    return node.target in (
-        aten.split.Tensor,
-        aten.split.sizes,
-        aten.split_with_sizes.default,
-        aten.chunk.default,
-    )
+def _read_once(node: fx.Node, operand: fx.Node) -> bool:
+    """Is the operand the first argument, and no other?"""
+    return operand is node.args[0] and operand not in node.args[1:]
 
 
 def _show(shape: tuple[Size, ...]) -> str:

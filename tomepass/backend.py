@@ -7,34 +7,60 @@ import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Union
+from typing import Any
 
-import torch
 from torch import fx
 
-from tomepass.capture import CanonicalGraph, capture_dynamo
+from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.macs import is_overhead
-from tomepass.module import OnUnmatched, Outputs
+from tomepass.module import OnUnmatched, Outputs, check_choices
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
 from tomepass.rewrite import rewrite
 from tomepass.structure import attention_nodes
 
-Inner = Union[str, Callable[..., Any]]
-InnerOptions = Union[dict[str, Any], tuple[tuple[str, Any], ...]]
+Inner = str | Callable[..., Any]
+InnerOptions = dict[str, Any] | tuple[tuple[str, Any], ...]
 
 # The distribution that brings a backend which torch does not have itself.
 _EXTRAS = {"openvino": "openvino", "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt"}
 
 
 @dataclass(frozen=True)
-class TomeBackend:
+class _Settings:
+    method: ToMe = ToMe()  # noqa: RUF009 - frozen and hashable
+    inner: Inner = "inductor"
+    inner_options: InnerOptions = ()
+    on_unmatched: OnUnmatched = "raise"
+    outputs: Outputs = "original"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.method, ToMe):
+            raise TypeError(f"method must be a tomepass method, got {self.method!r}")
+        if not isinstance(self.inner, str) and not callable(self.inner):
+            raise TypeError(f"inner must be a backend's name or a callable, got {self.inner!r}")
+        check_choices(self.on_unmatched, self.outputs)
+        if self.method.trace_source:
+            raise TomeError(
+                "trace_source is not available under torch.compile's backend: a compiled model "
+                "returns the model's outputs alone",
+                advice="use tomepass.apply(model, ToMe(..., trace_source=True)).source(inputs)",
+            )
+        options = self.inner_options
+        if isinstance(options, dict):
+            options = tuple(sorted(options.items()))
+        object.__setattr__(self, "inner_options", tuple(options))
+
+
+class TomeBackend(_Settings):
     """``torch.compile(model, backend=TomeBackend(...))``: merge tokens, then compile.
 
-    Graphs without attention pass through untouched. A graph that starts inside a model (after
-    a graph break) is refused unless the method gives ``protected=``.
+    A frozen, hashable dataclass. Graphs without attention pass through untouched. A graph that
+    starts inside a model (after a graph break) is refused unless the method gives ``protected=``.
+    ``torch.compile``'s ``options=`` change fields of the backend and of its method by name; its
+    ``mode=`` goes to the inner backend.
 
     Args:
         method: what to do.
@@ -46,25 +72,8 @@ class TomeBackend:
         outputs: as in :func:`tomepass.apply`.
     """
 
-    method: ToMe = ToMe()  # noqa: RUF009 - frozen and hashable
-    inner: Inner = "inductor"
-    inner_options: InnerOptions = ()
-    on_unmatched: OnUnmatched = "raise"
-    outputs: Outputs = "original"
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.method, ToMe):
-            raise TypeError(f"method must be a tomepass method, got {self.method!r}")
-        if self.method.trace_source:
-            raise TomeError(
-                "trace_source is not available under torch.compile's backend: a compiled model "
-                "returns the model's outputs alone",
-                advice="use tomepass.apply(model, ToMe(..., trace_source=True)).source(inputs)",
-            )
-        options = self.inner_options
-        if isinstance(options, dict):
-            options = tuple(sorted(options.items()))
-        object.__setattr__(self, "inner_options", tuple(options))
+    # Dynamo's registry sets ``_tags`` on a backend found by name. A frozen dataclass refuses any
+    # attribute, a plain subclass of one only its fields.
 
     @property
     def __name__(self) -> str:
@@ -91,10 +100,8 @@ class TomeBackend:
             )
         if not attention_nodes(captured.graph) and self._harmless(captured):
             return compile_graph(gm, example_inputs)
-        merged = self._rewritten(captured)
-        if merged is None:
-            return compile_graph(gm, example_inputs)
-        return compile_graph(merged, example_inputs)
+        merged = self._rewritten(fix_sizes(captured, gm, example_inputs))
+        return compile_graph(gm if merged is None else carry_marks(gm, merged), example_inputs)
 
     def with_options(self, options: dict[str, Any]) -> TomeBackend:
         """A copy with fields of the backend or of its method changed, by name.
@@ -109,10 +116,9 @@ class TomeBackend:
                 f"unknown options {unknown} of the tome backend; valid: {', '.join(own)}, and "
                 f"of the method: {', '.join(of_method)}"
             )
+        mine = dataclasses.replace(self, **{k: v for k, v in options.items() if k in own})
         changed = {k: v for k, v in options.items() if k in of_method}
-        method = options.get("method", self.method).replace(**changed)
-        mine = {k: v for k, v in options.items() if k in own}
-        return dataclasses.replace(self, **(mine | {"method": method}))
+        return dataclasses.replace(mine, method=mine.method.replace(**changed))
 
     def _harmless(self, captured: CanonicalGraph) -> bool:
         # No attention at all: a fragment around a graph break. Attention in another spelling
@@ -170,28 +176,26 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
         patches = (list_mode_options(mode) if mode else {}) | options
-        compiled: Callable[..., Any] = compile_fx(gm, list(inputs), config_patches=patches or None)
-        return compiled
+        compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
+        return compiled  # type: ignore[no-any-return]
 
     return compile_graph
 
 
 def _registered(name: str) -> Callable[..., Any]:
     from torch._dynamo.backends.registry import list_backends, lookup_backend
+    from torch._dynamo.exc import InvalidBackend
 
     package = _EXTRAS.get(name)
     if package is not None:
         _import_extra(name, package)
     try:
         found: Callable[..., Any] = lookup_backend(name)
-    except Exception as error:
-        advice = None
-        if package is not None:
-            advice = f"pip install 'tomepass[{package}]'"
+    except InvalidBackend as error:
+        # Dynamo lists its debugging backends only on demand; these two are for everyone.
+        known = {*list_backends(), "eager", "aot_eager", *_EXTRAS} - {"tome"}
         raise TomeError(
-            f"torch.compile knows no backend {name!r} here; it knows "
-            f"{', '.join(sorted(list_backends()))}",
-            advice=advice,
+            f"torch.compile knows no backend {name!r}; it knows {', '.join(sorted(known))}"
         ) from error
     return found
 
@@ -206,5 +210,3 @@ def _import_extra(name: str, package: str) -> None:
             f"inner backend {name!r} is not installed: {error}",
             advice=f"pip install 'tomepass[{package}]'",
         ) from error
-
-

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -16,15 +17,20 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import InputKind
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tomepass.errors import TomeError
 
 # What Dynamo leaves on a placeholder and Inductor needs: static inputs, CUDA graphs, names.
-_CARRIED_META = ("_dynamo_source", "tensor_dict", "grapharg", "stack_trace", "nn_module_stack")
+_CARRIED_META = ("tensor_dict", "grapharg", "stack_trace", "nn_module_stack")
+# Where a line of code is not the model's.
+_NOT_THE_MODEL = tuple(f'"{Path(file).parent}/' for file in (torch.__file__, __file__))
 # Checks on the input's metadata: our captures are keyed by what they check.
 _ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
+# Cuts a constant off autograd: in place, but no values change.
+_DETACH = torch.ops.aten.detach_.default
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class CanonicalGraph:
         values = [n.meta["val"] for n in self.graph.nodes if isinstance(n.meta.get("val"), Tensor)]
         mode = detect_fake_mode(values)
         assert mode is not None
-        return cast(FakeTensorMode, mode)
+        return mode
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     example, dynamic = _batch_of_two(kwargs)
     try:
         program = torch.export.export(
-            model, (), example, dynamic_shapes=dynamic, strict=False
+            _ByKeyword(model), (example,), dynamic_shapes=(dynamic,), strict=False
         )
     except TomeError:
         raise
@@ -96,34 +102,38 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
             advice="call the model itself with these inputs first; if that works, the model "
             "branches on tensor values, which no graph can hold",
         ) from error
-    signature = program.graph_signature
-    if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-        changed = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
+    module, signature = program.graph_module, program.graph_signature
+    _drop_assertions(module)
+    if (written := _written_input(module)) is not None:
         raise TomeError(
-            f"the model changes its own state in the forward: {', '.join(changed)}",
+            "the model writes to its inputs or its own state in its forward",
+            node=written.name,
+            source=source_line(written),
             advice="switch it to eval mode",
         )
-    module = program.graph_module
-    _drop_assertions(module)
     constants = program.constants
     state: list[str | Tensor] = []
     data = set()
-    for spec in signature.input_specs:
-        if spec.kind is torch.export.graph_signature.InputKind.USER_INPUT:
-            data.add(getattr(spec.arg, "name", ""))
-        elif spec.target in constants and not _owns(model, cast(str, spec.target)):
-            state.append(cast(Tensor, constants[spec.target]))
+    placeholders = module.graph.find_nodes(op="placeholder")
+    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+        if spec.kind is InputKind.USER_INPUT:
+            if isinstance(node.meta.get("val"), Tensor):
+                data.add(node.name)
+            continue
+        target = cast(str, spec.target)
+        if target in constants and not _owns(model, _path(target)):
+            state.append(_constant(cast(Tensor, constants[target])))
         else:
-            state.append(cast(str, spec.target))
-    graph = CanonicalGraph(module, _tensor_names(module, data), fragment=False)
+            state.append(_path(target))
+    graph = CanonicalGraph(module, frozenset(data), fragment=False)
     assert program.call_spec.out_spec is not None
-    return Capture(graph, tuple(state), program.call_spec.out_spec, tuple(pytree.tree_leaves(example)))
+    leaves = tuple(pytree.tree_leaves(example))
+    return Capture(graph, tuple(state), program.call_spec.out_spec, leaves)
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CanonicalGraph:
-    """Re-traces a Dynamo graph into the dialect; placeholders keep their order and metadata."""
+    """Re-traces a Dynamo graph into the dialect; placeholders keep their order."""
     mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
-    mode = cast(FakeTensorMode, mode)
     fakes = [_as_fake(mode, value) for value in example_inputs]
     allowed = mode.allow_non_fake_inputs
     # Inductor's freezing hands over real constants instead of parameters.
@@ -135,28 +145,61 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Canonic
             )(*fakes)
     finally:
         mode.allow_non_fake_inputs = allowed
-    before = gm.graph.find_nodes(op="placeholder")
-    after = traced.graph.find_nodes(op="placeholder")
-    data = set()
-    for old, new, value in zip(before, after, example_inputs, strict=True):
-        new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
-        if isinstance(value, Tensor) and value.ndim and not _is_state(value):
-            data.add(new.name)
-    traced.meta.update(gm.meta)
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    data = frozenset(
+        node.name
+        for node, value in zip(placeholders, example_inputs, strict=True)
+        if isinstance(value, Tensor) and value.ndim and not _is_state(value)
+    )
     _drop_assertions(traced)
-    return CanonicalGraph(traced, frozenset(data), fragment=True)
+    return CanonicalGraph(traced, data, fragment=True)
+
+
+def carry_marks(gm: fx.GraphModule, rewritten: fx.GraphModule) -> fx.GraphModule:
+    """Puts what Dynamo left beside its graph on the graph rewritten from it, and returns that.
+
+    AOTAutograd reads off it which inputs are parameters; CUDA graphs copy all the others.
+    """
+    rewritten.meta.update(gm.meta)
+    before = gm.graph.find_nodes(op="placeholder")
+    after = rewritten.graph.find_nodes(op="placeholder")
+    for old, new in zip(before, after, strict=True):
+        new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
+        new._dynamo_source = getattr(old, "_dynamo_source", None)
+    # With Inductor's freezing the parameters are constants in the graph, under new names.
+    if hasattr(gm, "_param_name_to_source") and not any(True for _ in rewritten.parameters()):
+        rewritten._param_name_to_source = gm._param_name_to_source
+    return rewritten
+
+
+def fix_sizes(
+    captured: CanonicalGraph, gm: fx.GraphModule, example_inputs: Sequence[Any]
+) -> CanonicalGraph:
+    """Fixes all sizes of the user's inputs but the batch: a merge counts the tokens there are.
+
+    Reading a symbolic size installs Dynamo's guard on it, so another resolution is another graph.
+    """
+    inputs = captured.graph.find_nodes(op="placeholder")
+    sizes = [size for n in inputs if n.name in captured.data for size in n.meta["val"].shape[1:]]
+    symbolic = [int(size) for size in sizes if isinstance(size, torch.SymInt)]
+    return capture_dynamo(gm, example_inputs) if symbolic else captured
 
 
 def describe_inputs(kwargs: dict[str, Any]) -> str:
-    """``pixel_values float32[2, 3, 224, 224], labels int64[2]``."""
-    parts = []
-    for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            dtype = str(value.dtype).removeprefix("torch.")
-            parts.append(f"{name} {dtype}{list(value.shape)}")
-        elif value is not None:
-            parts.append(f"{name}={value!r}")
-    return ", ".join(parts)
+    """``pixel_values float32[2, 3, 224, 224], labels int64[2], return_dict=False``."""
+    return ", ".join(
+        f"{name} {_described(v)}" if isinstance(v, Tensor) else f"{name}={_described(v)}"
+        for name, v in kwargs.items()
+        if v is not None
+    )
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, (tuple, list)):
+        return f"({', '.join(map(_described, value))})"
+    return f"{{{describe_inputs(value)}}}" if isinstance(value, dict) else repr(value)
 
 
 def source_line(node: fx.Node) -> str | None:
@@ -170,7 +213,7 @@ def source_line(node: fx.Node) -> str | None:
         for i, frame in enumerate(frames)
         if frame.startswith("File ")
     ]
-    own = [pair for pair in located if "/torch/" not in pair[0].split(",")[0]]
+    own = [pair for pair in located if not any(home in pair[0] for home in _NOT_THE_MODEL)]
     frame, code = (own or located)[-1]
     parts = frame.split(", ")
     path = parts[0].removeprefix("File ").strip('"')
@@ -178,6 +221,25 @@ def source_line(node: fx.Node) -> str | None:
     if ", code: " in frame:
         code = frame.split(", code: ", 1)[1]
     return f"{'/'.join(path.split('/')[-2:])}:{line}: {code}"
+
+
+class _ByKeyword(nn.Module):
+    """A model that takes its keyword inputs in one dict.
+
+    torch.export cannot tell shapes apart from inputs that fall into a forward's ``**kwargs``.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, call: dict[str, Any]) -> Any:
+        return self.model(**call)
+
+
+def _path(target: str) -> str:
+    """The model's own name for an attribute of its wrapper."""
+    return target.removeprefix("model.")
 
 
 def _batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -217,16 +279,40 @@ def _owns(model: nn.Module, path: str) -> bool:
         return False
 
 
-def _tensor_names(module: fx.GraphModule, names: set[str]) -> frozenset[str]:
-    placeholders = module.graph.find_nodes(op="placeholder")
-    return frozenset(
-        n.name for n in placeholders if n.name in names and isinstance(n.meta.get("val"), Tensor)
-    )
+def _written_input(module: fx.GraphModule) -> fx.Node | None:
+    """A node that changes what it was given in place: a parameter, a buffer, the user's input."""
+    for part in module.modules():
+        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+            schema = getattr(node.target, "_schema", None)
+            if schema is None or not schema.is_mutable or node.target is _DETACH:
+                continue
+            for argument, value in zip(schema.arguments, node.args, strict=False):
+                written = argument.alias_info is not None and argument.alias_info.is_write
+                if written and _viewed(value).op == "placeholder":
+                    return node  # type: ignore[no-any-return]
+    return None
+
+
+def _viewed(node: fx.Node) -> fx.Node:
+    """The node whose memory a chain of views and in-place operators shares."""
+    while schema := getattr(node.target, "_schema", None):
+        if not schema.returns or schema.returns[0].alias_info is None:
+            break
+        node = node.args[0]  # type: ignore[assignment]
+    return node
+
+
+def _constant(value: Tensor) -> Tensor:
+    # Made in inference mode it could never be part of a backward: a copy can.
+    with torch.inference_mode(False):
+        return value.clone() if value.is_inference() else value
 
 
 def _as_fake(mode: FakeTensorMode, value: Any) -> Any:
     if isinstance(value, Tensor) and not isinstance(value, FakeTensor):
         return mode.from_tensor(value)
+    if isinstance(value, torch.SymInt) and (fixed := value.node.maybe_as_int()) is not None:
+        return fixed
     return value
 
 

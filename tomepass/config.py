@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Union
 
 from tomepass.errors import TomeError
-from tomepass.schedule import Schedule, counts_per_block, parse_schedule
+from tomepass.schedule import Schedule, as_int, counts_per_block, parse_schedule
 
 RLike = Union[int, list[int], tuple[int, float], Schedule]
 
@@ -145,9 +145,11 @@ def _positions(value: object) -> tuple[int, ...] | None:
         return None
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"protected must be a tuple of token positions or None, got {value!r}")
-    for position in value:
-        if isinstance(position, bool) or not isinstance(position, int):
-            raise TypeError(f"protected must hold int positions, got {position!r}")
+    positions = set()
+    for given in value:
+        if (position := as_int(given)) is None:
+            raise TypeError(f"protected must hold int positions, got {given!r}")
         if position < 0:
             raise ValueError(f"protected positions count from 0, got {position}")
-    return tuple(sorted(set(value)))
+        positions.add(position)
+    return tuple(sorted(positions))

@@ -18,7 +18,7 @@ def hides_nothing(mask: fx.Node) -> bool:
 
     Transformers materialises such a mask under ``torch.export``: arange, ge, expand.
     """
-    while mask.target in _BROADCASTS:
+    while mask.target in _BROADCASTS and not _written(mask):
         mask = mask.all_input_nodes[0]
     value = constant_value(mask)
     if value is None:
@@ -46,10 +46,34 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
 
 def _value(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     if node not in known:
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if not _pure(node) or _written(node):
             raise _NotConstant
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs), lambda argument: _value(argument, known)
         )
         known[node] = node.target(*args, **kwargs)
     return known[node]
+
+
+def _pure(node: fx.Node) -> bool:
+    """Does the operator give the same result each time, from its arguments alone?"""
+    return (
+        node.op == "call_function"
+        and isinstance(node.target, torch._ops.OpOverload)
+        and not node.target._schema.is_mutable
+        and node.target.namespace == "aten"
+        and "empty" not in node.target._opname
+        and torch.Tag.nondeterministic_seeded not in node.target.tags
+    )
+
+
+def _written(node: fx.Node) -> bool:
+    """Does an operator write into the node's value, or into a view of it?"""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if schema is not None and schema.is_mutable:
+            return True
+        views = schema is None or any(r.alias_info is not None for r in schema.returns)
+        if views and _written(user):
+            return True
+    return False

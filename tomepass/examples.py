@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +19,9 @@ def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
     Raises:
         TomeError: if the config does not say what the model takes.
     """
-    config = getattr(model, "config", None)
-    name = getattr(model, "main_input_name", None)
-    shape = _shape(config)
-    if name is None or shape is None:
+    name = str(getattr(model, "main_input_name", None))
+    shape = _SHAPES[name](getattr(model, "config", None)) if name in _SHAPES else None
+    if shape is None:
         raise TomeError(
             f"what {type(model).__name__} takes cannot be read off its config",
             advice='give example_inputs, for example {"pixel_values": torch.randn(2, 3, 224, 224)}',
@@ -34,14 +34,23 @@ def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
     return {name: value.to(device=parameter.device, dtype=dtype)}
 
 
-def _shape(config: Any) -> tuple[int, ...] | None:
+def _image(config: Any) -> tuple[int, ...] | None:
     config = getattr(config, "vision_config", config)
     size = getattr(config, "image_size", None)
     channels = getattr(config, "num_channels", None)
-    if size is not None and channels is not None:
-        height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return (int(channels), int(height), int(width))
+    # A video has one more dimension, in an order that configs do not tell.
+    if size is None or channels is None or hasattr(config, "num_frames"):
+        return None
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return (int(channels), int(height), int(width))
+
+
+def _spectrogram(config: Any) -> tuple[int, ...] | None:
     frames, mels = getattr(config, "max_length", None), getattr(config, "num_mel_bins", None)
-    if frames is not None and mels is not None:
-        return (int(frames), int(mels))
-    return None
+    return None if frames is None or mels is None else (int(frames), int(mels))
+
+
+_SHAPES: dict[str, Callable[[Any], tuple[int, ...] | None]] = {
+    "pixel_values": _image,
+    "input_values": _spectrogram,
+}

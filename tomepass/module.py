@@ -24,6 +24,11 @@ from tomepass.rewrite import Rewritten, rewrite
 OnUnmatched = Literal["raise", "warn"]
 Outputs = Literal["original", "merged"]
 
+# What the applied module shares with the model, and what is made anew when it is unpickled.
+_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+_SETTINGS = ("original", "method", "on_unmatched", "outputs")
+_REMADE = {*_SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
+
 
 def apply(
     model: nn.Module,
@@ -54,8 +59,7 @@ def apply(
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
     """
     method = resolve_method(method, r)
-    _one_of("on_unmatched", on_unmatched, ("raise", "warn"))
-    _one_of("outputs", outputs, ("original", "merged"))
+    check_choices(on_unmatched, outputs)
     if isinstance(model, MergedModel):
         raise TomeError(
             f"the model is already merged with {model.method!r}",
@@ -63,6 +67,11 @@ def apply(
         )
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TomeError(
+            "the model is already compiled",
+            advice="apply tomepass first: torch.compile(tomepass.apply(model))",
+        )
     merged = _rebuild(model, method, on_unmatched, outputs)
     if example_inputs is not None:
         merged.prepare(example_inputs)
@@ -86,20 +95,22 @@ def explain(
 ) -> Report:
     """What would be merged, why not the rest, and what it saves. Takes what :func:`apply` takes.
 
-    Never raises on a mismatch: the report holds it.
+    Never raises on a mismatch: the report holds it. An applied module is explained as it is
+    unless another method is given.
 
     Raises:
-        TomeError: if there are no example inputs and the config does not say what to make.
+        TomeError: if torch.export cannot capture the model, or if there are no example inputs
+            and the config does not say what to make.
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
     """
-    method = resolve_method(method, r)
-    _one_of("on_unmatched", on_unmatched, ("raise", "warn"))
-    _one_of("outputs", outputs, ("original", "merged"))
     if isinstance(model, MergedModel):
+        method = model.method if method is None and r is None else method
         model = model.original
-    merged = _rebuild(model, method, "warn", outputs)
+    method = resolve_method(method, r)
+    check_choices(on_unmatched, outputs)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
-    return merged.report(inputs)
+    call = _rebuild(model, method, on_unmatched, outputs).bind(inputs)
+    return _analyse(model, method, call, outputs).report
 
 
 class MergedModel(nn.Module):
@@ -107,37 +118,41 @@ class MergedModel(nn.Module):
 
     It shares the parameters, buffers and submodules of the model, so ``state_dict()``,
     ``to()``, ``train()`` and the rest act on both. What it adds lives beside them: one
-    rewritten graph for each call signature, resolution and dtype.
+    rewritten graph for each call signature, resolution, dtype and mode.
     """
 
+    original: nn.Module
     method: ToMe
+    on_unmatched: OnUnmatched
+    outputs: Outputs
+    _captures: dict[tuple[Any, ...], Applied]
+    _names: tuple[str, ...]
+    _optional: frozenset[str]
 
     def __init__(
         self, model: nn.Module, method: ToMe, on_unmatched: OnUnmatched, outputs: Outputs
     ) -> None:
         super().__init__()
         # The very dictionaries of the model: one module tree, seen through two objects.
-        shared = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
-        self.__dict__.update({name: model.__dict__[name] for name in shared})
-        self.__dict__["original"] = model
-        self.__dict__.update(method=method, on_unmatched=on_unmatched, outputs=outputs)
-        self.__dict__["_captures"] = {}
-        self.__dict__["_names"] = _parameter_names(model)
+        self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
+        names, optional = _inputs_of(model)
+        # Past nn.Module's own __setattr__, which would make the model a child.
+        self.__dict__.update(
+            original=model,
+            method=method,
+            on_unmatched=on_unmatched,
+            outputs=outputs,
+            _captures={},
+            _names=names,
+            _optional=optional,
+        )
 
     # ---- running ---------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own outputs for the model's own inputs, at any batch size."""
         call = self._bind(args, kwargs)
-        applied = self._captures.get(self._signature(call))
-        if applied is None:
-            if torch.compiler.is_compiling():
-                raise TomeError(
-                    "this call signature was not captured before compiling, and a capture "
-                    "inside a compiled region is impossible",
-                    advice="call merged.prepare(inputs) with inputs like these first",
-                )
-            applied = self._prepare(call)
+        applied = self._applied(call)
         if applied.graph is None:
             return self.original(**call)
         return applied.run(self.original, pytree.tree_leaves(call))
@@ -151,9 +166,7 @@ class MergedModel(nn.Module):
         Returns:
             itself.
         """
-        call = self._bind(*_as_call(inputs))
-        if self._signature(call) not in self._captures:
-            self._prepare(call)
+        self.captured(inputs)
         return self
 
     def source(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -167,13 +180,16 @@ class MergedModel(nn.Module):
                 advice=f"apply with {self.method.replace(trace_source=True)!r}",
             )
         call = self._bind(args, kwargs)
-        applied = self._captures.get(self._signature(call)) or self._prepare(call)
-        if applied.source_graph is None:
-            raise TomeError("nothing merges in this model, so there is no source map")
-        (source,) = applied.run(
-            self.original, pytree.tree_leaves(call), graph=applied.source_graph
-        )
-        return source
+        applied = self._applied(call)
+        if applied.graph is None:
+            raise TomeError("this model is left unmerged, so there is no source map")
+        if applied.source_graph is None:  # nothing merges: every token is its own
+            first, tokens = _first_tensor(call), applied.report.streams[0].tokens
+            assert first is not None
+            return torch.arange(tokens, device=first.device).expand(first.shape[0], -1)
+        leaves = pytree.tree_leaves(call)
+        (source,) = applied.run(self.original, leaves, graph=applied.source_graph)
+        return source  # type: ignore[no-any-return]
 
     def report(self, inputs: Any) -> Report:
         """What was read off the graph for inputs like these, and done."""
@@ -181,19 +197,21 @@ class MergedModel(nn.Module):
 
     def captured(self, inputs: Any) -> Applied:
         """The rewritten graph for inputs like these, made if it is not there yet."""
-        call = self._bind(*_as_call(inputs))
-        return self._captures.get(self._signature(call)) or self._prepare(call)
+        return self._applied(self.bind(inputs))
 
     def bind(self, inputs: Any) -> dict[str, Any]:
         """Inputs in the shapes :meth:`prepare` takes them, as keyword inputs of the model."""
         return self._bind(*_as_call(inputs))
 
-    def _prepare(self, call: dict[str, Any]) -> Applied:
-        applied = make_applied(
-            self.original, self.method, call, self.on_unmatched, self.outputs
-        )
-        self._captures[self._signature(call)] = applied
-        return applied
+    def _applied(self, call: dict[str, Any]) -> Applied:
+        signature = self._signature(call)
+        if signature not in self._captures:
+            if torch.compiler.is_compiling():
+                _refuse_to_capture()
+            self._captures[signature] = make_applied(
+                self.original, self.method, call, self.on_unmatched, self.outputs
+            )
+        return self._captures[signature]
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Positional and keyword inputs as keywords, in the order of the model's signature."""
@@ -209,18 +227,21 @@ class MergedModel(nn.Module):
                 raise TypeError(f"input {name!r} was given twice, by position and by name")
         given.update(kwargs)
         ordered = {name: given.pop(name) for name in names if name in given}
-        ordered.update(given)
-        return {name: value for name, value in ordered.items() if value is not None}
+        ordered.update((name, given[name]) for name in sorted(given))
+        # An optional input left out or given as None is one call.
+        optional = self._optional
+        return {n: v for n, v in ordered.items() if not (v is None and n in optional)}
 
     def _signature(self, call: dict[str, Any]) -> tuple[Any, ...]:
-        leaves = pytree.tree_leaves(call)
-        batch = next((v.shape[0] for v in leaves if isinstance(v, Tensor) and v.ndim), 0)
-        state = next(self.original.parameters(), None)
-        mode = (
-            self.original.training,
-            None if state is None else (state.dtype, state.device.type, state.device.index),
+        model, first = self.original, _first_tensor(call)
+        state = next(model.parameters(), None)
+        batch = 0 if first is None else first.shape[0]
+        return (
+            # A part may be in another mode than the whole: a frozen backbone in eval.
+            tuple(module.training for module in model.modules()),
+            None if state is None else (state.dtype, _device(state)),
+            tuple((name, _shape_of(value, batch)) for name, value in call.items()),
         )
-        return (mode, tuple(call), tuple(_leaf_signature(v, batch) for v in leaves))
 
     # ---- being the model -------------------------------------------------------------------
 
@@ -228,22 +249,32 @@ class MergedModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "original":
+            if name == "original" or name.startswith("__"):
                 raise
             return getattr(self.original, name)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Captures are made again where they are needed.
-        return _rebuild, (self.original, self.method, self.on_unmatched, self.outputs)
+        # Captures are made again where they are needed. The user's hooks and attributes go along.
+        settings = tuple(self.__dict__[name] for name in _SETTINGS)
+        return _rebuild, settings, {n: v for n, v in self.__dict__.items() if n not in _REMADE}
+
+    @property
+    def training(self) -> bool:
+        """The model's mode: there is one."""
+        return self.original.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        if "original" in self.__dict__:  # nn.Module.__init__ sets it before there is a model
+            self.original.training = mode
 
     def _apply(self, fn: Any, recurse: bool = True) -> MergedModel:
-        self.original._apply(fn, recurse)
+        self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> MergedModel:
         """Sets training mode, of the model too."""
         self.original.train(mode)
-        self.training = mode
         return self
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
@@ -297,7 +328,21 @@ def make_applied(
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
 ) -> Applied:
-    """Captures, plans and rewrites a model for keyword inputs like ``call``."""
+    """Captures, plans and rewrites a model for keyword inputs like ``call``.
+
+    Raises:
+        TomeError: if it cannot be captured, or is refused and ``on_unmatched`` is ``"raise"``.
+    """
+    applied = _analyse(model, method, call, outputs)
+    if applied.graph is None:
+        refusal = applied.report.refusal()
+        if on_unmatched == "raise":
+            raise refusal
+        warnings.warn(f"left unmerged: {refusal}", stacklevel=4)
+    return applied
+
+
+def _analyse(model: nn.Module, method: ToMe, call: dict[str, Any], outputs: Outputs) -> Applied:
     capture = capture_module(model, call)
     planned = plan_graph(capture.graph, method)
     rewritten, refused = None, None
@@ -307,11 +352,6 @@ def make_applied(
         except TomeError as error:
             refused = error
     report = make_report(type(model).__name__, capture.graph, planned, rewritten, refused)
-    if rewritten is None:
-        refusal = report.refusal()
-        if on_unmatched == "raise":
-            raise refusal
-        warnings.warn(f"left unmerged: {refusal}", stacklevel=4)
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_output(rewritten.module, rewritten.source)
@@ -340,11 +380,12 @@ def only_output(module: fx.GraphModule, name: str) -> fx.GraphModule:
 def _rebuild(
     model: nn.Module, method: ToMe, on_unmatched: OnUnmatched, outputs: Outputs
 ) -> MergedModel:
-    return _class_like(type(model))(model, method, on_unmatched, outputs)
+    cls: Any = type(model)
+    return _class_like(cls)(model, method, on_unmatched, outputs)
 
 
 @functools.cache
-def _class_like(cls: type[nn.Module]) -> type[MergedModel]:
+def _class_like(cls: type[Any]) -> type[MergedModel]:
     # HuggingFace pipelines look a model's class up by its name.
     return type(cls.__name__, (MergedModel,), {"__doc__": MergedModel.__doc__})
 
@@ -356,19 +397,34 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def _parameter_names(model: nn.Module) -> tuple[str, ...]:
+def _inputs_of(model: nn.Module) -> tuple[tuple[str, ...], frozenset[str]]:
+    """The names of the forward's inputs in order, and those whose default is None."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     parameters = inspect.signature(model.forward).parameters.values()
-    return tuple(p.name for p in parameters if p.kind in kinds)
+    names = tuple(p.name for p in parameters if p.kind in kinds)
+    return names, frozenset(p.name for p in parameters if p.default is None)
 
 
-def _leaf_signature(value: Any, batch: int) -> Any:
-    if not isinstance(value, Tensor):
-        return repr(value)
-    batched = value.ndim > 0 and value.shape[0] == batch
-    sizes = value.shape[1:] if batched else value.shape
-    device = (value.device.type, value.device.index)
-    return (batched, tuple(int(s) for s in sizes), value.dtype, device)
+def _first_tensor(call: dict[str, Any]) -> Tensor | None:
+    """The input whose first dimension is the batch."""
+    return next((v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim), None)
+
+
+def _shape_of(value: Any, batch: int) -> Any:
+    """What a capture depends on in an input: all but the batch size and the tensor's values."""
+    if isinstance(value, Tensor):
+        batched = value.ndim > 0 and value.shape[0] == batch
+        sizes = value.shape[1:] if batched else value.shape
+        return (batched, tuple(int(s) for s in sizes), value.dtype, _device(value))
+    if isinstance(value, (tuple, list)):
+        return (type(value).__name__, *(_shape_of(v, batch) for v in value))
+    if isinstance(value, dict):
+        return ("dict", *((name, _shape_of(v, batch)) for name, v in value.items()))
+    return repr(value)
+
+
+def _device(tensor: Tensor) -> tuple[str, int | None]:
+    return (tensor.device.type, tensor.device.index)
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -384,8 +440,26 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     )
 
 
+def check_choices(on_unmatched: object, outputs: object) -> None:
+    """Refuses any other value of the two options that both doors have."""
+    _one_of("on_unmatched", on_unmatched, ("raise", "warn"))
+    _one_of("outputs", outputs, ("original", "merged"))
+
+
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
+class _NotPreparedError(TomeError, AssertionError):
+    """Dynamo raises an AssertionError as it is and wraps every other error."""
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _refuse_to_capture() -> None:
+    """Raises while Dynamo traces, not when what it traced runs."""
+    raise _NotPreparedError(
+        "this call signature was not captured before compiling, and a capture inside a "
+        "compiled region is impossible",
+        advice="call merged.prepare(inputs) with inputs like these first",
+    )

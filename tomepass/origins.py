@@ -6,13 +6,13 @@ input's tokens. Walking back from the stream to that ``cat`` tells where they st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
 
 from tomepass.axis import Axis, argument, dimensions, is_pointwise, move, same, shape_of
-from tomepass.structure import is_tensor
+from tomepass.structure import is_tensor, upstream_of
 
 aten = torch.ops.aten
 
@@ -24,10 +24,12 @@ class Origins:
     Args:
         from_input: for each position, whether the token depends on the user's input.
         given: the input itself already has the token axis: nothing built it in this graph.
+        lost_at: an operator behind which tokens of the model's own may stand anywhere.
     """
 
     from_input: tuple[bool, ...]
-    given: bool
+    given: bool = False
+    lost_at: fx.Node | None = None
 
     @property
     def protected(self) -> tuple[int, ...]:
@@ -74,7 +76,7 @@ class _Trace:
     def origins(self, node: fx.Node, dim: int) -> Origins:
         count = int(shape_of(node)[dim])
         if node not in self.dependent:
-            return Origins((False,) * count, False)
+            return Origins((False,) * count)
         if node.op == "placeholder":
             return Origins((True,) * count, True)
         if node.target is aten.cat.default:
@@ -88,9 +90,10 @@ class _Trace:
             and (source := _axis_before(node, operand, dim)) is not None
         ]
         if not found:
-            return Origins((True,) * count, False)
-        real = tuple(any(column) for column in zip(*(f.from_input for f in found), strict=True))
-        return Origins(real, any(f.given for f in found))
+            mixed = any(self._mixes(above) for above in upstream_of(node))
+            return Origins((True,) * count, lost_at=node if mixed else None)
+        columns = zip(*(f.from_input for f in found), strict=True)
+        return _union(found, tuple(any(column) for column in columns))
 
     def by_position(self, node: fx.Node, operand: fx.Node, dim: int) -> bool:
         """Does ``operand`` bring one row a token that no input reaches?"""
@@ -102,11 +105,15 @@ class _Trace:
     def _cat(self, node: fx.Node, dim: int) -> Origins:
         along = dimensions(argument(node, 1, "dim", 0), len(shape_of(node)))
         parts = [self.origins(part, dim) for part in node.args[0]]  # type: ignore[union-attr, arg-type]
-        given = any(p.given for p in parts)
         if along == (dim,):
-            return Origins(tuple(r for p in parts for r in p.from_input), given)
+            return _union(parts, tuple(real for p in parts for real in p.from_input))
         columns = zip(*(p.from_input for p in parts), strict=True)
-        return Origins(tuple(any(c) for c in columns), given)
+        return _union(parts, tuple(any(column) for column in columns))
+
+    def _mixes(self, node: fx.Node) -> bool:
+        """Does the node put something of the model's own beside what comes from the input?"""
+        parts = [part in self.dependent for part in node.all_input_nodes if is_tensor(part)]
+        return node.target is aten.cat.default and any(parts) and not all(parts)
 
     def windows(self, node: fx.Node, dim: int) -> bool:
         """Is the node a slice along ``dim``, at fixed positions?"""
@@ -120,7 +127,12 @@ class _Trace:
         (operand,) = node.all_input_nodes
         whole = self.origins(operand, dim)
         window = slice(*(argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step"))))
-        return Origins(whole.from_input[window], whole.given)
+        return replace(whole, from_input=whole.from_input[window])
+
+
+def _union(found: list[Origins], from_input: tuple[bool, ...]) -> Origins:
+    lost = next((f.lost_at for f in found if f.lost_at is not None), None)
+    return Origins(from_input, any(f.given for f in found), lost)
 
 
 def _axis_before(node: fx.Node, operand: fx.Node, dim: int) -> int | None:

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx
 
-from tomepass.axis import Axis, argument, shape_of
+from tomepass.axis import Axis, shape_of
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
-from tomepass.constants import hides_nothing
 from tomepass.origins import trace_origins
 from tomepass.schedule import capped
-from tomepass.structure import Mismatch, Stream, find_structure
-from tomepass.tokens import Attended, Layout, Positional, TokenFlow, follow_tokens
+from tomepass.structure import Block, Mismatch, Stream, find_structure, upstream_of
+from tomepass.tokens import Attended, Layout, Masked, Positional, TokenFlow, follow_tokens
 
 
 @dataclass(frozen=True)
@@ -52,11 +52,20 @@ class StreamPlan:
 
 @dataclass(frozen=True)
 class PlannedStream:
-    """A stream with its analysis and its plan: what the rewrite needs."""
+    """A stream with its analysis and its plan: what the rewrite needs.
+
+    Args:
+        stream: its blocks.
+        layout: of its entry.
+        flow: where its tokens go.
+        inner: everything its last attention depends on: there is merging still to come.
+        plan: the counts.
+    """
 
     stream: Stream
     layout: Layout
     flow: TokenFlow
+    inner: frozenset[fx.Node]
     plan: StreamPlan
 
 
@@ -76,22 +85,34 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
         ValueError: if the method lists more counts than a stream has blocks.
     """
     structure = find_structure(captured)
-    planned, mismatches = [], list(structure.mismatches)
+    planned: list[PlannedStream] = []
+    mismatches: list[Mismatch] = []
     for stream in structure.streams:
-        found = _plan_stream(captured, stream, method)
+        found = _plan_stream(captured, stream, structure.others, method)
         if isinstance(found, Mismatch):
             mismatches.append(found)
         else:
             planned.append(found)
-    if planned:
-        # An attention outside the streams only reads tokens: the token analysis deals with it.
-        mismatches = [m for m in mismatches if m not in structure.mismatches]
+    entries = {p.stream.entry for p in planned}
+    for attention, mismatch in structure.others.items():
+        # What an attention outside a stream reads of it, the token analysis deals with.
+        if mismatch not in mismatches and not entries & upstream_of(attention):
+            mismatches.append(mismatch)
+    if not planned and not mismatches:
+        mismatches.append(Mismatch("the graph holds no attention, so there are no tokens to merge"))
     return Planned(method, tuple(planned), tuple(mismatches))
 
 
 def _plan_stream(
-    captured: CanonicalGraph, stream: Stream, method: ToMe
+    captured: CanonicalGraph,
+    stream: Stream,
+    others: Mapping[fx.Node, Mismatch],
+    method: ToMe,
 ) -> PlannedStream | Mismatch:
+    inner = upstream_of(stream.blocks[-1].attention)
+    for attention, mismatch in others.items():
+        if attention in inner and stream.entry in upstream_of(attention):
+            return mismatch
     layout = _token_layout(captured.graph, stream)
     if isinstance(layout, Mismatch):
         return layout
@@ -103,36 +124,38 @@ def _plan_stream(
         if (mismatch := _check_block(block, layout, flow)) is not None:
             return mismatch
     plan = _schedule(len(layout.positions), protected, method.counts(len(stream.blocks)))
-    return PlannedStream(stream, layout, flow, plan)
+    return PlannedStream(stream, layout, flow, frozenset(inner), plan)
 
 
 def _token_layout(graph: fx.Graph, stream: Stream) -> Layout | Mismatch:
     """The layout of the stream's entry under which its first attention sees whole sequences."""
-    entry, attention = stream.entry, stream.blocks[0].attention
-    shape = shape_of(entry)
+    block = stream.blocks[0]
+    shape = shape_of(block.entry)
     reason = None
     for dim in sorted(range(len(shape)), key=lambda d: (d in (0, len(shape) - 1), d)):
         for batch in (b for b in range(len(shape)) if b != dim):
             layout = Layout(Axis(dim), Axis(batch), tuple(range(_count(shape[dim]))))
-            flow = follow_tokens(graph, entry, layout, (), until=attention)
-            if isinstance(flow.outcomes.get(attention), Attended):
+            flow = follow_tokens(graph, block.entry, layout, (), until=block.attention)
+            if isinstance(flow.outcomes.get(block.attention), (Attended, Masked)):
                 return layout
-            reason = reason or _first_obstacle(flow)
+            reason = reason or _obstacle(flow, block)
     return reason or Mismatch.at(
-        attention,
+        block.attention,
         f"attention does not see the residual stream {list(shape)} as one sequence of tokens",
         block=0,
     )
 
 
-def _first_obstacle(flow: TokenFlow) -> Mismatch | None:
+def _obstacle(flow: TokenFlow, block: Block) -> Mismatch | None:
+    """What keeps a block's attention from seeing all tokens, the first such thing."""
+    between = upstream_of(block.attention) - upstream_of(block.entry) | {block.attention}
     for node, outcome in flow.outcomes.items():
-        if isinstance(outcome, Positional):
+        if node in between and isinstance(outcome, Positional):
             return Mismatch.at(
                 node,
                 "expected attention over all tokens of the residual stream (a windowed or "
                 f"hierarchical model has none): {outcome.reason}",
-                block=0,
+                block=block.index,
             )
     return None
 
@@ -163,43 +186,32 @@ def _protected(
             advice="remove the graph break, or give the positions: ToMe(..., protected=(0,)) "
             "for a class token, protected=() for none",
         )
+    if origins.lost_at is not None:
+        return Mismatch.at(
+            origins.lost_at,
+            "the model puts tokens of its own among the input's before this operator, which may "
+            "move them: which tokens are protected cannot be seen",
+            advice="give their positions in the sequence the first block sees, for example "
+            "ToMe(..., protected=(0,))",
+        )
     return origins.protected
 
 
-def _check_block(block: Any, layout: Layout, flow: TokenFlow) -> Mismatch | None:
-    attention, index = block.attention, block.index
+def _check_block(block: Block, layout: Layout, flow: TokenFlow) -> Mismatch | None:
+    attention, stream = block.attention, block.merge_at
     outcome = flow.outcomes.get(attention)
+    if isinstance(outcome, Masked):
+        return Mismatch.at(attention, outcome.reason, block=block.index, advice=outcome.advice)
     if not isinstance(outcome, Attended) or outcome.layout.positions != layout.positions:
-        reason = getattr(outcome, "reason", "this attention does not see all tokens")
-        return Mismatch.at(attention, reason, block=index)
-    if argument(attention, 5, "is_causal", False):
-        return Mismatch.at(
-            attention,
-            "causal attention: merging would mix a token with later ones",
-            block=index,
-            advice="tomepass merges encoders; a decoder is left alone",
+        return _obstacle(flow, block) or Mismatch.at(
+            attention, "this attention sees only some of the tokens", block=block.index
         )
-    mask = argument(attention, 3, "attn_mask")
-    if isinstance(mask, fx.Node) and not hides_nothing(mask):
+    merged = flow.layouts.get(stream)
+    if merged != Layout(Axis(1), Axis(0), layout.positions) or len(shape_of(stream)) != 3:
         return Mismatch.at(
-            attention,
-            f"attention mask {mask.name} is not provably all true: it may be causal, a "
-            "padding mask or a position bias",
-            block=index,
-            advice="call the model without a mask; a decoder is left alone",
-        )
-    merged = flow.layouts.get(block.merge_at)
-    if merged is None or not merged.plain or merged.positions != layout.positions:
-        return Mismatch.at(
-            block.merge_at,
-            f"expected the residual stream as [B, N, C], got {list(shape_of(block.merge_at))}",
-            block=index,
-        )
-    if merged.tokens.dim != 1 or len(shape_of(block.merge_at)) != 3:
-        return Mismatch.at(
-            block.merge_at,
-            f"expected the residual stream as [B, N, C], got {list(shape_of(block.merge_at))}",
-            block=index,
+            stream,
+            f"expected the residual stream as [B, N, C], got {list(shape_of(stream))}",
+            block=block.index,
         )
     return None
 

@@ -134,7 +134,10 @@ def make_report(
     """Gathers a report; ``rewritten`` is None where the model is left alone."""
     mismatches = list(planned.mismatches)
     if refused is not None:
-        mismatches.insert(0, Mismatch(refused.reason, None, refused.node, refused.source))
+        mismatches.insert(
+            0,
+            Mismatch(refused.reason, refused.block, refused.node, refused.source, refused.advice),
+        )
     batch = batch_of(captured)
     before = {n.name: node_macs(n) // batch for n in captured.graph.nodes}
     original = sum(before.values())
@@ -184,9 +187,8 @@ def _stream(
                 source=source_line(block.attention),
             )
         )
-    return StreamReport(
-        planned.plan.tokens, planned.plan.protected, tuple(blocks), _readout(planned)
-    )
+    readout = _readout(planned, rewritten)
+    return StreamReport(planned.plan.tokens, planned.plan.protected, tuple(blocks), readout)
 
 
 def _members(planned: PlannedStream, graph: fx.Graph) -> list[list[str]]:
@@ -201,11 +203,15 @@ def _members(planned: PlannedStream, graph: fx.Graph) -> list[list[str]]:
     return members
 
 
-def _readout(planned: PlannedStream) -> tuple[str, ...]:
+def _readout(planned: PlannedStream, rewritten: Rewritten) -> tuple[str, ...]:
     lines = []
     for node, outcome in planned.flow.outcomes.items():
+        if node.name not in rewritten.renamed:  # nobody reads it
+            continue
         if isinstance(outcome, Averaged):
             lines.append(f"{node.name}: mean over tokens, weighted by size")
         elif isinstance(outcome, Taken) and outcome.layout is None:
             lines.append(f"{node.name}: reads tokens {list(outcome.positions)}")
+    layouts = {node.name for node in planned.flow.layouts}
+    lines += [f"{name}: {how}" for name, how in rewritten.returned.items() if name in layouts]
     return tuple(lines)

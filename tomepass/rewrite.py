@@ -7,7 +7,7 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tomepass.axis import argument, same, shape_of, target_name
+from tomepass.axis import same, same_shape, shape_of, target_name
 from tomepass.capture import CanonicalGraph, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
@@ -25,10 +25,21 @@ from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.planning import Planned, PlannedStream
-from tomepass.structure import Block
-from tomepass.tokens import SIZED, Attended, Averaged, Carried, Layout, Positional, Taken
+from tomepass.structure import Block, is_tensor
+from tomepass.tokens import (
+    SIZED,
+    Attended,
+    Averaged,
+    Carried,
+    Layout,
+    Outcome,
+    Positional,
+    Taken,
+)
 
 aten = torch.ops.aten
+
+_MIXED = "it combines tokens from before a merge with tokens from after it"
 
 
 @dataclass(frozen=True)
@@ -40,12 +51,14 @@ class Rewritten:
         source: the name of the node that maps original tokens of the first stream to final
             ones, None where nothing merges.
         unmerged: why and where tokens are unmerged before a reader, for the report.
+        returned: how each token sequence leaves the graph, by its name in the captured graph.
         renamed: for each node of the captured graph, the node that stands for it now.
     """
 
     module: fx.GraphModule
     source: str | None
     unmerged: tuple[str, ...]
+    returned: dict[str, str]
     renamed: dict[str, str]
 
 
@@ -110,23 +123,26 @@ class _Sweep:
         self.epoch: dict[fx.Node, int] = {}
         self.touched: set[fx.Node] = set()
         self.unmerged: list[str] = []
+        self.returned: dict[str, str] = {}
+        self.block: int | None = None
         self.streams = [_Merges(p) for p in planned.streams]
         self.stream_of: dict[fx.Node, _Merges] = {}
         self.outcomes: dict[fx.Node, Any] = {}
         self.layouts: dict[fx.Node, Layout] = {}
         self.merge_points: dict[fx.Node, tuple[_Merges, Block]] = {}
-        self.attentions: dict[fx.Node, _Merges] = {}
+        self.entries: dict[fx.Node, int] = {}
         for merges in self.streams:
             self._enlist(merges)
 
     def _enlist(self, merges: _Merges) -> None:
         flow, stream = merges.planned.flow, merges.planned.stream
-        if shared := self.layouts.keys() & flow.layouts.keys():
-            raise self._error(next(iter(shared)), "two residual streams meet here")
+        if shared := [node for node in flow.layouts if node in self.layouts]:
+            raise self._error(shared[0], "two residual streams meet here")
         self.layouts.update(flow.layouts)
         self.outcomes.update(flow.outcomes)
         self.stream_of.update(dict.fromkeys(flow.layouts, merges))
         for block, plan in zip(stream.blocks, merges.planned.plan.blocks, strict=True):
+            self.entries[block.entry] = block.index
             if plan.r:
                 self.merge_points[block.merge_at] = (merges, block)
 
@@ -137,26 +153,31 @@ class _Sweep:
             if node.op == "output":
                 self._output(node)
                 continue
+            self.block = self.entries.get(node, self.block)
             self.new[node] = self._node(node)
             if node in self.layouts and node not in self.epoch:
                 self.epoch[node] = 0
             if node in self.merge_points:
                 self._merge(node)
-        self._drop_dead_masks()
+            if any(node is m.planned.stream.blocks[-1].merge_at for m in self.streams):
+                self.block = None
+        source = self.streams[0].sources[-1] if self.method.trace_source else None
+        self._drop_dead(keep=source)
         self.graph.lint()
         module = fx.GraphModule(self.captured.module, self.graph)
         module.meta.update(self.captured.module.meta)
-        source = self.streams[0].sources[-1] if self.streams else None
         live = set(self.graph.nodes)
         return Rewritten(
             module,
-            source.name if source is not None and source in live else None,
+            None if source is None else source.name,
             tuple(self.unmerged),
+            self.returned,
             {old.name: new.name for old, new in self.new.items() if new in live},
         )
 
     def _node(self, node: fx.Node) -> fx.Node:
         outcome = self.outcomes.get(node)
+        self._check_writes(node, outcome)
         holders = [a for a in node.all_input_nodes if self.epoch.get(a, 0) > 0]
         if isinstance(outcome, Attended):
             return self._attend(node, outcome)
@@ -172,23 +193,39 @@ class _Sweep:
         return handle(node, outcome, merges)
 
     def _copy(self, node: fx.Node) -> fx.Node:
-        copy = self.graph.node_copy(node, self.new.__getitem__)
+        return self._copy_with(node, {})
+
+    def _copy_with(self, node: fx.Node, operands: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """A copy that reads original tokens only, if any: its result is what it always was."""
+        copy = self.graph.node_copy(node, lambda a: operands.get(a, self.new[a]))
         if any(a in self.touched for a in copy.all_input_nodes):
             self._execute(copy)
+            if is_tensor(node) and not same_shape(copy, node):
+                raise self._error(
+                    node, f"expected {list(shape_of(node))}, got {list(shape_of(copy))}"
+                )
         return copy
 
     # ---- one handler an outcome ------------------------------------------------------------
 
     def _carry(self, node: fx.Node, outcome: Carried, merges: _Merges) -> fx.Node:
         if outcome.sides:
+            side = outcome.sides[0].name
+            reason = f"operand {side} brings one row a token and does not come from the tokens"
+            if node not in merges.planned.inner:
+                return self._unmerge_first(node, Positional(reason), merges)
             raise self._error(
                 node,
-                f"{outcome.sides[0].name} holds one row a token, does not come from the tokens, "
-                "and meets them after a merge (a rotary table or a position bias): carrying it "
-                "through a merge is not supported",
+                f"{reason}; it meets them after a merge, and carrying it through one is not "
+                "supported (a position embedding, a rotary table, what was read by position)",
             )
         holders = [a for a in node.all_input_nodes if a in self.layouts]
         epoch = max(self.epoch[a] for a in holders)
+        if any(self.epoch[a] < epoch for a in holders):
+            if node not in merges.planned.inner:
+                return self._unmerge_first(node, Positional(_MIXED), merges)
+            if _written(node):
+                raise self._error(node, f"{target_name(node)} writes tokens in place: {_MIXED}")
         inputs = {a: self._at_epoch(a, epoch) for a in holders}
         copy = self.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
         length = merges.length(outcome.layout, epoch)
@@ -216,7 +253,8 @@ class _Sweep:
         operand = node.all_input_nodes[0]
         layout, epoch = self.layouts[operand], self.epoch[operand]
         if not layout.plain:
-            raise self._error(node, "a mean over tokens that are not batch first")
+            reason = "a mean over tokens that are folded with the batch or not batch first"
+            return self._unmerge_first(node, Positional(reason), merges)
         size = merges.sizes[epoch]
         assert size is not None
         indices = merges.indices(layout.positions, epoch, _whole(merges))
@@ -228,23 +266,21 @@ class _Sweep:
         return mean if dtype is None else self._emit(node, aten.to.dtype, mean, dtype)
 
     def _unmerge_first(self, node: fx.Node, outcome: Positional, merges: _Merges) -> fx.Node:
-        if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
-            raise self._error(node, f"{target_name(node)} changes unmerged tokens in place")
+        if _written(node):
+            raise self._error(node, f"{target_name(node)} writes tokens in place: {outcome.reason}")
         self.unmerged.append(f"{node.name}: {outcome.reason} ({source_line(node) or 'no source'})")
-        inputs = {
-            a: self._unmerged(node, a) for a in node.all_input_nodes if self.epoch.get(a, 0) > 0
-        }
-        copy = self.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
-        self._execute(copy)
-        return copy
+        merged = [a for a in node.all_input_nodes if self.epoch.get(a, 0) > 0]
+        return self._copy_with(node, {a: self._unmerged(node, a) for a in merged})
 
     def _attend(self, node: fx.Node, outcome: Attended) -> fx.Node:
-        query, key, value = node.args[:3]
-        merges = self.stream_of[key]  # type: ignore[index]
+        operands: list[fx.Node] = list(node.args[:3])  # type: ignore[arg-type]
+        merges = self.stream_of[operands[0]]
         if not any(block.r for block in merges.planned.plan.blocks):
             return self._copy(node)
-        epoch = max(self.epoch[a] for a in (query, key, value))  # type: ignore[index]
-        q, k, v = (self._at_epoch(a, epoch) for a in (query, key, value))  # type: ignore[arg-type]
+        epoch = max(self.epoch[a] for a in operands)
+        if node not in merges.planned.inner and any(self.epoch[a] < epoch for a in operands):
+            return self._unmerge_first(node, Positional(_MIXED), merges)
+        q, k, v = (self._at_epoch(a, epoch) for a in operands)
         size = merges.sizes[epoch] if self.method.prop_attn else None
         bias = None if size is None else self._emit(node, log_size, size, q)
         kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
@@ -255,12 +291,16 @@ class _Sweep:
         return copy
 
     def _output(self, node: fx.Node) -> None:
-        def restored(operand: fx.Node) -> fx.Node:
-            if self.keep_short or not self.epoch.get(operand, 0):
-                return self.new[operand]
-            return self._unmerged(node, operand)
+        def left(operand: fx.Node) -> fx.Node:
+            epoch = self.epoch.get(operand, 0)
+            if epoch:
+                length = self.stream_of[operand].length(self.layouts[operand], epoch)
+                tokens = len(self.layouts[operand].positions)
+                how = f"merged, {length}" if self.keep_short else f"unmerged from {length} to {tokens}"
+                self.returned[operand.name] = f"returned {how} tokens"
+            return self.new[operand] if self.keep_short else self._unmerged(node, operand)
 
-        self.graph.node_copy(node, restored)
+        self.graph.node_copy(node, left)
 
     # ---- merging and back ------------------------------------------------------------------
 
@@ -268,7 +308,8 @@ class _Sweep:
         merges, block = self.merge_points[node]
         plan = merges.planned.plan.blocks[block.index]
         epoch = self.epoch[node]
-        assert merges.tokens[epoch] == plan.tokens_in, "the plan and the sweep disagree"
+        if merges.tokens[epoch] != plan.tokens_in or len(merges.assigns) != epoch:
+            raise self._error(node, "the residual stream does not follow from the last merge")
         held = merges.protected if epoch == 0 else tuple(range(len(merges.protected)))
         size = merges.sizes[epoch]
         key = self._at_epoch(block.key, epoch)
@@ -296,20 +337,29 @@ class _Sweep:
         return x
 
     def _unmerged(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
-        layout, epoch = self.layouts[operand], self.epoch[operand]
-        merges = self.stream_of[operand]
+        """The value of a token holder for every original token."""
+        epoch = self.epoch.get(operand, 0)
+        if epoch == 0:
+            return self.new[operand]
+        merges, layout = self.stream_of[operand], self.layouts[operand]
+        if not layout.plain:
+            # What keeps tokens apart does the same to original ones: unmerge before it.
+            if _written(operand):
+                raise self._error(reader, f"{target_name(operand)} writes tokens in place")
+            merged = [a for a in operand.all_input_nodes if a in self.layouts]
+            return self._copy_with(operand, {a: self._unmerged(reader, a) for a in merged})
         source = merges.sources[epoch]
         assert source is not None
-        if not layout.plain:
-            raise self._error(
-                operand,
-                f"{target_name(reader)} needs the original tokens, but they are folded together "
-                "with the batch or not batch first",
-            )
         if removed := [p for p in merges.protected if p not in layout.positions]:
             gone = [merges.protected.index(p) for p in removed]
             source = self._emit(reader, narrow_source, source, list(layout.positions), gone)
         return self._emit(reader, unmerge, self.new[operand], source, layout.tokens.dim)
+
+    def _check_writes(self, node: fx.Node, outcome: Outcome | None) -> None:
+        # What was a view of tokens may be none of the merged ones.
+        for operand in _written(node) if not isinstance(outcome, Carried) else ():
+            if any(self.epoch.get(base, 0) for base in _viewed(operand)):
+                raise self._error(node, f"{target_name(node)} writes into merged tokens in place")
 
     # ---- making nodes ----------------------------------------------------------------------
 
@@ -329,8 +379,8 @@ class _Sweep:
         sizes = list(copy.args[at])  # type: ignore[arg-type]
         assert outcome.size_at is not None
         entry, axis = outcome.size_at, outcome.layout.tokens
-        if same(axis.before, 1) and isinstance(axis.after, int):
-            sizes[entry] = length * axis.after
+        if isinstance(size := axis.before * length * axis.after, int):
+            sizes[entry] = size
         elif all(s != -1 for i, s in enumerate(sizes) if i != entry):
             sizes[entry] = -1
         elif sizes[entry] != -1:
@@ -367,19 +417,42 @@ class _Sweep:
                 node, f"expected {length} tokens on dimension {axis.dim}, got {list(shape)}"
             )
 
-    def _drop_dead_masks(self) -> None:
+    def _drop_dead(self, keep: fx.Node | None) -> None:
         # A dropped mask leaves its arithmetic behind; what the captured graph already held
         # for its effects (assertions) stays.
         for node in reversed(self.graph.nodes):
-            if node.op == "call_function" and not node.users and not node.is_impure():
+            unused = node.op == "call_function" and not node.users and not node.is_impure()
+            if unused and node is not keep:
                 self.graph.erase_node(node)
 
     def _error(self, node: fx.Node, reason: str) -> TomeError:
-        return TomeError(reason, node=node.name, source=source_line(node))
+        return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
 
 
 def _whole(merges: _Merges) -> Layout:
     return merges.planned.layout
+
+
+def _written(node: fx.Node) -> list[fx.Node]:
+    """The operands that an operator writes into."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    written = [
+        node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
+        for i, a in enumerate(schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    return [w for w in written if isinstance(w, fx.Node)]
+
+
+def _viewed(node: fx.Node) -> Iterator[fx.Node]:
+    """The node and everything it is a view of."""
+    yield node
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and any(r.alias_info is not None for r in schema.returns):
+        for operand in node.all_input_nodes[:1]:
+            yield from _viewed(operand)
 
 
 def _dump(module: fx.GraphModule, name: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 
@@ -31,6 +33,8 @@ class Schedule:
     def from_json(data: Any) -> Schedule:
         """Reads what :meth:`to_json` wrote."""
         if isinstance(data, dict):
+            if set(data) != {"r", "inflection"}:
+                raise ValueError(f"expected r as {{r, inflection}}, got {data!r}")
             return parse_schedule((data["r"], data["inflection"]))
         return parse_schedule(data)
 
@@ -85,7 +89,8 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
         return (r,)  # no line through one block; its mean is r
     low = int(r * (1 - inflection))
     high = 2 * r - low
-    return tuple(int(low + (high - low) * i / (blocks - 1)) for i in range(blocks))
+    # In integers, where no rounding can lose a whole token.
+    return tuple(low + (high - low) * i // (blocks - 1) for i in range(blocks))
 
 
 def capped(r: int, tokens: int, protected: tuple[int, ...]) -> int:
@@ -104,16 +109,27 @@ def capped(r: int, tokens: int, protected: tuple[int, ...]) -> int:
     return max(0, min(r, (tokens - len(held)) // 2, sources))
 
 
+def as_int(value: Any) -> int | None:
+    """The int that ``value`` is, numpy's included; None for a bool, a float and all the rest."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
 def _count(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    count = as_int(value)
+    if count is None:
         raise TypeError(f"r counts tokens: expected an int, got {value!r}")
-    if value < 0:
-        raise ValueError(f"r counts tokens: expected 0 or more, got {value}")
-    return value
+    if count < 0:
+        raise ValueError(f"r counts tokens: expected 0 or more, got {count}")
+    return count
 
 
 def _inflection(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"inflection: expected a number in [-1, 1], got {value!r}")
     if not -1 <= value <= 1:
         raise ValueError(f"inflection: expected a number in [-1, 1], got {value}")

@@ -9,13 +9,14 @@ and the kind of MLP never show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from tomepass.axis import same_shape
 from tomepass.capture import CanonicalGraph, source_line
 
 aten = torch.ops.aten
@@ -23,7 +24,7 @@ aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
 SUMS = (aten.add.Tensor, aten.add_.Tensor)
 SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-MATMULS = (aten.matmul.default, aten.bmm.default)
+MATMULS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 # Stands above all inputs in the dominator tree.
 ROOT = "inputs"
@@ -103,29 +104,34 @@ class Stream:
 
 @dataclass(frozen=True)
 class Structure:
-    """What stage 2 found: the streams, and the attentions that belong to none."""
+    """What stage 2 found.
+
+    Args:
+        streams: the residual streams.
+        others: the attentions that belong to none, and why. One written by hand is its softmax.
+    """
 
     streams: tuple[Stream, ...]
-    mismatches: tuple[Mismatch, ...]
+    others: Mapping[fx.Node, Mismatch]
 
 
 def find_structure(captured: CanonicalGraph) -> Structure:
-    """The streams of a graph, longest chains of blocks first to last."""
-    attentions = attention_nodes(captured.graph)
-    if not attentions:
-        return Structure((), (_no_attention(captured.graph),))
+    """The streams of a graph, first to last, and the attentions that are no block's."""
     flow = Dataflow(captured)
     chains: list[list[Block]] = []
-    mismatches = []
-    for attention in attentions:
-        found = _block(flow, attention, len(chains[-1]) if chains else 0)
+    others: dict[fx.Node, Mismatch] = {}
+    fused, manual = attention_nodes(captured.graph), manual_attentions(captured.graph)
+    for number, attention in enumerate(sorted([*fused, *manual], key=flow.order.__getitem__)):
+        above = [c for c in chains if flow.dominates(c[-1].merge_at, attention)]
+        chain = above[-1] if above else []
+        found = _block(flow, attention, len(chain))
         if isinstance(found, Mismatch):
-            mismatches.append(found)
-        elif chains and flow.dominates(chains[-1][-1].merge_at, found.attention):
-            chains[-1].append(found)
-        else:
-            chains.append([Block(0, found.entry, attention, found.join, found.merge_at)])
-    return Structure(tuple(Stream(tuple(chain)) for chain in chains), tuple(mismatches))
+            others[attention] = replace(found, block=number)
+            continue
+        if not chain:
+            chains.append(chain)
+        chain.append(found)
+    return Structure(tuple(Stream(tuple(chain)) for chain in chains), others)
 
 
 def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
@@ -133,17 +139,38 @@ def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
     return list(graph.find_nodes(op="call_function", target=ATTENTION))
 
 
+def manual_attentions(graph: fx.Graph) -> list[fx.Node]:
+    """Softmaxes that feed a matrix product and were fed by one: attention written by hand."""
+    return [
+        node
+        for softmax in SOFTMAXES
+        for node in graph.find_nodes(op="call_function", target=softmax)
+        if _near(node, MATMULS, up=True) and _near(node, MATMULS, up=False)
+    ]
+
+
 def manual_attention(graph: fx.Graph) -> fx.Node | None:
-    """A softmax that feeds a matrix product and was fed by one: attention written by hand."""
-    for softmax in SOFTMAXES:
-        for node in graph.find_nodes(op="call_function", target=softmax):
-            if _near(node, MATMULS, up=True) and _near(node, MATMULS, up=False):
-                return node
-    return None
+    """The first attention written by hand."""
+    return next(iter(manual_attentions(graph)), None)
+
+
+def upstream_of(node: fx.Node) -> set[fx.Node]:
+    """Every node that ``node`` depends on."""
+    above: set[fx.Node] = set()
+    frontier = [node]
+    while frontier:
+        for operand in frontier.pop().all_input_nodes:
+            if operand not in above:
+                above.add(operand)
+                frontier.append(operand)
+    return above
 
 
 class Dataflow:
-    """Dominance over the tensors that depend on the user's inputs and reach an output."""
+    """Dominance over the tensors that depend on the user's inputs and reach an output.
+
+    What an attention's mask is made from does not count: whether it may merge is asked later.
+    """
 
     def __init__(self, captured: CanonicalGraph) -> None:
         self.order = {node: i for i, node in enumerate(captured.graph.nodes)}
@@ -153,7 +180,7 @@ class Dataflow:
             if node.op == "placeholder" and node.name in captured.data:
                 flow.add_edge(ROOT, node)
             elif node.op == "output" or is_tensor(node):
-                flow.add_edges_from((a, node) for a in node.all_input_nodes if a in flow)
+                flow.add_edges_from((a, node) for a in _operands(node) if a in flow)
         live = nx.ancestors(flow, self.output) | {self.output} if self.output in flow else set()
         self.flow = flow.subgraph(live)
         self._above = nx.immediate_dominators(self.flow, ROOT) if live else {}
@@ -165,6 +192,8 @@ class Dataflow:
 
     def dominates(self, above: fx.Node, below: fx.Node) -> bool:
         """Does every path from an input to ``below`` pass through ``above``?"""
+        if above not in self._spans or below not in self._spans:
+            return False
         first, last = self._spans[above]
         return first <= self._spans[below][0] < last
 
@@ -181,6 +210,12 @@ class Dataflow:
         return int(self.flow.out_degree(node))
 
 
+def _operands(node: fx.Node) -> list[fx.Node]:
+    if node.target is ATTENTION:
+        return [a for a in node.args[:3] if isinstance(a, fx.Node)]
+    return node.all_input_nodes
+
+
 def is_tensor(node: fx.Node) -> bool:
     """Does the node hold a tensor, or several?"""
     value = node.meta.get("val")
@@ -190,44 +225,59 @@ def is_tensor(node: fx.Node) -> bool:
 
 
 def _block(flow: Dataflow, attention: fx.Node, index: int) -> Block | Mismatch:
+    if attention.target is not ATTENTION:
+        return Mismatch.at(
+            attention,
+            "attention is written out as matmul, softmax, matmul here; "
+            "expected scaled_dot_product_attention",
+            advice='load the model with attn_implementation="sdpa" where it has that, and without '
+            "output_attentions",
+        )
     if attention not in flow:
         return Mismatch.at(attention, "this attention does not read the model's input")
+    foreign = None
     for join in flow.after(attention):
-        entry = _residual_operand(flow, join, attention)
-        if entry is None:
-            continue
-        if not flow.dominates(entry, attention):
-            return Mismatch.at(
-                join,
-                "expected a residual sum of an attention and the value it was computed from; "
-                "this sum adds another value",
-                block=index,
-            )
-        return Block(index, entry, attention, join, _stream_node(flow, join))
+        for term in _earlier_terms(flow, join, attention):
+            if flow.dominates(term, attention):
+                return Block(index, term, attention, join, _stream_node(flow, join))
+            foreign = foreign or join
+    if foreign is not None:
+        return Mismatch.at(
+            foreign,
+            "expected a residual sum of an attention and the value it was computed from; "
+            "this sum adds another value",
+        )
     return Mismatch.at(
         attention, "no residual sum follows this attention: it is not a transformer block's"
     )
 
 
-def _residual_operand(flow: Dataflow, join: fx.Node, attention: fx.Node) -> fx.Node | None:
+def _earlier_terms(flow: Dataflow, join: fx.Node, attention: fx.Node) -> Iterator[fx.Node]:
+    """What a sum adds that was there before the attention ran, sums within it taken apart."""
     if join.target not in SUMS:
-        return None
+        return
     for operand in join.args[:2]:
         if (
             isinstance(operand, fx.Node)
             and operand in flow
             and flow.order[operand] < flow.order[attention]
-            and operand.meta["val"].shape == join.meta["val"].shape
+            and same_shape(operand, join)
         ):
-            return operand
-    return None
+            yield operand
+            yield from _earlier_terms(flow, operand, attention)
 
 
 def _stream_node(flow: Dataflow, join: fx.Node) -> fx.Node:
     # Pre-norm: the sum fans out to the norm and the next sum. Post-norm: the norm does.
-    if flow.readers(join) > 1:
-        return join
-    return next((node for node in flow.after(join) if flow.readers(node) > 1), join)
+    # With the MLP beside the attention, the sum after this one; the last may not fan out.
+    last = join
+    for node in (join, *flow.after(join)):
+        if not same_shape(node, join):
+            break
+        if flow.readers(node) > 1:
+            return node
+        last = node if node.target in SUMS else last
+    return last
 
 
 def _tree_spans(parents: dict[fx.Node, fx.Node]) -> dict[fx.Node, tuple[int, int]]:
@@ -246,17 +296,6 @@ def _tree_spans(parents: dict[fx.Node, fx.Node]) -> dict[fx.Node, tuple[int, int
         elif label == "reverse":
             spans[node] = (first[node], clock)
     return spans
-
-
-def _no_attention(graph: fx.Graph) -> Mismatch:
-    if (softmax := manual_attention(graph)) is not None:
-        return Mismatch.at(
-            softmax,
-            "attention is written out as matmul, softmax, matmul here; "
-            "expected scaled_dot_product_attention",
-            advice='load the model with attn_implementation="sdpa"',
-        )
-    return Mismatch("the graph holds no attention, so there are no tokens to merge")
 
 
 def _near(node: fx.Node, targets: tuple[object, ...], *, up: bool, steps: int = 6) -> bool:

@@ -24,6 +24,7 @@ from tomepass.axis import (
     shape_of,
     target_name,
 )
+from tomepass.constants import hides_nothing
 from tomepass.structure import ATTENTION
 
 aten = torch.ops.aten
@@ -110,6 +111,13 @@ class Positional:
     """The operator reads tokens by position: unmerge first."""
 
     reason: str
+
+
+@dataclass(frozen=True)
+class Masked(Positional):
+    """An attention in which not every token sees, or may not see, every other: unmerge first."""
+
+    advice: str
 
 
 Outcome = Carried | Taken | Averaged | Attended | Positional
@@ -200,7 +208,7 @@ def _taken(
     drops: bool,
 ) -> Outcome:
     rest = set(layout.positions) - protected
-    if protected.issuperset(taken):
+    if taken and protected.issuperset(taken):
         return Taken(taken, layout.tokens.dim, None, drops)
     if rest.issubset(taken) and not drops and list(taken) == sorted(taken):
         return Taken(taken, layout.tokens.dim, replace(layout, positions=taken), drops)
@@ -257,5 +265,17 @@ def _attention(node: fx.Node, flow: TokenFlow) -> Outcome:
         return Positional(
             "expected attention over [B, H, N, D] with all tokens on N, "
             f"got {list(shape_of(operands[0]))}"
+        )
+    if argument(node, 5, "is_causal", False):
+        return Masked(
+            "causal attention: merging would mix a token with later ones",
+            "tomepass merges encoders; a decoder is left alone",
+        )
+    mask = argument(node, 3, "attn_mask")
+    if isinstance(mask, fx.Node) and not hides_nothing(mask):
+        return Masked(
+            f"attention mask {mask.name} is not provably all true: it may be causal, a padding "
+            "mask or a position bias",
+            "call the model without a mask; a decoder is left alone",
         )
     return Attended(first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,4 +28,11 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
 def without_autocast(device: torch.device) -> Any:
     """Matching and sizes are float32 work, whatever the model's autocast says."""
+    if not torch.amp.is_autocast_available(device.type):  # a meta device
+        return nullcontext()
     return torch.autocast(device_type=device.type, enabled=False)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for a value of ``dtype``: float64 stays exact, the rest widens."""
+    return torch.promote_types(dtype, torch.float32)

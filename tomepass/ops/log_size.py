@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import register, without_autocast
+from tomepass.ops.library import at_least_float32, register, without_autocast
 
 
 @register("log_size(Tensor size, Tensor query) -> Tensor")
@@ -20,4 +20,5 @@ def log_size(size: Tensor, query: Tensor) -> Tensor:
         ``[B, 1, 1, N]`` in the dtype of ``query``.
     """
     with torch.no_grad(), without_autocast(size.device):
-        return size.log().to(query.dtype)[:, None, None, :]
+        wide = size.to(at_least_float32(query.dtype))
+        return wide.log().to(query.dtype)[:, None, None, :]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import register, without_autocast
+from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.positions import constant, take
+from tomepass.schedule import capped
 
 
 @register("match(Tensor keys, SymInt r, int[] protected) -> Tensor")
@@ -23,23 +27,33 @@ def match(keys: Tensor, r: int, protected: list[int]) -> Tensor:
 
     Returns:
         ``[B, N]`` int64: for each token its index in the merged sequence, whose order is the
-        protected tokens, the unmerged even ones, then the odd ones, each by position.
+        protected tokens, the unmerged even ones, then the odd ones, each by position. Where
+        nothing merges the sequence stays as it was.
+
+    Raises:
+        ValueError: if ``r`` is more than can merge.
     """
     tokens = keys.shape[2]
-    held = set(protected)
+    held = sorted(set(protected))
+    if r != (most := capped(r, tokens, tuple(held))):
+        raise ValueError(f"{most} of {tokens} tokens can merge, {len(held)} protected: got r={r}")
+    if r == 0:
+        return torch.arange(tokens, device=keys.device).repeat(keys.shape[0], 1)
     even = [i for i in range(0, tokens, 2) if i not in held]
     odd = [i for i in range(1, tokens, 2) if i not in held]
     with without_autocast(keys.device), torch.no_grad():
-        metric = torch.nn.functional.normalize(keys.detach().float().mean(1), dim=-1)
+        wide = keys.detach().to(at_least_float32(keys.dtype))
+        metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
         scores = take(metric, even) @ take(metric, odd).transpose(1, 2)
         scores = torch.where(scores.isnan(), -float("inf"), scores)
         similarity, partner = scores.max(dim=-1)
         merged = rank(similarity) < r
         # A token that stays moves up by the merged ones before it.
         stays = torch.arange(len(even), device=keys.device) - (merged.cumsum(-1) - merged.long())
-        first_odd = len(protected) + len(even) - r
-        even_index = torch.where(merged, first_odd + partner, len(protected) + stays)
-        return _in_sequence(even_index, even, odd, list(protected), first_odd)
+        first_odd = len(held) + len(even) - r
+        even_index = torch.where(merged, first_odd + partner, len(held) + stays)
+        odd_index = constant(list(range(first_odd, tokens - r)), keys.shape[0], keys.device)
+        return _in_sequence(even_index, odd_index, held, tokens)
 
 
 def rank(similarity: Tensor) -> Tensor:
@@ -54,29 +68,21 @@ def rank(similarity: Tensor) -> Tensor:
     return before.sum(-1)
 
 
-def take(x: Tensor, positions: list[int], dim: int = 1) -> Tensor:
-    """``x`` at fixed positions, by a strided slice where they are evenly spaced."""
-    if not positions:
-        return x.narrow(dim, 0, 0)
-    step = positions[1] - positions[0] if len(positions) > 1 else 1
-    if step > 0 and positions == list(range(positions[0], positions[-1] + 1, step)):
-        return torch.ops.aten.slice.Tensor(x, dim, positions[0], positions[-1] + 1, step)
-    return x.index_select(dim, torch.tensor(positions, device=x.device))
-
-
-def _in_sequence(
-    even_index: Tensor, even: list[int], odd: list[int], protected: list[int], first_odd: int
-) -> Tensor:
-    # Concatenated by kind, then put back at the positions the tokens came from.
-    device, batch = even_index.device, even_index.shape[0]
-    by_kind = torch.cat(
-        [
-            torch.arange(len(protected), device=device).expand(batch, -1),
-            even_index,
-            (first_odd + torch.arange(len(odd), device=device)).expand(batch, -1),
-        ],
-        dim=1,
-    )
-    order = protected + even + odd
-    back = sorted(range(len(order)), key=order.__getitem__)
-    return by_kind.index_select(1, torch.tensor(back, device=device))
+def _in_sequence(even_index: Tensor, odd_index: Tensor, held: list[int], tokens: int) -> Tensor:
+    """The indices of even, odd and protected tokens, each at the position it came from."""
+    columns = []
+    for parity, index in enumerate((even_index, odd_index)):
+        parts, used = [], 0
+        for protected, group in groupby(range(parity, tokens, 2), key=held.__contains__):
+            positions = list(group)
+            if protected:
+                own = [held.index(p) for p in positions]
+                parts.append(constant(own, index.shape[0], index.device))
+            else:
+                parts.append(index[:, used : used + len(positions)])
+                used += len(positions)
+        columns.append(torch.cat(parts, dim=1))
+    even, odd = columns
+    if tokens % 2:
+        odd = torch.cat([odd, even[:, :1]], dim=1)  # cut off again
+    return torch.stack([even, odd], dim=-1).flatten(1)[:, :tokens]

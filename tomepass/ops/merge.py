@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import register, without_autocast
+from tomepass.ops.library import at_least_float32, register, without_autocast
 
 
 @register("merge(Tensor x, Tensor? size, Tensor assign, SymInt tokens) -> Tensor")
@@ -24,7 +24,7 @@ def merge(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> Tensor
     # One matmul with the normalised weights: deterministic, differentiable, exports anywhere.
     with without_autocast(x.device):
         with torch.no_grad():
-            weight = _weights(size, assign, tokens)
+            weight = _weights(size, assign, tokens).to(at_least_float32(x.dtype))
             weight = (weight / weight.sum(-1, keepdim=True)).to(x.dtype)
         return weight @ x
 

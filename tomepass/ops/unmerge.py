@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tomepass.ops.library import register
+from tomepass.ops.positions import take
 
 
 @register("unmerge(Tensor x, Tensor source, int dim) -> Tensor")
@@ -45,7 +46,6 @@ def narrow_source(source: Tensor, positions: list[int], removed: list[int]) -> T
     Returns:
         ``[B, len(positions)]``.
     """
-    index = torch.tensor(positions, device=source.device)
-    kept = source.index_select(1, index)
+    kept = take(source, positions)
     shift = sum(((kept > r).long() for r in removed), start=kept.new_zeros(()))
     return kept - shift

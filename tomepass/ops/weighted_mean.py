@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tomepass.ops.library import register, without_autocast
+from tomepass.ops.library import at_least_float32, register, without_autocast
 
 
 @register("weighted_mean(Tensor x, Tensor size, int dim, bool keepdim) -> Tensor")
@@ -23,5 +23,6 @@ def weighted_mean(x: Tensor, size: Tensor, dim: int, keepdim: bool) -> Tensor:
     shape = [1] * x.ndim
     shape[0], shape[dim] = size.shape
     with without_autocast(x.device):
-        weight = (size / size.sum(-1, keepdim=True)).reshape(shape)
+        wide = size.to(at_least_float32(x.dtype))
+        weight = (wide / wide.sum(-1, keepdim=True)).reshape(shape)
         return (x * weight).sum(dim, keepdim).to(x.dtype)

@@ -1,0 +1,45 @@
+"""What all tests share: tiny models, and a Dynamo that forgets between tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch._dynamo
+from zoo import FAMILIES, make_inputs, make_model
+
+__all__ = ["FAMILIES", "make_inputs", "make_model"]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Dynamo compiles a code object eight times at most: the tests must not add up."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family in turn, by name."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session")
+def shared_models() -> dict[str, Any]:
+    """One model of each family for tests that leave it as it is."""
+    return {name: make_model(name) for name in FAMILIES}
+
+
+@pytest.fixture
+def vit() -> Any:
+    """A fresh ViT classifier."""
+    return make_model("vit")
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Two images for it: ``[2, 3, 32, 32]``."""
+    return make_inputs("vit")["pixel_values"]

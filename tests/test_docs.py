@@ -1,0 +1,44 @@
+"""The examples in README and docs run as written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo import make_model
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+HUB_ID = "google/vit-base-patch16-224"
+
+
+def _blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p)], ids=lambda p: p.name)
+def test_python_examples_run_in_order(page: Path, tmp_path: Path) -> None:
+    make_model("vit").save_pretrained(tmp_path / "model")
+    names: dict[str, Any] = {"x": torch.randn(2, 3, 32, 32)}
+    for block in _blocks(page):
+        code = block.replace(HUB_ID, str(tmp_path / "model"))
+        exec(compile(code, page.name, "exec"), names)
+
+
+def test_the_pages_that_are_linked_exist() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_no_page_names_a_command_that_does_not_exist() -> None:
+    from tomepass.cli import app
+
+    known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
+    for page in PAGES:
+        used = set(re.findall(r"^tomepass ([a-z]+)", page.read_text(), flags=re.MULTILINE))
+        assert used <= known, f"{page.name}: {used - known}"

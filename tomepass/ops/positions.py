@@ -1,0 +1,42 @@
+"""Fixed positions of a sequence, as slices and ranges.
+
+A tensor made from a list inside a composite operator is a constant that
+``ExportedProgram.run_decompositions()`` loses, and a copy to the device on every call.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def runs(positions: list[int]) -> list[range]:
+    """Ascending positions as evenly spaced runs."""
+    found: list[range] = []
+    for position in positions:
+        last = found[-1] if found else range(0)
+        if len(last) == 1:
+            step = position - last[0]
+            found[-1] = range(last[0], position + step, step)
+        elif last and position == last.stop:
+            found[-1] = range(last.start, position + last.step, last.step)
+        else:
+            found.append(range(position, position + 1))
+    return found
+
+
+def take(x: Tensor, positions: list[int]) -> Tensor:
+    """``x`` at ascending positions of dimension 1."""
+    parts = [
+        torch.ops.aten.slice.Tensor(x, 1, run.start, run[-1] + 1, run.step)
+        for run in runs(positions)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(parts, dim=1) if parts else x.narrow(1, 0, 0)
+
+
+def constant(values: list[int], batch: int, device: torch.device) -> Tensor:
+    """Ascending ints, the same for each image: ``[B, len(values)]`` int64."""
+    parts = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs(values)]
+    return torch.cat(parts).expand(batch, -1)

@@ -1,0 +1,222 @@
+"""Plots of measurements, as PNG files made for a README's width."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from tomepass.benchmarking import Environment, Measurement
+
+_INK = "#1f2933"
+_QUIET = "#7b8794"
+_GRID = "#e4e7eb"
+_DEEP, _SOFT = "#2f74b5", "#a3c5e5"
+_SERIES = (_DEEP, _SOFT, "#e0a458", "#6a4c93")
+_SIZE = (7.6, 4.2)  # inches; at 160 dots an inch, 1216 x 672 pixels
+_DOTS = 160
+
+
+def speed_plot(
+    measurements: Sequence[Measurement],
+    path: str | Path,
+    environment: Environment | None = None,
+) -> None:
+    """Measured speed-up against the one by MACs alone: a group of bars for each r.
+
+    Args:
+        measurements: of one model, dtype, batch and backend; one bar for each method and set of
+            backend options. Whiskers span the least and the greatest ratio of a round.
+        path: the PNG to write.
+        environment: where they were made, for the second line of the title.
+
+    Raises:
+        ValueError: if there is nothing to plot, or more than one setting to plot it for.
+    """
+    from tomepass.benchmarking import machine
+
+    titles = {m.settings.title for m in measurements}
+    if len(titles) != 1:
+        raise ValueError(
+            "a plot shows one model, dtype, batch and backend, got "
+            + (" and ".join(sorted(titles)) or "no measurements")
+        )
+    first = measurements[0].settings
+    labels = list(dict.fromkeys(m.settings.method_label for m in measurements))
+    series = list(dict.fromkeys(m.settings.options_label for m in measurements))
+    figure, axes = _figure(first.title, machine(first, environment or {}))
+    width = min(0.8 / len(series), 0.36)
+    for i, options in enumerate(series):
+        offset = (i - (len(series) - 1) / 2) * width
+        mine = [m for m in measurements if m.settings.options_label == options]
+        name = f"measured, {options}" if options else "measured"
+        places = [labels.index(m.settings.method_label) + offset for m in mine]
+        _bars(axes, places, mine, width, _SERIES[i % len(_SERIES)], name)
+    _ideals(axes, labels, measurements, max(len(series) * width / 2, 0.18) + 0.05)
+    axes.axhline(1.0, color=_QUIET, linewidth=1.0, zorder=1)
+    top = max(max(m.ratio.high, m.ratio_ideal) for m in measurements)
+    axes.set_ylim(0, 1.15 * top)
+    axes.set_xlim(-0.6, len(labels) - 0.4)
+    axes.set_xticks(range(len(labels)), labels)
+    axes.set_xlabel("r, tokens merged a block")
+    axes.set_ylabel("speed-up over unmerged")
+    axes.yaxis.set_major_formatter("{x:g}x")
+    figure.legend(loc="outside lower center", ncols=len(series) + 1, frameon=False, labelcolor=_INK)
+    figure.savefig(path, dpi=_DOTS)
+
+
+def accuracy_plot(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
+    """Accuracy against speed: a point for each r, the unmerged model set apart.
+
+    Args:
+        rows: objects or dicts with ``r`` (0 is the unmerged model), ``accuracy`` in percent and
+            ``images_per_second``. Where accuracy is None, ``agreement`` takes its place.
+        path: the PNG to write.
+        title: over the plot.
+
+    Raises:
+        ValueError: if there is nothing to plot.
+    """
+    if not rows:
+        raise ValueError("there are no rows to plot")
+    labelled = all(_field(row, "accuracy") is not None for row in rows)
+    rates = [float(_field(row, "images_per_second")) for row in rows]
+    shares = [float(_field(row, "accuracy" if labelled else "agreement")) for row in rows]
+    figure, axes = _figure(title, "")
+    axes.plot(rates, shares, color=_SOFT, linewidth=1.8, zorder=2)
+    for row, rate, share in zip(rows, rates, shares, strict=True):
+        unmerged = str(_field(row, "r")) == "0"
+        axes.plot(
+            rate,
+            share,
+            marker="o",
+            markersize=9,
+            color="white" if unmerged else _DEEP,
+            markeredgecolor=_INK if unmerged else _DEEP,
+            markeredgewidth=1.6,
+            zorder=3,
+        )
+        axes.annotate(
+            "unmerged" if unmerged else f"r = {_field(row, 'r')}",
+            (rate, share),
+            xytext=(8, 7),  # a falling line leaves this side free
+            textcoords="offset points",
+            color=_INK,
+        )
+    _roomy(axes, rates, shares)
+    axes.set_xlabel("images per second")
+    axes.set_ylabel("top-1 accuracy (%)" if labelled else "agreement with unmerged (%)")
+    figure.savefig(path, dpi=_DOTS)
+
+
+def _figure(title: str, subtitle: str) -> tuple[Figure, Axes]:
+    # Not pyplot: it would keep the figure, and choose a backend for the whole process.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=_SIZE, layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    if title:
+        pad = 26 if subtitle else 12
+        axes.set_title(title, loc="left", color=_INK, fontsize=12, fontweight="bold", pad=pad)
+    if subtitle:
+        axes.annotate(
+            subtitle,
+            (0, 1),
+            xytext=(0, 8),
+            xycoords="axes fraction",
+            textcoords="offset points",
+            color=_QUIET,
+            fontsize=10,
+        )
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(_QUIET)
+    axes.tick_params(colors=_INK, length=0, labelsize=10)
+    axes.grid(axis="y", color=_GRID, linewidth=0.9)
+    axes.set_axisbelow(True)
+    axes.xaxis.label.set_color(_INK)
+    axes.yaxis.label.set_color(_INK)
+    return figure, axes
+
+
+def _bars(
+    axes: Axes,
+    places: Sequence[float],
+    measurements: Sequence[Measurement],
+    width: float,
+    colour: str,
+    name: str,
+) -> None:
+    heights = [m.ratio.median for m in measurements]
+    spread = [
+        [m.ratio.median - m.ratio.low for m in measurements],
+        [m.ratio.high - m.ratio.median for m in measurements],
+    ]
+    axes.bar(places, heights, 0.92 * width, color=colour, label=name, zorder=2)
+    axes.errorbar(
+        places, heights, yerr=spread, fmt="none", ecolor=_INK, elinewidth=1.1, capsize=3, zorder=3
+    )
+    for place, height in zip(places, heights, strict=True):
+        # Inside, at the foot: the head belongs to the whiskers and the ideal.
+        axes.annotate(
+            f"{height:.2f}x",
+            (place, 0),
+            xytext=(0, 6),
+            textcoords="offset points",
+            ha="center",
+            color=_contrast(colour),
+            fontsize=10,
+            fontweight="bold",
+            zorder=4,
+        )
+
+
+def _ideals(
+    axes: Axes, labels: Sequence[str], measurements: Sequence[Measurement], reach: float
+) -> None:
+    """A dashed line across each group, with its figure above."""
+    ideal = {m.settings.method_label: m.ratio_ideal for m in measurements}
+    places = [labels.index(label) for label in ideal]
+    axes.hlines(
+        list(ideal.values()),
+        [place - reach for place in places],
+        [place + reach for place in places],
+        colors=_INK,
+        linewidth=1.6,
+        linestyles=(0, (4, 2)),
+        label="ideal, by multiply-accumulates",
+    )
+    for place, height in zip(places, ideal.values(), strict=True):
+        axes.annotate(
+            f"{height:.2f}x",
+            (place, height),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            color=_INK,
+            fontsize=10,
+        )
+
+
+def _contrast(colour: str) -> str:
+    """White on dark, ink on light."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+
+
+def _roomy(axes: Axes, rates: Sequence[float], shares: Sequence[float]) -> None:
+    """Room for the labels, and never a scale so fine that noise looks like a cliff."""
+    across = max(max(rates) - min(rates), 0.05 * max(rates))
+    axes.set_xlim(min(rates) - 0.12 * across, max(rates) + 0.2 * across)
+    middle, up = (max(shares) + min(shares)) / 2, max(max(shares) - min(shares), 2.0)
+    axes.set_ylim(middle - 0.75 * up, middle + 0.75 * up)
+    axes.set_yticks([tick for tick in axes.get_yticks() if tick <= 100])
+    axes.set_ylim(middle - 0.75 * up, middle + 0.75 * up)  # ticks may have widened it
+
+
+def _field(row: Any, name: str) -> Any:
+    return row[name] if isinstance(row, Mapping) else getattr(row, name)
