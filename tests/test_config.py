@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomepass import ToMe, TomeError
@@ -50,6 +50,7 @@ def test_everything_but_r_is_given_by_name() -> None:
         ToMe(8, False)  # type: ignore[misc]
 
 
+@settings(deadline=None)
 @given(methods, methods)
 def test_equality_and_hash_follow_the_fields(a: ToMe, b: ToMe) -> None:
     names = [f.name for f in dataclasses.fields(ToMe)]
@@ -105,6 +106,7 @@ def test_a_list_and_a_pair_stay_different_wherever_they_travel() -> None:
     assert counts.to_json() != pair.to_json()
 
 
+@settings(deadline=None)
 @given(methods)
 def test_json_pickle_and_repr_give_the_same_method_back(method: ToMe) -> None:
     assert ToMe.from_json(method.to_json()) == method
@@ -113,6 +115,7 @@ def test_json_pickle_and_repr_give_the_same_method_back(method: ToMe) -> None:
     assert "\n" not in method.to_json()
 
 
+@settings(deadline=None)
 @given(methods)
 def test_replace_changes_one_field_and_keeps_the_rest(method: ToMe) -> None:
     changed = method.replace(trace_source=not method.trace_source)

@@ -15,11 +15,21 @@ import torch
 import torch._dynamo.config
 import torch._functorch.config
 import torch._inductor.config
-from zoo import make_inputs, make_model
+from encoders import make, pixels
 
 import tomepass
 
-HEAVY = ("torch", "transformers", "matplotlib", "networkx", "numpy", "PIL", "rich", "typer", "sklearn")
+HEAVY = (
+    "torch",
+    "transformers",
+    "matplotlib",
+    "networkx",
+    "numpy",
+    "PIL",
+    "rich",
+    "typer",
+    "sklearn",
+)
 LIGHT_USE = {
     "import tomepass": "import tomepass",
     "a method": "import tomepass; tomepass.ToMe((8, -1)).to_json(); tomepass.ToMe(8).counts(12)",
@@ -114,7 +124,7 @@ def settings() -> dict[str, Any]:
 
 
 def test_the_pass_changes_no_global_setting() -> None:
-    model, inputs = make_model("vit"), make_inputs("vit")
+    model, x = make(depth=1), pixels()
     no_encoder, no_images = torch.nn.Linear(3, 3), torch.ones(2, 3)
     backend = tomepass.TomeBackend(tomepass.ToMe(r=2), inner="aot_eager")
 
@@ -123,13 +133,13 @@ def test_the_pass_changes_no_global_setting() -> None:
             tomepass.apply(no_encoder, r=2, example_inputs=no_images)
 
     actions: dict[str, Callable[[], object]] = {
-        "apply": lambda: tomepass.apply(model, r=2)(**inputs),
-        "explain": lambda: str(tomepass.explain(model, r=2)),
+        "apply": lambda: tomepass.apply(model, r=2)(x),
+        "explain": lambda: str(tomepass.explain(model, r=2, example_inputs=x)),
         "refuse": refuse,
-        "compile": lambda: torch.compile(model, backend=backend)(**inputs),
-        "check": lambda: str(tomepass.check(model, inputs, r=2, inner="aot_eager")),
+        "compile": lambda: torch.compile(model, backend=backend)(x),
+        "check": lambda: str(tomepass.check(model, x, r=2, inner="aot_eager")),
     }
-    torch.compile(model, backend="aot_eager")(**inputs)  # what torch sets lazily is set now
+    torch.compile(model, backend="aot_eager")(x)  # what torch sets lazily is set now
     for name, action in actions.items():
         torch._dynamo.reset()
         before = settings()

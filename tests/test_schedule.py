@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomepass import reference
@@ -48,6 +48,7 @@ def test_counts_of_each_form_of_r(r: Any, blocks: int, expected: tuple[int, ...]
     assert counts(r, blocks) == expected
 
 
+@settings(deadline=None)
 @given(rates, st.integers(1, 48))
 def test_counts_agree_with_the_reference(r: Any, blocks: int) -> None:
     if isinstance(r, list) and len(r) > blocks:
@@ -55,6 +56,7 @@ def test_counts_agree_with_the_reference(r: Any, blocks: int) -> None:
     assert counts(r, blocks) == tuple(reference.schedule(r, blocks))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**18), st.floats(-1, 1), st.integers(2, 40))
 def test_linear_counts_stay_between_their_ends(r: int, inflection: float, blocks: int) -> None:
     linear = counts((r, inflection), blocks)
@@ -122,6 +124,7 @@ def test_a_list_and_a_pair_of_the_same_numbers_differ() -> None:
     assert parse_schedule([8]) != parse_schedule(8)
 
 
+@settings(deadline=None)
 @given(rates)
 def test_a_schedule_survives_json_and_parsing_again(r: Any) -> None:
     schedule = parse_schedule(r)
@@ -143,6 +146,7 @@ def test_a_schedule_is_shown_as_one_writes_it(r: Any, shown: str) -> None:
     assert repr(parse_schedule(r)) == shown
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_the_cap_agrees_with_the_reference(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(0, 40), label="tokens")

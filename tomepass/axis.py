@@ -162,10 +162,8 @@ def _matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis |
     if axis.dim == contracted:
         return "a matrix product sums over the axis"
     offset = len(shape_of(node)) - ndim
-    if offset < 0:  # a product with a vector drops the dimension it sums over
-        dim = axis.dim - (axis.dim > contracted)
-    else:
-        dim = axis.dim + offset
+    # A product with a vector drops the dimension it sums over.
+    dim = axis.dim - (axis.dim > contracted) if offset < 0 else axis.dim + offset
     if not same(shape_of(node)[dim], shape_of(operand)[axis.dim]):
         return "a matrix product broadcasts the axis"
     return Axis(dim, axis.before, axis.after)
@@ -200,7 +198,7 @@ def _normalised(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Ax
 
 
 # Where each of these names the dimension it works along, and which one if it does not.
-_ALONG = {
+_ALONG: dict[object, tuple[int, int | None]] = {
     aten.softmax.int: (1, None),
     aten._softmax.default: (1, None),
     aten._safe_softmax.default: (1, None),
@@ -235,7 +233,7 @@ def _along_another(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) ->
 
 
 # Where each of these names the dimensions it reduces; none, or none given, means all.
-_REDUCED = {
+_REDUCED: dict[object, int] = {
     aten.mean.dim: 1,
     aten.sum.dim_IntList: 1,
     aten.prod.dim_int: 1,

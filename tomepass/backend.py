@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
@@ -26,6 +27,28 @@ InnerOptions = dict[str, Any] | tuple[tuple[str, Any], ...]
 
 # The distribution that brings a backend which torch does not have itself.
 _EXTRAS = {"openvino": "openvino", "tensorrt": "tensorrt", "torch_tensorrt": "tensorrt"}
+
+
+def _hashable(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """Options as sorted pairs, nested ones too."""
+    return tuple(
+        (name, _hashable(value) if isinstance(value, dict) else value)
+        for name, value in sorted(options.items())
+    )
+
+
+def _as_options(pairs: InnerOptions) -> dict[str, Any]:
+    """What :func:`_hashable` made pairs of: a tuple of named pairs was a dict."""
+    return {
+        name: _as_options(value) if _named_pairs(value) else value
+        for name, value in dict(pairs).items()
+    }
+
+
+def _named_pairs(value: Any) -> bool:
+    return isinstance(value, tuple) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) for pair in value
+    )
 
 
 @dataclass(frozen=True)
@@ -48,10 +71,7 @@ class _Settings:
                 "returns the model's outputs alone",
                 advice="use tomepass.apply(model, ToMe(..., trace_source=True)).source(inputs)",
             )
-        options = self.inner_options
-        if isinstance(options, dict):
-            options = tuple(sorted(options.items()))
-        object.__setattr__(self, "inner_options", tuple(options))
+        object.__setattr__(self, "inner_options", _hashable(dict(self.inner_options)))
 
 
 class TomeBackend(_Settings):
@@ -90,7 +110,7 @@ class TomeBackend(_Settings):
         """Rewrites a Dynamo graph and hands it to the inner backend."""
         if options:
             return self.with_options(options)(gm, example_inputs, mode=mode)
-        compile_graph = resolve_inner(self.inner, dict(self.inner_options), mode)
+        compile_graph = resolve_inner(self.inner, _as_options(self.inner_options), mode)
         captured = capture_dynamo(gm, example_inputs)
         if any(is_overhead(node) for node in captured.graph.nodes):
             raise TomeError(
@@ -163,6 +183,9 @@ def resolve_inner(
     else:
         compiler = _registered(inner)
     keywords: dict[str, Any] = {}
+    if inner == "openvino":
+        # Its other path traces anew under Dynamo's fake tensors, which torch 2.13 does not survive.
+        options = {"aot_autograd": True} | options
     if options:
         keywords["options"] = options
     if mode is not None:
@@ -176,6 +199,13 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
         from torch._inductor.compile_fx import compile_fx
 
         patches = (list_mode_options(mode) if mode else {}) | options
+        if patches.get("freezing") and not torch._inductor.config.freezing:
+            raise TomeError(
+                "freezing as an option does nothing: Dynamo reads the setting before any backend "
+                "is called",
+                advice="set TORCHINDUCTOR_FREEZING=1, or compile and call under "
+                "torch._inductor.config.patch(freezing=True) and torch.no_grad()",
+            )
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 

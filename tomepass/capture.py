@@ -114,8 +114,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     constants = program.constants
     state: list[str | Tensor] = []
     data = set()
-    placeholders = module.graph.find_nodes(op="placeholder")
-    for node, spec in zip(placeholders, signature.input_specs, strict=True):
+    for node, spec in zip(*_placeholders(module), signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT:
             if isinstance(node.meta.get("val"), Tensor):
                 data.add(node.name)
@@ -132,7 +131,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
 
 
 def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CanonicalGraph:
-    """Re-traces a Dynamo graph into the dialect; placeholders keep their order."""
+    """Re-traces a Dynamo graph into the dialect; placeholders keep their order and metadata."""
     mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_as_fake(mode, value) for value in example_inputs]
     allowed = mode.allow_non_fake_inputs
@@ -145,14 +144,13 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Canonic
             )(*fakes)
     finally:
         mode.allow_non_fake_inputs = allowed
-    placeholders = traced.graph.find_nodes(op="placeholder")
-    data = frozenset(
-        node.name
-        for node, value in zip(placeholders, example_inputs, strict=True)
-        if isinstance(value, Tensor) and value.ndim and not _is_state(value)
-    )
+    data = set()
+    for old, new, value in zip(*_placeholders(gm, traced), example_inputs, strict=True):
+        new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
+        if isinstance(value, Tensor) and value.ndim and not _is_state(value):
+            data.add(new.name)
     _drop_assertions(traced)
-    return CanonicalGraph(traced, data, fragment=True)
+    return CanonicalGraph(traced, frozenset(data), fragment=True)
 
 
 def carry_marks(gm: fx.GraphModule, rewritten: fx.GraphModule) -> fx.GraphModule:
@@ -161,10 +159,7 @@ def carry_marks(gm: fx.GraphModule, rewritten: fx.GraphModule) -> fx.GraphModule
     AOTAutograd reads off it which inputs are parameters; CUDA graphs copy all the others.
     """
     rewritten.meta.update(gm.meta)
-    before = gm.graph.find_nodes(op="placeholder")
-    after = rewritten.graph.find_nodes(op="placeholder")
-    for old, new in zip(before, after, strict=True):
-        new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
+    for old, new in zip(*_placeholders(gm, rewritten), strict=True):
         new._dynamo_source = getattr(old, "_dynamo_source", None)
     # With Inductor's freezing the parameters are constants in the graph, under new names.
     if hasattr(gm, "_param_name_to_source") and not any(True for _ in rewritten.parameters()):
@@ -277,6 +272,10 @@ def _owns(model: nn.Module, path: str) -> bool:
         return isinstance(getattr(model.get_submodule(owner), name, None), Tensor)
     except AttributeError:
         return False
+
+
+def _placeholders(*modules: fx.GraphModule) -> list[list[fx.Node]]:
+    return [module.graph.find_nodes(op="placeholder") for module in modules]
 
 
 def _written_input(module: fx.GraphModule) -> fx.Node | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar, Union
+from typing import Any, ClassVar
 
 from tomepass.errors import TomeError
 from tomepass.schedule import Schedule, as_int, counts_per_block, parse_schedule
 
-RLike = Union[int, list[int], tuple[int, float], Schedule]
+RLike = int | list[int] | tuple[int, float] | Schedule
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def method_from_dict(data: dict[str, Any]) -> ToMe:
 
 
 def resolve_method(method: ToMe | None, r: RLike | None) -> ToMe:
-    """The method a call asks for: ``r=`` is short for ``method=ToMe(r=...)``, neither is ``ToMe()``.
+    """The method a call asks for: ``r=`` is short for ``ToMe(r=...)``, neither is ``ToMe()``.
 
     Raises:
         TypeError: if both are given, or ``method`` is not a method.

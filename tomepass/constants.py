@@ -18,7 +18,7 @@ def hides_nothing(mask: fx.Node) -> bool:
 
     Transformers materialises such a mask under ``torch.export``: arange, ge, expand.
     """
-    while mask.target in _BROADCASTS and not _written(mask):
+    while mask.target in _BROADCASTS:
         mask = mask.all_input_nodes[0]
     value = constant_value(mask)
     if value is None:
@@ -51,7 +51,7 @@ def _value(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs), lambda argument: _value(argument, known)
         )
-        known[node] = node.target(*args, **kwargs)
+        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return known[node]
 
 

@@ -183,13 +183,15 @@ class MergedModel(nn.Module):
         applied = self._applied(call)
         if applied.graph is None:
             raise TomeError("this model is left unmerged, so there is no source map")
-        if applied.source_graph is None:  # nothing merges: every token is its own
-            first, tokens = _first_tensor(call), applied.report.streams[0].tokens
-            assert first is not None
-            return torch.arange(tokens, device=first.device).expand(first.shape[0], -1)
         leaves = pytree.tree_leaves(call)
-        (source,) = applied.run(self.original, leaves, graph=applied.source_graph)
-        return source  # type: ignore[no-any-return]
+        if applied.source_graph is not None:
+            (source,) = applied.run(self.original, leaves, graph=applied.source_graph)
+            return source  # type: ignore[no-any-return]
+        first, stream = _first_tensor(call), applied.report.streams[0]
+        assert first is not None
+        assert not any(block.r for block in stream.blocks), "merges without a source map"
+        # Nothing merges: every token is its own.
+        return torch.arange(stream.tokens, device=first.device).expand(first.shape[0], -1)
 
     def report(self, inputs: Any) -> Report:
         """What was read off the graph for inputs like these, and done."""

@@ -131,6 +131,6 @@ def _count(value: Any) -> int:
 def _inflection(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"inflection: expected a number in [-1, 1], got {value!r}")
-    if not -1 <= value <= 1:
+    if not -1 <= (inflection := float(value)) <= 1:
         raise ValueError(f"inflection: expected a number in [-1, 1], got {value}")
-    return float(value)
+    return inflection

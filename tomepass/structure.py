@@ -92,7 +92,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Stream:
-    """A residual stream: blocks in order, each one's result dominating the next."""
+    """A residual stream: blocks in order, each computed from the one before."""
 
     blocks: tuple[Block, ...]
 
@@ -122,7 +122,12 @@ def find_structure(captured: CanonicalGraph) -> Structure:
     others: dict[fx.Node, Mismatch] = {}
     fused, manual = attention_nodes(captured.graph), manual_attentions(captured.graph)
     for number, attention in enumerate(sorted([*fused, *manual], key=flow.order.__getitem__)):
-        above = [c for c in chains if flow.dominates(c[-1].merge_at, attention)]
+        upstream = upstream_of(attention)
+        above = [
+            c
+            for c in chains
+            if c[-1].merge_at in upstream and flow.dominates(c[0].entry, attention)
+        ]
         chain = above[-1] if above else []
         found = _block(flow, attention, len(chain))
         if isinstance(found, Mismatch):

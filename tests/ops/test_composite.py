@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from tomepass import reference
 from tomepass.ops.log_size import log_size

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -37,6 +37,7 @@ def test_a_token_of_one_gets_no_bias_and_one_of_nothing_is_left_out() -> None:
     assert bias.flatten().tolist() == [0.0, -torch.inf]
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 4), st.integers(1, 20), st.integers(0, 10**6))
 def test_attention_with_it_equals_the_reference(
     images: int, heads: int, tokens: int, seed: int

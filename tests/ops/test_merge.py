@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from tomepass.ops.merge import merge, merge_size
 # Of a weighted mean, relative to the largest token: the weights and the result are rounded.
 TOLERANCE = {
     torch.float64: 1e-14,
-    torch.float32: 5e-7,
+    torch.float32: 2e-6,
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
@@ -39,6 +39,7 @@ def rounding(x: Tensor, got: Tensor, expected: Tensor) -> float:
     return float((got.double() - expected).abs().max() / x.double().abs().max())
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_merged_tokens_and_sizes_equal_the_reference(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(1, 40), label="tokens")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +28,7 @@ def merged_in_steps(
     return x, source
 
 
+@settings(deadline=None)
 @given(
     st.integers(1, 3), st.integers(1, 12), st.integers(1, 30), st.integers(1, 4), st.integers(0, 99)
 )
@@ -67,6 +68,7 @@ def test_compose_follows_every_merge() -> None:
     assert torch.equal(source, reference.compose(second, first))
 
 
+@settings(deadline=None)
 @given(st.integers(0, 10**6))
 def test_compose_equals_the_reference(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,6 +23,7 @@ def plain(x: Tensor, size: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 3), st.integers(1, 20), st.integers(1, 5), st.integers(0, 10**6))
 def test_it_is_the_mean_weighted_by_size(
     images: int, tokens: int, channels: int, seed: int

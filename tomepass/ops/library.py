@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-_library = torch.library.Library("tome", "DEF")
+_library = torch.library.Library("tome", "DEF")  # type: ignore[no-untyped-call]
 
 
 def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -19,8 +19,8 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
 
     def define(kernel: Callable[..., Any]) -> Any:
         name = schema.split("(")[0]
-        _library.define(schema)
-        _library.impl(name, kernel, "CompositeImplicitAutograd")
+        _library.define(schema)  # type: ignore[no-untyped-call]
+        _library.impl(name, kernel, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
         return getattr(torch.ops.tome, name).default
 
     return define

@@ -42,14 +42,14 @@ def match(keys: Tensor, r: int, protected: list[int]) -> Tensor:
     even = [i for i in range(0, tokens, 2) if i not in held]
     odd = [i for i in range(1, tokens, 2) if i not in held]
     with without_autocast(keys.device), torch.no_grad():
-        wide = keys.detach().to(at_least_float32(keys.dtype))
+        wide = keys.to(at_least_float32(keys.dtype))
         metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
         scores = take(metric, even) @ take(metric, odd).transpose(1, 2)
         scores = torch.where(scores.isnan(), -float("inf"), scores)
         similarity, partner = scores.max(dim=-1)
         merged = rank(similarity) < r
         # A token that stays moves up by the merged ones before it.
-        stays = torch.arange(len(even), device=keys.device) - (merged.cumsum(-1) - merged.long())
+        stays = torch.arange(len(even), device=keys.device) - merged.cumsum(-1)
         first_odd = len(held) + len(even) - r
         even_index = torch.where(merged, first_odd + partner, len(held) + stays)
         odd_index = constant(list(range(first_odd, tokens - r)), keys.shape[0], keys.device)

@@ -27,7 +27,7 @@ def runs(positions: list[int]) -> list[range]:
 
 def take(x: Tensor, positions: list[int]) -> Tensor:
     """``x`` at ascending positions of dimension 1."""
-    parts = [
+    parts: list[Tensor] = [
         torch.ops.aten.slice.Tensor(x, 1, run.start, run[-1] + 1, run.step)
         for run in runs(positions)
     ]
