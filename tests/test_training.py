@@ -46,6 +46,12 @@ def test_gradients_equal_the_references_in_both_doors(name: str) -> None:
     backend = TomeBackend(ToMe(r=8), inner="aot_eager")
     compiled = torch.compile(model, backend=backend)
     assert worst(gradients(model, lambda: compiled(**inputs).logits), expected) < 2e-5
+
+
+def test_gradients_of_a_compiled_applied_module() -> None:
+    model, inputs = make_model("ijepa"), make_inputs("ijepa")
+    merged = tomepass.apply(model, r=8)
+    expected = gradients(model, lambda: merged(**inputs).logits)
     compiled = torch.compile(merged, backend="aot_eager", fullgraph=True)
     assert worst(gradients(model, lambda: compiled(**inputs).logits), expected) < 2e-5
 

@@ -39,8 +39,8 @@ class Family(NamedTuple):
     shape: tuple[int, ...] = (3, 32, 32)
 
 
-def _vit() -> nn.Module:
-    return hf.ViTForImageClassification(hf.ViTConfig(**_WIDE, **_LABELS))
+def _vit(**changes: Any) -> nn.Module:
+    return hf.ViTForImageClassification(hf.ViTConfig(**(_WIDE | _LABELS | changes)))
 
 
 def _deit() -> nn.Module:
@@ -122,6 +122,13 @@ def make_model(name: str, seed: int = 0) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return scaled_up(FAMILIES[name].make())
+
+
+def make_vit(**changes: Any) -> Any:
+    """A ViT with some fields of its config changed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return scaled_up(_vit(**changes))
 
 
 def make_inputs(name: str, batch: int = 2, seed: int = 0) -> dict[str, Tensor]:

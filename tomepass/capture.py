@@ -23,12 +23,15 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tomepass.errors import TomeError
 
+aten = torch.ops.aten
+
 # What Dynamo leaves on a placeholder and Inductor needs: static inputs, CUDA graphs, names.
 _CARRIED_META = ("tensor_dict", "grapharg", "stack_trace", "nn_module_stack")
 # Where a line of code is not the model's.
 _NOT_THE_MODEL = tuple(f'"{Path(file).parent}/' for file in (torch.__file__, __file__))
 # Checks on the input's metadata: our captures are keyed by what they check.
-_ASSERTIONS = (torch.ops.aten._assert_tensor_metadata.default,)
+_ASSERTIONS = (aten._assert_tensor_metadata.default,)
+_CONCATENATIONS = (aten.concat.default, aten.concatenate.default)
 # Cuts a constant off autograd: in place, but no values change.
 _DETACH = torch.ops.aten.detach_.default
 
@@ -100,10 +103,11 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
             f"torch.export could not capture {type(model).__name__} for inputs "
             f"{describe_inputs(kwargs)}: {type(error).__name__}: {_first_lines(error)}",
             advice="call the model itself with these inputs first; if that works, the model "
-            "branches on tensor values, which no graph can hold",
+            "branches on tensor values, which no graph can hold, or reads the batch size as a "
+            "Python number: x.shape[0] stays symbolic where len(x) does not",
         ) from error
     module, signature = program.graph_module, program.graph_signature
-    _drop_assertions(module)
+    _to_dialect(module)
     if (written := _written_input(module)) is not None:
         raise TomeError(
             "the model writes to its inputs or its own state in its forward",
@@ -149,7 +153,7 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Canonic
         new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
         if isinstance(value, Tensor) and value.ndim and not _is_state(value):
             data.add(new.name)
-    _drop_assertions(traced)
+    _to_dialect(traced)
     return CanonicalGraph(traced, frozenset(data), fragment=True)
 
 
@@ -259,10 +263,15 @@ def _batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
     return pytree.tree_map(two, kwargs), pytree.tree_map(batched, kwargs)
 
 
-def _drop_assertions(module: fx.GraphModule) -> None:
+def _to_dialect(module: fx.GraphModule) -> None:
+    """Drops assertions on metadata; spells every concatenation ``aten.cat``."""
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in _ASSERTIONS:
+        if node.target in _ASSERTIONS:
             module.graph.erase_node(node)
+        elif node.target is aten.hstack.default and node.meta["val"].ndim > 1:
+            node.target, node.args = aten.cat.default, (node.args[0], 1)
+        elif node.target in _CONCATENATIONS:
+            node.target = aten.cat.default
     module.recompile()
 
 

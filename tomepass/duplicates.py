@@ -20,6 +20,7 @@ from tomepass.ops.merge import merge
 from tomepass.origins import position_terms
 from tomepass.planning import Planned, plan_graph
 from tomepass.rewrite import Rewritten, rewrite
+from tomepass.schedule import Schedule, parse_schedule
 
 # Heights of the constant regions, as shares: unequal, so that sizes matter.
 REGIONS = (0.4, 0.3, 0.2, 0.1)
@@ -28,14 +29,18 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class DuplicatesResult:
-    """Error against the unmerged model, the negative control's error, and the r that was used.
+    """What merging duplicates changed.
 
-    ``blind`` says why the figures prove nothing, if they do not.
+    Args:
+        error: against the unmerged model.
+        control: the same without proportional attention, which must be large.
+        schedule: what was merged in the end.
+        blind: why the figures prove nothing, if they do not.
     """
 
     error: float
     control: float
-    r: Any
+    schedule: Schedule
     blind: str | None
 
 
@@ -48,7 +53,7 @@ def check_duplicates(
     loses information by design.
     """
     if not method.prop_attn:
-        return DuplicatesResult(0.0, 0.0, None, "proportional attention is off")
+        return DuplicatesResult(0.0, 0.0, method.schedule, "proportional attention is off")
     # Bands along one dimension can put all duplicates at positions of one parity.
     result = _along(model, capture, method, call, -2)
     return result if result.blind is None else _along(model, capture, method, call, -1)
@@ -59,23 +64,31 @@ def _along(
 ) -> DuplicatesResult:
     inputs = pytree.tree_map(lambda value: constant_regions(value, dim), call)
     values = [*read_state(model, capture), *pytree.tree_leaves(inputs)]
-    probe = plan_graph(capture.graph, method)
-    positions = _position_names(capture, probe)
+    positions = _position_names(capture, plan_graph(capture.graph, method))
     original = zeroed(capture.graph.module, positions)(*values)
-    counts = list(method.counts(len(probe.streams[0].stream.blocks)))
-    while any(counts):
-        attempt = method.replace(r=counts, trace_source=False)
+    schedule = method.schedule
+    while any(schedule.values[:1] if schedule.kind == "linear" else schedule.values):
+        attempt = method.replace(r=schedule, trace_source=False)
         rewritten = rewrite(capture.graph, plan_graph(capture.graph, attempt))
-        merged, identical = _run(rewritten, positions, values)
-        if identical:
+        merged, alike = _run(rewritten, positions, values)
+        if alike:
             control = _control(capture, attempt, positions, values)
             error, without = _worst(merged, original), _worst(control, original)
             blind = None
             if without <= TOLERANCE:
                 blind = f"without proportional attention the error is {without:.0e} too"
-            return DuplicatesResult(error, without, _shown(counts), blind)
-        counts = [c // 2 for c in counts]
-    return DuplicatesResult(0.0, 0.0, 0, "no two tokens are identical on a constant input")
+            return DuplicatesResult(error, without, schedule, blind)
+        schedule = _halved(schedule)
+    reason = "no schedule down to r=1 merges only identical tokens of a constant input"
+    return DuplicatesResult(0.0, 0.0, schedule, reason)
+
+
+def _halved(schedule: Schedule) -> Schedule:
+    if schedule.kind == "linear":
+        count, inflection = schedule.values
+        return parse_schedule((int(count) // 2, inflection))
+    counts = [int(count) // 2 for count in schedule.values]
+    return parse_schedule(counts if schedule.kind == "list" else counts[0])
 
 
 def constant_regions(value: Any, dim: int = -2) -> Any:
@@ -94,25 +107,26 @@ def constant_regions(value: Any, dim: int = -2) -> Any:
     return torch.cat(bands, dim=dim)
 
 
-def _run(
-    rewritten: Rewritten, positions: set[str], values: list[Any]
-) -> tuple[Any, bool]:
+def _run(rewritten: Rewritten, positions: set[str], values: list[Any]) -> tuple[Any, bool]:
+    """The outputs, and whether every token merged with its like alone."""
     renamed = {rewritten.renamed[p] for p in positions if p in rewritten.renamed}
     recorder = Recorder(zeroed(rewritten.module, renamed), (merge,))
     outputs = recorder.run(*values)
-    identical = all(
-        relative_error(merged.gather(1, assign[..., None].expand_as(x)), x) <= TOLERANCE / 10
-        for (x, _, assign, _), merged in recorder.calls(merge)
-    )
-    return outputs, identical
+    merges = [call.args for call in recorder.calls]
+    return outputs, all(_alike(x, assign, tokens) for x, _, assign, tokens in merges)
 
 
-def _control(
-    capture: Capture, method: ToMe, positions: set[str], values: list[Any]
-) -> Any:
+def _alike(x: Tensor, assign: Tensor, tokens: int) -> bool:
+    index = assign.unsqueeze(-1).expand_as(x)
+    empty = x.new_zeros(x.shape[0], tokens, x.shape[2])
+    highest = empty.scatter_reduce(1, index, x, "amax", include_self=False)
+    lowest = empty.scatter_reduce(1, index, x, "amin", include_self=False)
+    return relative_error(lowest, highest) <= TOLERANCE / 10
+
+
+def _control(capture: Capture, method: ToMe, positions: set[str], values: list[Any]) -> Any:
     planned = plan_graph(capture.graph, method.replace(prop_attn=False))
-    rewritten = rewrite(capture.graph, planned)
-    return _run(rewritten, positions, values)[0]
+    return _run(rewrite(capture.graph, planned), positions, values)[0]
 
 
 def _position_names(capture: Capture, planned: Planned) -> set[str]:
@@ -125,8 +139,4 @@ def _position_names(capture: Capture, planned: Planned) -> set[str]:
 
 def _worst(ours: Any, theirs: Any) -> float:
     pairs = zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True)
-    return max(relative_error(a, b) for a, b in pairs if a.is_floating_point())
-
-
-def _shown(counts: list[int]) -> Any:
-    return counts[0] if len(set(counts)) == 1 else counts
+    return max((relative_error(a, b) for a, b in pairs if a.is_floating_point()), default=0.0)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -11,32 +11,34 @@ from torch import Tensor, fx
 from tomepass.ops.match import match
 
 
+class Call(NamedTuple):
+    """One call of an operator: what went in and what came out."""
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    result: Any
+
+
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps the inputs and results of some operators."""
+    """Runs a graph and keeps the calls of some operators, in order."""
 
     def __init__(self, module: fx.GraphModule, targets: Collection[Any]) -> None:
         super().__init__(module)
         self.targets = targets
-        self.recorded: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.calls: list[Call] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node; keeps what went in and out if its operator is wanted."""
         result = super().run_node(n)
         if n.op == "call_function" and n.target in self.targets:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.recorded.append((n.target, args, kwargs, result))
+            self.calls.append(Call(n, args, kwargs, result))
         return result
 
-    def calls(self, target: Any) -> Iterator[tuple[tuple[Any, ...], Any]]:
-        """Arguments and result of each call, in order."""
-        for args, result, _ in self.calls_with_kwargs(target):
-            yield args, result
-
-    def calls_with_kwargs(self, target: Any) -> Iterator[tuple[tuple[Any, ...], Any, Any]]:
-        """Arguments, result and keyword arguments of each call, in order."""
-        for recorded, args, kwargs, result in self.recorded:
-            if recorded is target:
-                yield args, result, kwargs
+    def calls_of(self, target: Any) -> list[Call]:
+        """The calls of one operator."""
+        return [call for call in self.calls if call.node.target is target]
 
 
 def replayed(module: fx.GraphModule) -> fx.GraphModule:

@@ -83,6 +83,8 @@ class _Trace:
             return self._cat(node, dim)
         if self.windows(node, dim):
             return self._slice(node, dim)
+        if node.target is aten.pad.default:
+            return self._pad(node, dim)
         found = [
             self.origins(operand, source)
             for operand in node.all_input_nodes
@@ -109,6 +111,20 @@ class _Trace:
             return _union(parts, tuple(real for p in parts for real in p.from_input))
         columns = zip(*(p.from_input for p in parts), strict=True)
         return _union(parts, tuple(any(column) for column in columns))
+
+    def _pad(self, node: fx.Node, dim: int) -> Origins:
+        """Tokens appended as padding are the model's own; a position term makes them differ."""
+        (operand,) = node.all_input_nodes
+        amounts = list(argument(node, 1, "pad"))
+        place = 2 * (len(shape_of(node)) - 1 - dim)  # pairs count from the last dimension
+        whole = self.origins(operand, dim)
+        pair = amounts[place : place + 2]
+        if not any(pair):
+            return whole
+        if argument(node, 2, "mode", "constant") != "constant" or min(pair) < 0:
+            return replace(whole, lost_at=node)
+        before, after = pair
+        return replace(whole, from_input=(False,) * before + whole.from_input + (False,) * after)
 
     def _mixes(self, node: fx.Node) -> bool:
         """Does the node put something of the model's own beside what comes from the input?"""

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import fx
 
-from tomepass.axis import Axis, shape_of
+from tomepass.axis import Axis, Size, same, shape_of
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
 from tomepass.origins import trace_origins
 from tomepass.schedule import capped
 from tomepass.structure import Block, Mismatch, Stream, find_structure, upstream_of
 from tomepass.tokens import Attended, Layout, Masked, Positional, TokenFlow, follow_tokens
+from tomepass.writes import hidden_write
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,13 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
     Raises:
         ValueError: if the method lists more counts than a stream has blocks.
     """
+    if (write := hidden_write(captured.graph, captured.data)) is not None:
+        reason = (
+            "writes in place into a tensor that is also read elsewhere, so what its readers "
+            "depend on cannot be followed"
+        )
+        advice = "make a new tensor instead, for example with torch.cat or torch.where"
+        return Planned(method, (), (Mismatch.at(write, reason, advice=advice),))
     structure = find_structure(captured)
     planned: list[PlannedStream] = []
     mismatches: list[Mismatch] = []
@@ -113,7 +121,7 @@ def _plan_stream(
     for attention, mismatch in others.items():
         if attention in inner and stream.entry in upstream_of(attention):
             return mismatch
-    layout = _token_layout(captured.graph, stream)
+    layout = _token_layout(captured, stream)
     if isinstance(layout, Mismatch):
         return layout
     protected = _protected(captured, stream, layout, method)
@@ -121,18 +129,20 @@ def _plan_stream(
         return protected
     flow = follow_tokens(captured.graph, stream.entry, layout, protected)
     for block in stream.blocks:
-        if (mismatch := _check_block(block, layout, flow)) is not None:
-            return mismatch
+        if (found := _check_block(block, layout, flow)) is not None:
+            return found
     plan = _schedule(len(layout.positions), protected, method.counts(len(stream.blocks)))
     return PlannedStream(stream, layout, flow, frozenset(inner), plan)
 
 
-def _token_layout(graph: fx.Graph, stream: Stream) -> Layout | Mismatch:
+def _token_layout(captured: CanonicalGraph, stream: Stream) -> Layout | Mismatch:
     """The layout of the stream's entry under which its first attention sees whole sequences."""
-    block = stream.blocks[0]
+    graph, block = captured.graph, stream.blocks[0]
     shape = shape_of(block.entry)
     reason = None
     for dim in sorted(range(len(shape)), key=lambda d: (d in (0, len(shape) - 1), d)):
+        if _is_batch(shape[dim], captured):  # counting it would fix it
+            continue
         for batch in (b for b in range(len(shape)) if b != dim):
             layout = Layout(Axis(dim), Axis(batch), tuple(range(_count(shape[dim]))))
             flow = follow_tokens(graph, block.entry, layout, (), until=block.attention)
@@ -158,6 +168,13 @@ def _obstacle(flow: TokenFlow, block: Block) -> Mismatch | None:
                 block=block.index,
             )
     return None
+
+
+def _is_batch(size: Size, captured: CanonicalGraph) -> bool:
+    """Is it the symbol that stands for the number of images?"""
+    inputs = captured.graph.find_nodes(op="placeholder")
+    first = [shape_of(n)[0] for n in inputs if n.name in captured.data]
+    return not isinstance(size, int) and any(same(size, images) for images in first)
 
 
 def _count(size: Any) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
-from tomepass.capture import CanonicalGraph, source_line
+from tomepass.capture import CanonicalGraph, describe_inputs, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.macs import batch_of, is_overhead, node_macs
@@ -54,6 +55,7 @@ class Report:
 
     Args:
         model: the model's class, as a label.
+        inputs: the tensors it was read with.
         method: what was asked for.
         streams: the streams that are merged.
         refused: each stream or attention left alone, with the reason.
@@ -64,10 +66,11 @@ class Report:
     """
 
     model: str
+    inputs: str
     method: ToMe
     streams: tuple[StreamReport, ...]
     refused: tuple[Mismatch, ...]
-    unmerged: tuple[str, ...]
+    unmerged: tuple[Mismatch, ...]
     macs_original: int
     macs: int
     macs_overhead: int
@@ -134,30 +137,52 @@ def make_report(
     """Gathers a report; ``rewritten`` is None where the model is left alone."""
     mismatches = list(planned.mismatches)
     if refused is not None:
-        mismatches.insert(
-            0,
-            Mismatch(refused.reason, refused.block, refused.node, refused.source, refused.advice),
-        )
+        reason = (refused.reason, refused.block, refused.node, refused.source, refused.advice)
+        mismatches.insert(0, Mismatch(*reason))
     batch = batch_of(captured)
     before = {n.name: node_macs(n) // batch for n in captured.graph.nodes}
-    original = sum(before.values())
-    method = planned.method
-    if rewritten is None:
-        return Report(model, method, (), tuple(mismatches), (), original, original, 0)
-    nodes = list(rewritten.module.graph.nodes)
-    after = {n.name: node_macs(n) // batch for n in nodes}
-    own = sum(after[n.name] for n in nodes if is_overhead(n))
-    streams = tuple(_stream(s, captured, rewritten, before, after) for s in planned.streams)
+    original = merged = sum(before.values())
+    overhead = 0
+    streams: tuple[StreamReport, ...] = ()
+    unmerged: tuple[Mismatch, ...] = ()
+    if rewritten is not None:
+        nodes = list(rewritten.module.graph.nodes)
+        after = {n.name: node_macs(n) // batch for n in nodes}
+        overhead = sum(after[n.name] for n in nodes if is_overhead(n))
+        merged = sum(after.values()) - overhead
+        streams = tuple(_stream(s, captured, rewritten, before, after) for s in planned.streams)
+        unmerged = rewritten.unmerged
     return Report(
         model,
-        method,
+        _readable(_inputs(captured), captured),
+        planned.method,
         streams,
-        tuple(mismatches),
-        rewritten.unmerged,
+        tuple(replace(m, reason=_readable(m.reason, captured)) for m in mismatches),
+        tuple(replace(m, reason=_readable(m.reason, captured)) for m in unmerged),
         original,
-        sum(after.values()) - own,
-        own,
+        merged,
+        overhead,
     )
+
+
+def _data(captured: CanonicalGraph) -> list[fx.Node]:
+    return [n for n in captured.graph.find_nodes(op="placeholder") if n.name in captured.data]
+
+
+def _inputs(captured: CanonicalGraph) -> str:
+    nodes = _data(captured)
+    # Both doors prefix an input's name, each in its own way.
+    names = [n.name.removeprefix("call_").removeprefix("l_").removesuffix("_") for n in nodes]
+    return describe_inputs(dict(zip(names, (n.meta["val"] for n in nodes), strict=True)))
+
+
+def _readable(text: str, captured: CanonicalGraph) -> str:
+    """The symbol of the batch, if it has one, as B."""
+    for node in _data(captured):
+        batch = node.meta["val"].shape[0]
+        if not isinstance(batch, int) and str(batch).isidentifier():
+            return re.sub(rf"\b{batch}\b", "B", text)
+    return text
 
 
 def _stream(

@@ -7,13 +7,13 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from tomepass.axis import same, same_shape, shape_of, target_name
 from tomepass.capture import CanonicalGraph, source_line
@@ -25,7 +25,7 @@ from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.planning import Planned, PlannedStream
-from tomepass.structure import Block, is_tensor
+from tomepass.structure import Block, Mismatch, is_tensor
 from tomepass.tokens import (
     SIZED,
     Attended,
@@ -49,15 +49,17 @@ class Rewritten:
     Args:
         module: the graph, callable like the one it was made from.
         source: the name of the node that maps original tokens of the first stream to final
-            ones, None where nothing merges.
-        unmerged: why and where tokens are unmerged before a reader, for the report.
+            ones; None if it is not traced, or nothing merges.
+        matches: for each stream and block, the name of its match, None where nothing merges.
+        unmerged: where and why tokens are unmerged before a reader, for the report.
         returned: how each token sequence leaves the graph, by its name in the captured graph.
         renamed: for each node of the captured graph, the node that stands for it now.
     """
 
     module: fx.GraphModule
     source: str | None
-    unmerged: tuple[str, ...]
+    matches: tuple[tuple[str | None, ...], ...]
+    unmerged: tuple[Mismatch, ...]
     returned: dict[str, str]
     renamed: dict[str, str]
 
@@ -96,6 +98,11 @@ class _Merges:
     def protected(self) -> tuple[int, ...]:
         return self.planned.plan.protected
 
+    @property
+    def matches(self) -> tuple[str | None, ...]:
+        assigns = iter(self.assigns)
+        return tuple(next(assigns).name if b.r else None for b in self.planned.plan.blocks)
+
     def length(self, layout: Layout, epoch: int) -> int:
         """Tokens a value with this layout holds at an epoch."""
         gone = self.tokens[0] - len(layout.positions)
@@ -122,7 +129,7 @@ class _Sweep:
         self.new: dict[fx.Node, fx.Node] = {}
         self.epoch: dict[fx.Node, int] = {}
         self.touched: set[fx.Node] = set()
-        self.unmerged: list[str] = []
+        self.unmerged: list[Mismatch] = []
         self.returned: dict[str, str] = {}
         self.block: int | None = None
         self.streams = [_Merges(p) for p in planned.streams]
@@ -153,8 +160,8 @@ class _Sweep:
             if node.op == "output":
                 self._output(node)
                 continue
-            self.block = self.entries.get(node, self.block)
             self.new[node] = self._node(node)
+            self.block = self.entries.get(node, self.block)
             if node in self.layouts and node not in self.epoch:
                 self.epoch[node] = 0
             if node in self.merge_points:
@@ -170,6 +177,7 @@ class _Sweep:
         return Rewritten(
             module,
             None if source is None else source.name,
+            tuple(m.matches for m in self.streams),
             tuple(self.unmerged),
             self.returned,
             {old.name: new.name for old, new in self.new.items() if new in live},
@@ -184,13 +192,13 @@ class _Sweep:
         if outcome is None or not holders:
             return self._copy(node)
         merges = self.stream_of[holders[0]]
-        handle: Callable[..., fx.Node] = {
-            Carried: self._carry,
-            Taken: self._take,
-            Averaged: self._average,
-            Positional: self._unmerge_first,
-        }[type(outcome)]
-        return handle(node, outcome, merges)
+        if isinstance(outcome, Carried):
+            return self._carry(node, outcome, merges)
+        if isinstance(outcome, Taken):
+            return self._take(node, outcome, merges)
+        if isinstance(outcome, Averaged):
+            return self._average(node, outcome, merges)
+        return self._unmerge_first(node, outcome)
 
     def _copy(self, node: fx.Node) -> fx.Node:
         return self._copy_with(node, {})
@@ -211,9 +219,9 @@ class _Sweep:
     def _carry(self, node: fx.Node, outcome: Carried, merges: _Merges) -> fx.Node:
         if outcome.sides:
             side = outcome.sides[0].name
-            reason = f"operand {side} brings one row a token and does not come from the tokens"
+            reason = f"operand {side!r} brings one row a token and does not come from the tokens"
             if node not in merges.planned.inner:
-                return self._unmerge_first(node, Positional(reason), merges)
+                return self._unmerge_first(node, Positional(reason))
             raise self._error(
                 node,
                 f"{reason}; it meets them after a merge, and carrying it through one is not "
@@ -223,7 +231,7 @@ class _Sweep:
         epoch = max(self.epoch[a] for a in holders)
         if any(self.epoch[a] < epoch for a in holders):
             if node not in merges.planned.inner:
-                return self._unmerge_first(node, Positional(_MIXED), merges)
+                return self._unmerge_first(node, Positional(_MIXED))
             if _written(node):
                 raise self._error(node, f"{target_name(node)} writes tokens in place: {_MIXED}")
         inputs = {a: self._at_epoch(a, epoch) for a in holders}
@@ -254,21 +262,21 @@ class _Sweep:
         layout, epoch = self.layouts[operand], self.epoch[operand]
         if not layout.plain:
             reason = "a mean over tokens that are folded with the batch or not batch first"
-            return self._unmerge_first(node, Positional(reason), merges)
+            return self._unmerge_first(node, Positional(reason))
         size = merges.sizes[epoch]
         assert size is not None
         indices = merges.indices(layout.positions, epoch, _whole(merges))
         if len(indices) < merges.tokens[epoch]:
             size = self._slices(node, size, 1, indices)
         x = self.new[operand]
-        mean = self._emit(node, weighted_mean, x, size, outcome.dim, outcome.keepdim)
-        dtype = node.kwargs.get("dtype")
-        return mean if dtype is None else self._emit(node, aten.to.dtype, mean, dtype)
+        if (dtype := node.kwargs.get("dtype")) is not None:
+            x = self._emit(node, aten.to.dtype, x, dtype)
+        return self._emit(node, weighted_mean, x, size, outcome.dim, outcome.keepdim)
 
-    def _unmerge_first(self, node: fx.Node, outcome: Positional, merges: _Merges) -> fx.Node:
+    def _unmerge_first(self, node: fx.Node, outcome: Positional) -> fx.Node:
         if _written(node):
             raise self._error(node, f"{target_name(node)} writes tokens in place: {outcome.reason}")
-        self.unmerged.append(f"{node.name}: {outcome.reason} ({source_line(node) or 'no source'})")
+        self.unmerged.append(Mismatch.at(node, outcome.reason))
         merged = [a for a in node.all_input_nodes if self.epoch.get(a, 0) > 0]
         return self._copy_with(node, {a: self._unmerged(node, a) for a in merged})
 
@@ -279,7 +287,7 @@ class _Sweep:
             return self._copy(node)
         epoch = max(self.epoch[a] for a in operands)
         if node not in merges.planned.inner and any(self.epoch[a] < epoch for a in operands):
-            return self._unmerge_first(node, Positional(_MIXED), merges)
+            return self._unmerge_first(node, Positional(_MIXED))
         q, k, v = (self._at_epoch(a, epoch) for a in operands)
         size = merges.sizes[epoch] if self.method.prop_attn else None
         bias = None if size is None else self._emit(node, log_size, size, q)
@@ -294,9 +302,9 @@ class _Sweep:
         def left(operand: fx.Node) -> fx.Node:
             epoch = self.epoch.get(operand, 0)
             if epoch:
-                length = self.stream_of[operand].length(self.layouts[operand], epoch)
-                tokens = len(self.layouts[operand].positions)
-                how = f"merged, {length}" if self.keep_short else f"unmerged from {length} to {tokens}"
+                layout = self.layouts[operand]
+                short, full = self.stream_of[operand].length(layout, epoch), len(layout.positions)
+                how = f"merged, {short}" if self.keep_short else f"unmerged from {short} to {full}"
                 self.returned[operand.name] = f"returned {how} tokens"
             return self.new[operand] if self.keep_short else self._unmerged(node, operand)
 

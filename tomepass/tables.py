@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+import math
+import platform
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -13,14 +17,14 @@ from rich.text import Text
 if TYPE_CHECKING:
     from tomepass.equivalence import CheckReport
     from tomepass.report import Report, StreamReport
+    from tomepass.structure import Mismatch
 
 
 def to_text(renderable: RenderableType, width: int = 100) -> str:
     """A renderable as plain text, as it stands in a file or a bug report."""
-    console = Console(width=width, color_system=None, legacy_windows=False, file=_Nowhere())
-    with console.capture() as capture:
-        console.print(renderable)
-    return capture.get().rstrip("\n")
+    file = io.StringIO()
+    Console(width=width, color_system=None, legacy_windows=False, file=file).print(renderable)
+    return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip("\n")
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
@@ -44,65 +48,58 @@ def gmacs(macs: float) -> str:
 def report_tables(report: Report) -> Iterator[RenderableType]:
     """The printed form of ``explain``."""
     title = f"{report.model}: {report.method!r}"
+    if not report.streams:
+        yield Text(f"{title}: left unmerged", style="bold")
     for number, stream in enumerate(report.streams):
         suffix = f", stream {number}" if len(report.streams) > 1 else ""
         yield _stream_table(stream, title + suffix)
-    if not report.streams:
-        yield Text(f"{title}: left unmerged", style="bold")
-    if report.streams:
-        yield Text(
-            f"MACs per image: {gmacs(report.macs_original)} unmerged, {gmacs(report.macs)} merged "
-            f"(+ {gmacs(report.macs_overhead)} matching and merging); "
-            f"ideal speed-up {report.speedup_ideal:.2f}x"
+        yield _facts(
+            ("protected", [_positions(stream.protected)]), ("read by", list(stream.readout))
         )
-    for line in report.unmerged:
-        yield Text(f"unmerged before {line}")
-    for mismatch in report.refused:
-        where = [f"block {mismatch.block}"] if mismatch.block is not None else []
-        where += [f"node {mismatch.node}"] if mismatch.node else []
-        where += [mismatch.source] if mismatch.source else []
-        yield Text(f"refused: {mismatch.reason}" + (f" [{', '.join(where)}]" if where else ""))
-        if mismatch.advice:
-            yield Text(f"  what to do: {mismatch.advice}")
+    yield _facts(
+        ("unmerged", [_reason(m) for m in report.unmerged]),
+        ("refused", [_reason(m, blocks) for m, blocks in _alike(report.refused)]),
+        ("MACs", _costs(report)),
+        ("inputs", [report.inputs]),
+        ("versions", [_versions()]),
+    )
 
 
 def check_table(report: CheckReport) -> Iterator[RenderableType]:
     """The printed form of ``check``."""
-    made = table(
-        f"{report.model}: {report.method!r}, {report.inner}, {report.inputs}",
-        "check",
-        "figure",
-        "tolerance",
-        "verdict",
-        "note",
-    )
+    title = f"{report.model}: {report.method!r}, {report.inner}"
+    made = table(title, "check", "figure", "tolerance", "verdict", "note")
+    made.columns[0].no_wrap = True
     made.columns[-1].justify = "left"
     made.columns[-1].no_wrap = False
     styles = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("-", "yellow")}
     for line in report.lines:
         word, style = styles[line.passed]
-        tolerance = "-" if line.passed is None else f"{line.tolerance:.0e}"
-        if line.tolerance in (0.0, 2.0):
-            tolerance = f"{line.tolerance:.0f}"
-        made.add_row(line.name, _figure(line.figure), tolerance, Text(word, style), line.note)
+        made.add_row(
+            line.name,
+            _figure(line.figure),
+            _figure(line.tolerance) if line.tolerance < float("inf") else "-",
+            Text(word, style),
+            line.note,
+        )
     yield made
     failed = [line for line in report.lines if line.passed is False]
     for line in failed:
-        yield Text(
-            f"FAILED: {line.name.strip()}: {_figure(line.figure)}, allowed {line.tolerance:g}"
-        )
+        figures = f"{_figure(line.figure)}, allowed {_figure(line.tolerance)}"
+        yield Text(f"  FAILED {line.name.strip()}: {figures}", "bold red")
     if not failed:
-        yield Text("All checks pass.", "green")
+        yield Text("  All checks pass.", "green")
+    yield _facts(("inputs", [report.inputs]), ("versions", [_versions()]))
 
 
 def _figure(figure: float) -> str:
-    return f"{figure:.0f}" if figure == int(figure) else f"{figure:.1e}"
+    whole = math.isfinite(figure) and figure == int(figure)
+    return f"{figure:.0f}" if whole else f"{figure:.1e}"
 
 
 def _stream_table(stream: StreamReport, title: str) -> Table:
     made = table(title, "block", "tokens", "r", "MACs", "of original", "attention at")
     made.columns[-1].justify = "left"
-    made.columns[-1].no_wrap = False
     for b in stream.blocks:
         share = b.macs / b.macs_original if b.macs_original else 1.0
         made.add_row(
@@ -111,18 +108,71 @@ def _stream_table(stream: StreamReport, title: str) -> Table:
             str(b.r),
             gmacs(b.macs),
             f"{share:.0%}",
-            (b.source or b.attention).split(": ")[0],
+            (b.source or b.attention).split(": ")[0].split("/")[-1],
         )
-    lines = [f"protected tokens: {list(stream.protected) or 'none'}", *stream.readout]
-    made.caption = "\n".join(lines)
     return made
 
 
-class _Nowhere:
-    """A file for a console that only captures."""
+def _facts(*facts: tuple[str, list[str]]) -> RenderableType:
+    """Labelled lines, indented behind their labels; labels without lines are left out."""
+    made = Table.grid(padding=(0, 2))
+    made.add_column(min_width=len("protected") + 2)
+    made.add_column(overflow="fold")
+    for label, lines in facts:
+        for i, line in enumerate(lines):
+            made.add_row(Text("" if i else f"  {label}"), Text(line))
+    return made
 
-    def write(self, text: str) -> int:
-        return len(text)
 
-    def flush(self) -> None:
-        return None
+def _reason(mismatch: Mismatch, blocks: Sequence[int] = ()) -> str:
+    file, _, code = (mismatch.source or "").partition(": ")
+    where = [f"block{'s' if len(blocks) > 1 else ''} {_ranges(blocks)}"] if blocks else []
+    where += [f"node {mismatch.node}"] if mismatch.node else []
+    where += [file] if file else []
+    details = [", ".join(where), code, f"what to do: {mismatch.advice}" if mismatch.advice else ""]
+    return "\n".join([mismatch.reason, *(f"- {detail}" for detail in details if detail)])
+
+
+def _alike(mismatches: Sequence[Mismatch]) -> list[tuple[Mismatch, list[int]]]:
+    """Mismatches with the same reason at the same place told once, with all their blocks."""
+    found: dict[object, tuple[Mismatch, list[int]]] = {}
+    for mismatch in mismatches:
+        key = (mismatch.reason, mismatch.source, mismatch.advice)
+        _, blocks = found.setdefault(key, (mismatch, []))
+        blocks += [mismatch.block] if mismatch.block is not None else []
+    return list(found.values())
+
+
+def _costs(report: Report) -> list[str]:
+    unmerged = f"{gmacs(report.macs_original)} an image unmerged"
+    if not report.streams:
+        return [unmerged]
+    return [
+        f"{unmerged}, {gmacs(report.macs)} merged: ideal speed-up {report.speedup_ideal:.2f}x",
+        f"{gmacs(report.macs_overhead)} more for matching and merging",
+    ]
+
+
+def _positions(positions: Sequence[int]) -> str:
+    if not positions:
+        return "no token"
+    return f"token{'s' if len(positions) > 1 else ''} {_ranges(positions)}"
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """``0-3, 7`` for 0, 1, 2, 3, 7."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number <= runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _versions() -> str:
+    known = [("Python", platform.python_version())]
+    for name in ("tomepass", "torch", "transformers"):
+        if (module := sys.modules.get(name)) is not None:
+            known.append((name, str(getattr(module, "__version__", "?"))))
+    return ", ".join(f"{name} {version}" for name, version in known)

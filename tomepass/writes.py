@@ -1,0 +1,57 @@
+"""Writes in place: which ones a dataflow analysis may read as plain results.
+
+``relu_(linear(x))`` is a result like any other as long as nobody reads what it overwrote. A write
+into a slice of a tensor is not: its readers would not be seen to depend on what was written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+
+def hidden_write(graph: fx.Graph, data: frozenset[str]) -> fx.Node | None:
+    """The first operator that writes, unseen by dataflow, where the user's input takes part."""
+    nodes: list[fx.Node] = list(graph.nodes)
+    order = {node: i for i, node in enumerate(nodes)}
+    dependent: set[fx.Node] = set()
+    for node in nodes:
+        if any(a in dependent for a in node.all_input_nodes):
+            dependent.add(node)
+            for target in _written(node):
+                if _is_view(target) or any(order[r] > order[node] for r in _readers(target)):
+                    return node
+        elif node.op == "placeholder" and node.name in data:
+            dependent.add(node)
+    return None
+
+
+def _written(node: fx.Node) -> Iterator[fx.Node]:
+    for argument, value in zip(_arguments(node), node.args, strict=False):
+        info = argument.alias_info
+        if info is not None and info.is_write and isinstance(value, fx.Node):
+            yield value
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Who reads a node's memory, through views of it too."""
+    for user in node.users:
+        yield user
+        if _is_view(user):
+            yield from _readers(user)
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Does the result share memory with an operand that it does not write to?"""
+    return any(
+        argument.alias_info is not None and not argument.alias_info.is_write
+        for argument in _arguments(node)
+    )
+
+
+def _arguments(node: fx.Node) -> list[torch.Argument]:
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return []
+    return list(node.target._schema.arguments)
