@@ -66,6 +66,22 @@ class Attention(nn.Module):
         return tuple(p.view(batch, tokens, HEADS, -1).transpose(1, 2) for p in parts)
 
 
+class Causal(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+class Windows(Attention):
+    def forward(self, x: Tensor) -> Tensor:
+        batch, tokens, width = x.shape
+        return super().forward(x.reshape(-1, tokens // 3, width)).reshape(batch, tokens, width)
+
+
+class ByHand(Attention):
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
+
+
 class Block(nn.Module):
     """A transformer block."""
 
@@ -107,6 +123,18 @@ class Block(nn.Module):
             keep = torch.full((x.shape[0], 1, 1), 0.9, device=x.device)
             update = update.div(0.9) * torch.floor(keep + 0.5)
         return update + x if self.swapped else x + update
+
+
+def with_attention(cls: type[Attention], width: int) -> Block:
+    """A block with another attention."""
+    block = Block(width)
+    block.attention = cls(width)
+    return block
+
+
+def near(cls: type[Any]) -> Callable[[int], nn.Module]:
+    """The maker of a block that is one step from a transformer block."""
+    return cls if issubclass(cls, Block) else partial(with_attention, cls)
 
 
 class Encoder(nn.Module):

@@ -29,7 +29,7 @@ def test_explain_prints_the_blocks(model_dir: str) -> None:
     printed = _run("explain", "--model", model_dir, "--r", "8")
     assert "65 -> 57" in printed
     assert "49 -> 41" in printed
-    assert "protected tokens: [0]" in printed
+    assert "protected  token 0" in printed
 
 
 @pytest.mark.parametrize(

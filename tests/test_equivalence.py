@@ -12,7 +12,7 @@ import pytest
 import torch
 from encoders import Encoder, make, pixels
 from torch import Tensor, fx, nn
-from zoo import make_inputs, make_model
+from zoo import make_inputs
 
 import tomepass
 from tomepass import CheckReport, ToMe, TomeError, duplicates, equivalence
@@ -55,7 +55,7 @@ def checked(model: nn.Module | None = None, **options: Any) -> CheckReport:
     return tomepass.check(model, pixels(3) if inputs is None else inputs, **options)
 
 
-# ---- what is right passes ------------------------------------------------------------------------
+# ---- what is right passes --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_any_kind_of_inputs_and_an_applied_model_can_be_checked() -> None:
     assert report.method == ToMe([5])
 
 
-# ---- each line can fail ----------------------------------------------------------------------------
+# ---- each line can fail ----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_a_compiler_that_is_off_in_bfloat16_fails_though_merges_may_flip() -> No
     assert line(report, FLOAT64).figure > 2
 
 
-# ---- ties ----------------------------------------------------------------------------------------------
+# ---- ties ------------------------------------------------------------------------------------
 
 
 class OnTokens(Encoder):
@@ -358,9 +358,7 @@ def test_a_tie_excuses_no_other_image() -> None:
     def second_off(out: Tensor) -> Tensor:
         return torch.cat([out[:1], out[1:2] * 1.01, out[2:]])
 
-    report = checked(
-        make(OnTokens), inputs=with_a_tie(), r=[1, 4], inner=tie_breaker(second_off)
-    )
+    report = checked(make(OnTokens), inputs=with_a_tie(), r=[1, 4], inner=tie_breaker(second_off))
     assert COMPILED in names(report, False)
 
 
@@ -373,7 +371,7 @@ def test_a_tie_excuses_nothing_but_its_merges() -> None:
     assert names(report, False) == {REPLAYED}
 
 
-# ---- the report ------------------------------------------------------------------------------------------
+# ---- the report ------------------------------------------------------------------------------
 
 
 def test_a_failed_report_says_which_line_and_by_how_much() -> None:
@@ -408,7 +406,7 @@ def test_each_line_is_announced_before_it_runs() -> None:
     assert seen == [IDENTITY, MATCHES, COMPILED, LOSSLESS, SAME_BITS]
 
 
-# ---- bad input -----------------------------------------------------------------------------------------------
+# ---- bad input -------------------------------------------------------------------------------
 
 
 def test_a_model_in_training_mode_is_refused() -> None:

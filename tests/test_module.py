@@ -564,8 +564,9 @@ def test_merging_twice_is_refused(vit: Any) -> None:
     merged = tomepass.apply(vit, r=8)
     with pytest.raises(TomeError, match="already merged"):
         tomepass.apply(merged, r=4)
-    with pytest.raises(TomeError, match="already compiled"):
-        tomepass.apply(torch.compile(vit), r=4)
+    for door in (tomepass.apply, tomepass.explain):
+        with pytest.raises(TomeError, match="already compiled"):
+            door(torch.compile(vit), r=4)
 
 
 def test_warn_leaves_the_model_whole_with_one_warning(vit: Any, images: Tensor) -> None:

@@ -164,7 +164,7 @@ def test_given_positions_outside_the_tokens_are_refused() -> None:
         tomepass.apply(make(), ToMe(4, protected=(0, 37)), example_inputs=pixels())
 
 
-# ---- position embeddings ---------------------------------------------------------------------------
+# ---- position embeddings ---------------------------------------------------------------------
 
 
 def terms(model: nn.Module, **inputs: Any) -> list[set[str]]:

@@ -8,8 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from encoders import Block, Encoder, compiled, exported, make, pixels, report_on
-from test_structure import ByHand, near
+from encoders import (
+    Block,
+    ByHand,
+    Encoder,
+    compiled,
+    exported,
+    make,
+    near,
+    pixels,
+    report_on,
+)
 from torch import Tensor
 from zoo import make_inputs
 
@@ -145,7 +154,7 @@ def test_a_report_converts_to_json(model: dict[str, Any]) -> None:
     assert [m["reason"] for m in data["refused"]] == [m.reason for m in report.refused]
 
 
-# ---- the printed form ------------------------------------------------------------------------------
+# ---- the printed form ------------------------------------------------------------------------
 
 
 def test_the_table_can_be_pasted() -> None:

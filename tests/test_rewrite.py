@@ -95,7 +95,7 @@ def of_duplicates(family: str) -> dict[str, Any]:
     return {"pixel_values": duplicates(grid=8)}
 
 
-# ---- the families ----------------------------------------------------------------------------------
+# ---- the families ----------------------------------------------------------------------------
 
 
 def test_r0_is_the_original_to_the_bit(family: str, shared_models: Any) -> None:
@@ -159,7 +159,7 @@ def test_both_doors_compute_the_same(family: str, shared_models: Any) -> None:
         assert torch.equal(ours, theirs)
 
 
-# ---- transformers models that need no more than this ------------------------------------------------
+# ---- transformers models that need no more than this -----------------------------------------
 
 WIDE: dict[str, Any] = {
     "hidden_size": 32,
@@ -208,7 +208,7 @@ def test_other_models_are_lossless_with_no_code_of_their_own(
     assert_lossless(model, {"pixel_values": duplicates(grid=8)}, COUNTS)
 
 
-# ---- readouts ----------------------------------------------------------------------------------------
+# ---- readouts --------------------------------------------------------------------------------
 
 
 class ReadBy(Encoder):
@@ -365,7 +365,7 @@ def test_hidden_states_of_every_block_show_its_own_merges() -> None:
     assert distinct == [65, 53, 45, 40]
 
 
-# ---- protected tokens ----------------------------------------------------------------------------------
+# ---- protected tokens ------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -400,7 +400,7 @@ def test_an_unprotected_class_token_is_still_read_where_it_went() -> None:
     assert relative_error(merged, model(x)) < LOSSLESS
 
 
-# ---- inside a stream ------------------------------------------------------------------------------------
+# ---- inside a stream -------------------------------------------------------------------------
 
 
 class FromBefore(Block):
@@ -561,7 +561,7 @@ def test_reading_by_position_after_the_last_merge_is_exact(form: type[Block]) ->
     assert relative_error(merged, model(x)) < LOSSLESS
 
 
-# ---- the graph ---------------------------------------------------------------------------------------------
+# ---- the graph -------------------------------------------------------------------------------
 
 
 class Rerun(fx.Interpreter):
@@ -666,7 +666,7 @@ def test_dumped_graphs_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "torch.ops.tome.match.default" in after
 
 
-# ---- any encoder at all -------------------------------------------------------------------------------------
+# ---- any encoder at all ----------------------------------------------------------------------
 
 ENCODERS = st.fixed_dictionaries(
     {
@@ -693,12 +693,11 @@ def test_any_encoder_is_lossless_on_duplicates_or_refused(
     model = with_zero_positions(make(**choices))
     x = duplicates(2)
     with torch.no_grad():
-        try:
-            merged = tomepass.apply(model, r=counts[: choices["depth"]], example_inputs=x)
-        except TomeError as refused:
-            assert refused.reason
-            assert refused.node
+        report = tomepass.explain(model, r=counts[: choices["depth"]], example_inputs=x)
+        if not report.ok:
+            assert all(refused.reason and refused.node for refused in report.refused)
             return
+        merged = tomepass.apply(model, report.method, example_inputs=x)
         assert relative_error(merged(x), model(x)) < LOSSLESS
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,10 +15,14 @@ from encoders import (
     HEADS,
     Attention,
     Block,
+    ByHand,
+    Causal,
     Encoder,
+    Windows,
     compiled,
     exported,
     make,
+    near,
     pixels,
     report_on,
 )
@@ -32,7 +35,7 @@ from tomepass.planning import plan_graph
 from tomepass.rewrite import rewrite
 from tomepass.structure import Mismatch, find_structure
 
-# ---- the families, exactly --------------------------------------------------------------------
+# ---- the families, exactly -------------------------------------------------------------------
 
 
 class Expected(NamedTuple):
@@ -95,7 +98,7 @@ def test_a_classifier_reads_the_same_at_another_batch_and_resolution(shared_mode
     assert stream.protected == (0,)
 
 
-# ---- what must match --------------------------------------------------------------------------
+# ---- what must match -------------------------------------------------------------------------
 
 FORMS: dict[str, dict[str, Any]] = {
     "pre-norm": {},
@@ -224,7 +227,7 @@ def test_reading_and_rewriting_48_blocks_costs_no_more_than_linear_time() -> Non
     assert seconds(48) < 5.5 * seconds(12)
 
 
-# ---- what must not match ----------------------------------------------------------------------
+# ---- what must not match ---------------------------------------------------------------------
 
 
 class Twice(Block):
@@ -253,11 +256,6 @@ class NoResidual(Block):
         return x + self.mlp(self.norm2(x))
 
 
-class Causal(Attention):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
 class CausalMask(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         mask = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
@@ -279,38 +277,15 @@ class DataMask(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-class Windows(Attention):
-    def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        return super().forward(x.reshape(-1, tokens // 3, width)).reshape(batch, tokens, width)
-
-
 class OnlyPatches(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :1], super().forward(x[:, 1:])], dim=1)
-
-
-class ByHand(Attention):
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
 class ByEinsum(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scores = torch.einsum("bhid,bhjd->bhij", q, k)
         return torch.einsum("bhij,bhjd->bhid", F.softmax(scores, dim=-1), v)
-
-
-def with_attention(cls: type[Attention], width: int) -> Block:
-    """A block with another attention."""
-    block = Block(width)
-    block.attention = cls(width)
-    return block
-
-
-def near(cls: type[Any]) -> Callable[[int], nn.Module]:
-    """The maker of a block that is one step from a transformer block."""
-    return cls if issubclass(cls, Block) else partial(with_attention, cls)
 
 
 NEAR_MISSES = {
@@ -380,7 +355,7 @@ def test_an_attention_that_does_not_read_the_input_is_no_block() -> None:
     assert "does not read the model's input" in refusal(make(Constant)).reason
 
 
-# ---- transformers models outside this list ------------------------------------------------------
+# ---- transformers models outside this list ---------------------------------------------------
 
 SMALL: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE: dict[str, Any] = {"image_size": 32, "patch_size": 4}

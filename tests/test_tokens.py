@@ -61,7 +61,7 @@ def only(function: Callable[..., Any], *others: Tensor, **sizes: int) -> Outcome
     return outcome
 
 
-# ---- reading protected tokens -------------------------------------------------------------------
+# ---- reading protected tokens ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_reading_by_position_needs_the_original_tokens(read: Callable[[Tensor], 
         assert result not in flow.layouts
 
 
-# ---- means ---------------------------------------------------------------------------------------
+# ---- means -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,7 @@ def test_a_mean_over_something_else_keeps_the_tokens() -> None:
     assert flow.layouts[output] == Layout(Axis(1), Axis(0), ALL)
 
 
-# ---- carrying ------------------------------------------------------------------------------------
+# ---- carrying --------------------------------------------------------------------------------
 
 
 def heads(x: Tensor) -> Tensor:
@@ -228,7 +228,7 @@ def test_equal_sizes_are_not_confused() -> None:
 
 
 def test_a_literal_count_is_found_in_the_shape_argument() -> None:
-    flow, graph = followed(lambda x: x.view(2, 10, 3, 4).permute(2, 0, 1, 3).reshape(3, 20, 4))
+    flow, _ = followed(lambda x: x.view(2, 10, 3, 4).permute(2, 0, 1, 3).reshape(3, 20, 4))
     found = {n.target: o.size_at for n, o in flow.outcomes.items() if isinstance(o, Carried)}
     aten = torch.ops.aten
     assert found[aten.view.default] == 1
@@ -237,7 +237,7 @@ def test_a_literal_count_is_found_in_the_shape_argument() -> None:
     assert reshaped == 1
 
 
-# ---- operands with a row a token -------------------------------------------------------------------
+# ---- operands with a row a token -------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(10, 12), (1, 10, 12), (2, 10, 1), (10, 1)])
@@ -254,7 +254,7 @@ def test_an_operand_alike_for_all_tokens_is_none(shape: tuple[int, ...]) -> None
     assert not outcome.sides
 
 
-# ---- attention -----------------------------------------------------------------------------------
+# ---- attention -------------------------------------------------------------------------------
 
 
 def attend(x: Tensor, *others: Tensor, **options: Any) -> Tensor:

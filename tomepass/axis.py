@@ -152,6 +152,13 @@ def _linear(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis |
     return axis
 
 
+@rule(aten.addmm.default)
+def _affine(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    if node.args.count(operand) > 1 or operand is not node.args[1] or axis.dim != 0:
+        return "an affine map mixes along the axis"
+    return axis
+
+
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def _matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     left, right = node.args[:2]

@@ -453,9 +453,7 @@ def _determinism_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     yield _bits(name, ours, theirs, "the first image changes with the others")
 
 
-def _bits(
-    name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], otherwise: str
-) -> CheckLine:
+def _bits(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], otherwise: str) -> CheckLine:
     pairs = list(zip(ours, theirs, strict=True))
     same = all(_same_bits(a, b) for a, b in pairs)
     difference = max((float((a - b).abs().max()) for a, b in pairs if a.numel()), default=0.0)
@@ -506,4 +504,3 @@ _LINES: dict[str, Callable[[_Subject, str], Iterator[CheckLine]]] = {
     "4. lossless on duplicate tokens": _duplicates_line,
     "5. the same bits again": _determinism_line,
 }
-

@@ -65,13 +65,7 @@ def apply(
             f"the model is already merged with {model.method!r}",
             advice="apply tomepass to the original model",
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TomeError(
-            "the model is already compiled",
-            advice="apply tomepass first: torch.compile(tomepass.apply(model))",
-        )
+    _check_model(model)
     merged = _rebuild(model, method, on_unmatched, outputs)
     if example_inputs is not None:
         merged.prepare(example_inputs)
@@ -108,6 +102,7 @@ def explain(
         model = model.original
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
+    _check_model(model)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = _rebuild(model, method, on_unmatched, outputs).bind(inputs)
     return _analyse(model, method, call, outputs).report
@@ -440,6 +435,17 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         "inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
         f"got {type(inputs).__name__}"
     )
+
+
+def _check_model(model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if isinstance(model, torch._dynamo.OptimizedModule):
+        raise TomeError(
+            "the model is already compiled",
+            advice="give the model itself, and compile what apply returns: "
+            "torch.compile(tomepass.apply(model))",
+        )
 
 
 def check_choices(on_unmatched: object, outputs: object) -> None:

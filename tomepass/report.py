@@ -194,9 +194,7 @@ def _stream(
 ) -> StreamReport:
     members = _members(planned, captured.graph)
     blocks = []
-    for block, plan, names in zip(
-        planned.stream.blocks, planned.plan.blocks, members, strict=True
-    ):
+    for block, plan, names in zip(planned.stream.blocks, planned.plan.blocks, members, strict=True):
         blocks.append(
             BlockReport(
                 index=block.index,
