@@ -8,12 +8,19 @@ from typing import Any
 
 from torch import fx
 
-from tomepass.axis import Axis, Size, same, shape_of
+from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
 from tomepass.origins import trace_origins
 from tomepass.schedule import capped
-from tomepass.structure import Block, Mismatch, Stream, find_structure, upstream_of
+from tomepass.structure import (
+    Block,
+    Mismatch,
+    Stream,
+    attention_nodes,
+    find_structure,
+    upstream_of,
+)
 from tomepass.tokens import Attended, Layout, Masked, Positional, TokenFlow, follow_tokens
 from tomepass.writes import hidden_write
 
@@ -87,11 +94,13 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
     """
     if (write := hidden_write(captured.graph, captured.data)) is not None:
         reason = (
-            "writes in place into a tensor that is also read elsewhere, so what its readers "
-            "depend on cannot be followed"
+            f"{target_name(write)} writes in place into a tensor that is also read elsewhere, so "
+            "what its readers depend on cannot be followed"
         )
         advice = "make a new tensor instead, for example with torch.cat or torch.where"
-        return Planned(method, (), (Mismatch.at(write, reason, advice=advice),))
+        before = [node for node in attention_nodes(captured.graph) if node < write]
+        block = len(before) - 1 if before else None
+        return Planned(method, (), (Mismatch.at(write, reason, block=block, advice=advice),))
     structure = find_structure(captured)
     planned: list[PlannedStream] = []
     mismatches: list[Mismatch] = []

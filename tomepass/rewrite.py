@@ -7,13 +7,13 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tomepass.axis import same, same_shape, shape_of, target_name
 from tomepass.capture import CanonicalGraph, source_line
@@ -32,7 +32,6 @@ from tomepass.tokens import (
     Averaged,
     Carried,
     Layout,
-    Outcome,
     Positional,
     Taken,
 )
@@ -185,7 +184,6 @@ class _Sweep:
 
     def _node(self, node: fx.Node) -> fx.Node:
         outcome = self.outcomes.get(node)
-        self._check_writes(node, outcome)
         holders = [a for a in node.all_input_nodes if self.epoch.get(a, 0) > 0]
         if isinstance(outcome, Attended):
             return self._attend(node, outcome)
@@ -229,11 +227,8 @@ class _Sweep:
             )
         holders = [a for a in node.all_input_nodes if a in self.layouts]
         epoch = max(self.epoch[a] for a in holders)
-        if any(self.epoch[a] < epoch for a in holders):
-            if node not in merges.planned.inner:
-                return self._unmerge_first(node, Positional(_MIXED))
-            if _written(node):
-                raise self._error(node, f"{target_name(node)} writes tokens in place: {_MIXED}")
+        if node not in merges.planned.inner and any(self.epoch[a] < epoch for a in holders):
+            return self._unmerge_first(node, Positional(_MIXED))
         inputs = {a: self._at_epoch(a, epoch) for a in holders}
         copy = self.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
         length = merges.length(outcome.layout, epoch)
@@ -274,8 +269,6 @@ class _Sweep:
         return self._emit(node, weighted_mean, x, size, outcome.dim, outcome.keepdim)
 
     def _unmerge_first(self, node: fx.Node, outcome: Positional) -> fx.Node:
-        if _written(node):
-            raise self._error(node, f"{target_name(node)} writes tokens in place: {outcome.reason}")
         self.unmerged.append(Mismatch.at(node, outcome.reason))
         merged = [a for a in node.all_input_nodes if self.epoch.get(a, 0) > 0]
         return self._copy_with(node, {a: self._unmerged(node, a) for a in merged})
@@ -352,8 +345,8 @@ class _Sweep:
         merges, layout = self.stream_of[operand], self.layouts[operand]
         if not layout.plain:
             # What keeps tokens apart does the same to original ones: unmerge before it.
-            if _written(operand):
-                raise self._error(reader, f"{target_name(operand)} writes tokens in place")
+            if _writes(operand):  # it would write twice
+                raise self._error(reader, f"it reads what {operand.name} wrote in place")
             merged = [a for a in operand.all_input_nodes if a in self.layouts]
             return self._copy_with(operand, {a: self._unmerged(reader, a) for a in merged})
         source = merges.sources[epoch]
@@ -362,12 +355,6 @@ class _Sweep:
             gone = [merges.protected.index(p) for p in removed]
             source = self._emit(reader, narrow_source, source, list(layout.positions), gone)
         return self._emit(reader, unmerge, self.new[operand], source, layout.tokens.dim)
-
-    def _check_writes(self, node: fx.Node, outcome: Outcome | None) -> None:
-        # What was a view of tokens may be none of the merged ones.
-        for operand in _written(node) if not isinstance(outcome, Carried) else ():
-            if any(self.epoch.get(base, 0) for base in _viewed(operand)):
-                raise self._error(node, f"{target_name(node)} writes into merged tokens in place")
 
     # ---- making nodes ----------------------------------------------------------------------
 
@@ -408,9 +395,10 @@ class _Sweep:
         if node.op != "call_function":
             raise self._error(node, f"cannot follow tokens through a {node.op}")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+        run: Callable[..., Any] = _RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
         try:
             with self.fake_mode:
-                node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                node.meta["val"] = run(*args, **kwargs)
         except Exception as error:
             raise self._error(
                 node, f"{target_name(node)} does not fit the merged tokens: {error}"
@@ -437,30 +425,33 @@ class _Sweep:
         return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
 
 
+def _match_result(keys: Tensor, r: int, protected: list[int]) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[2]), dtype=torch.int64)
+
+
+def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
+    return x.new_empty((x.shape[0], tokens, x.shape[2]))
+
+
+def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
+    return assign.new_empty((assign.shape[0], tokens), dtype=torch.float32)
+
+
+# What operators of dozens of others return, known without running these.
+_RESULTS: dict[Any, Callable[..., Tensor]] = {
+    match: _match_result,
+    merge: _merge_result,
+    merge_size: _merge_size_result,
+}
+
+
 def _whole(merges: _Merges) -> Layout:
     return merges.planned.layout
 
 
-def _written(node: fx.Node) -> list[fx.Node]:
-    """The operands that an operator writes into."""
+def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
-    if schema is None or not schema.is_mutable:
-        return []
-    written = [
-        node.args[i] if i < len(node.args) else node.kwargs.get(a.name)
-        for i, a in enumerate(schema.arguments)
-        if a.alias_info is not None and a.alias_info.is_write
-    ]
-    return [w for w in written if isinstance(w, fx.Node)]
-
-
-def _viewed(node: fx.Node) -> Iterator[fx.Node]:
-    """The node and everything it is a view of."""
-    yield node
-    schema = getattr(node.target, "_schema", None)
-    if schema is not None and any(r.alias_info is not None for r in schema.returns):
-        for operand in node.all_input_nodes[:1]:
-            yield from _viewed(operand)
+    return schema is not None and bool(schema.is_mutable)
 
 
 def _dump(module: fx.GraphModule, name: str) -> None:
