@@ -512,22 +512,12 @@ class Shifted(Block):
         return x + x.roll(1, 1)
 
 
-class WrittenTo(Block):
-    """Some tokens are written to in place."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = super().forward(x)
-        x[:, 3:5].mul_(0.5)
-        return x
-
-
 @pytest.mark.parametrize(
     ("form", "reason"),
     [
         (DepthwiseConvolution, "brings one row a token"),
         (PositionsAgain, "brings one row a token"),
         (Shifted, "brings one row a token"),
-        (WrittenTo, "in place"),
     ],
 )
 def test_reading_by_position_inside_a_stream_is_refused(form: type[Block], reason: str) -> None:
@@ -540,6 +530,22 @@ def test_reading_by_position_inside_a_stream_is_refused(form: type[Block], reaso
     assert "test_rewrite.py:" in str(error.source)
     # Where nothing merges there is nothing to refuse.
     assert tomepass.explain(model, r=0, example_inputs=pixels()).ok
+
+
+def test_writing_into_some_tokens_is_refused() -> None:
+    class WrittenTo(Block):
+        """Some tokens are written to in place."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            x[:, 3:5].mul_(0.5)
+            return x
+
+    report = tomepass.explain(make(blocks=[WrittenTo] * 2), r=4, example_inputs=pixels())
+    (refused,) = report.refused
+    assert "aten.mul_ writes in place" in refused.reason
+    assert refused.block == 0
+    assert "test_rewrite.py:" in str(refused.source)
 
 
 def test_part_of_the_tokens_from_before_a_merge_is_refused_after_it() -> None:

@@ -426,7 +426,9 @@ class _Sweep:
 
 
 def _match_result(keys: Tensor, r: int, protected: list[int]) -> Tensor:
-    return keys.new_empty((keys.shape[0], keys.shape[2]), dtype=torch.int64)
+    tokens = keys.shape[2]
+    even = keys.new_empty((keys.shape[0], tokens + tokens % 2), dtype=torch.int64)
+    return even[:, :tokens]  # an odd sequence is cut from an even one
 
 
 def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
