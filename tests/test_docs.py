@@ -15,8 +15,9 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 HUB_ID = "google/vit-base-patch16-224"
 
 
-def _blocks(page: Path) -> list[str]:
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+def _blocks(page: Path, language: str = "python") -> list[str]:
+    pattern = rf"^```{language}\n(.*?)^```"
+    return re.findall(pattern, page.read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p)], ids=lambda p: p.name)
@@ -40,5 +41,6 @@ def test_no_page_names_a_command_that_does_not_exist() -> None:
 
     known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     for page in PAGES:
-        used = set(re.findall(r"^tomepass ([a-z]+)", page.read_text(), flags=re.MULTILINE))
+        shell = "".join(_blocks(page, "bash"))
+        used = set(re.findall(r"^tomepass ([a-z]+)", shell, flags=re.MULTILINE))
         assert used <= known, f"{page.name}: {used - known}"
