@@ -588,6 +588,8 @@ class Rerun(fx.Interpreter):
         if n.op == "output":
             return result
         ours, theirs = pytree.tree_leaves(n.meta["val"]), pytree.tree_leaves(result)
+        stale = n.meta.get("tensor_meta")
+        assert not hasattr(stale, "shape") or stale.shape == theirs[0].shape, n
         for a, b in zip(ours, theirs, strict=True):
             if isinstance(b, Tensor):
                 described = [(tuple(t.shape), t.dtype, t.device, t.stride()) for t in (a, b)]

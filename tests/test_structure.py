@@ -189,6 +189,19 @@ def test_the_residual_is_found_wherever_the_sum_stands(form: type[Block]) -> Non
     assert [b.tokens_out for b in report.blocks] == [33, 29]
 
 
+def test_a_readout_that_fans_out_is_no_part_of_the_last_block() -> None:
+    class TwoHeads(Encoder):
+        def read(self, x: Tensor) -> Any:
+            token = x[:, 0]
+            return token, self.head(token)
+
+    graph = exported(make(TwoHeads, blocks=[AttentionOnly] * 2), {"pixels": pixels()})
+    report = report_on(graph, ToMe(4))
+    assert not report.refused
+    last = report.blocks[-1]
+    assert last.merge_at == last.join
+
+
 def test_two_towers_are_two_streams() -> None:
     class TwoTowers(nn.Module):
         def __init__(self) -> None:
@@ -470,6 +483,7 @@ def test_of_two_towers_the_causal_one_is_left_alone_and_said_so() -> None:
     (refused,) = report.refused
     assert isinstance(refused, Mismatch)
     assert "attention mask" in refused.reason
+    assert refused.source
     merged = tomepass.apply(model, r=4, example_inputs=inputs)(**inputs)
     plain = model(**inputs)
     torch.testing.assert_close(merged.text_embeds, plain.text_embeds)
