@@ -47,7 +47,7 @@ def main(path: Annotated[Path, typer.Argument(help="The PNG to write.")]) -> Non
     figure.savefig(path, dpi=130)
 
 
-def _places(flow: nx.DiGraph, start: str, join: str) -> dict[str, Place]:
+def _places(flow: nx.DiGraph[str], start: str, join: str) -> dict[str, Place]:
     """Column and row of each node: rows by depth, one left free below the residual sum."""
     place = {}
     layers = list(nx.topological_generations(flow))
@@ -64,7 +64,7 @@ def _places(flow: nx.DiGraph, start: str, join: str) -> dict[str, Place]:
     return place
 
 
-def _with_own(flow: nx.DiGraph, place: dict[str, Place]) -> dict[str, Place]:
+def _with_own(flow: nx.DiGraph[str], place: dict[str, Place]) -> dict[str, Place]:
     """The pass's own operators: the merge on the spine, the others in a column beside it."""
     placed = {n: at for n, at in place.items() if n in flow}
     attention = next(n for n in placed if flow.nodes[n]["label"].startswith("attention"))
@@ -79,11 +79,11 @@ def _with_own(flow: nx.DiGraph, place: dict[str, Place]) -> dict[str, Place]:
     return placed
 
 
-def _block(graph: fx.Graph, start: str, end: str) -> nx.DiGraph:
+def _block(graph: fx.Graph, start: str, end: str) -> nx.DiGraph[str]:
     """The tensors between two stream nodes, views contracted."""
     nodes = {n.name: n for n in graph.nodes}
     order = {name: i for i, name in enumerate(nodes)}
-    flow = nx.DiGraph()
+    flow: nx.DiGraph[str] = nx.DiGraph()
     inside = False
     for node in graph.nodes:
         if inside:
@@ -116,7 +116,7 @@ def _label(node: fx.Node) -> str:
     return f"{namespace}{name}\n[{', '.join(sizes)}]"
 
 
-def _draw(axes: Axes, flow: nx.DiGraph, place: dict[str, Place], title: str) -> None:
+def _draw(axes: Axes, flow: nx.DiGraph[str], place: dict[str, Place], title: str) -> None:
     boxes = {}
     for name, at in place.items():
         colour = "#ffd9a0" if flow.nodes[name]["new"] else "#dbe7f5"

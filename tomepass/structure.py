@@ -180,7 +180,7 @@ class Dataflow:
     def __init__(self, captured: CanonicalGraph) -> None:
         self.order = {node: i for i, node in enumerate(captured.graph.nodes)}
         self.output = captured.graph.output_node()
-        flow = nx.DiGraph()
+        flow: nx.DiGraph[fx.Node | str] = nx.DiGraph()
         for node in captured.graph.nodes:
             if node.op == "placeholder" and node.name in captured.data:
                 flow.add_edge(ROOT, node)
@@ -285,12 +285,14 @@ def _stream_node(flow: Dataflow, join: fx.Node) -> fx.Node:
     return last
 
 
-def _tree_spans(parents: dict[fx.Node, fx.Node]) -> dict[fx.Node, tuple[int, int]]:
+def _tree_spans(parents: dict[fx.Node, fx.Node]) -> dict[fx.Node | str, tuple[int, int]]:
     """Depth-first intervals of the dominator tree: ancestors' intervals enclose descendants'."""
     # networkx has mapped the root to itself and, from 3.6, to None.
-    tree = nx.DiGraph((p, n) for n, p in parents.items() if p is not None and p is not n)
-    spans: dict[fx.Node, tuple[int, int]] = {}
-    first: dict[fx.Node, int] = {}
+    tree: nx.DiGraph[fx.Node | str] = nx.DiGraph(
+        (p, n) for n, p in parents.items() if p is not None and p is not n
+    )
+    spans: dict[fx.Node | str, tuple[int, int]] = {}
+    first: dict[fx.Node | str, int] = {}
     clock = 0
     if ROOT not in tree:
         return spans
