@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console, RenderableType
+from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
@@ -68,10 +69,7 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
 def check_table(report: CheckReport) -> Iterator[RenderableType]:
     """The printed form of ``check``."""
     title = f"{report.model}: {report.method!r}, {report.inner}"
-    made = table(title, "check", "figure", "tolerance", "verdict", "note")
-    made.columns[0].no_wrap = True
-    made.columns[-1].justify = "left"
-    made.columns[-1].no_wrap = False
+    made = table(title, "check", "figure", "tolerance", "verdict")
     styles = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("-", "yellow")}
     for line in report.lines:
         word, style = styles[line.passed]
@@ -80,8 +78,9 @@ def check_table(report: CheckReport) -> Iterator[RenderableType]:
             _figure(line.figure),
             _figure(line.tolerance) if line.tolerance < float("inf") else "-",
             Text(word, style),
-            line.note,
         )
+        if line.note:
+            made.add_row(Padding(Text(line.note, "dim"), (0, 0, 0, 5)))
     yield made
     failed = [line for line in report.lines if line.passed is False]
     for line in failed:
