@@ -9,16 +9,16 @@ before the MLP's norm; its attention sees the sizes from before that merge.
 `tomepass.reference.schedule` takes.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+from module_names import Attention, Module, attention_of, blocks_of, mlp_of
 from torch import Tensor
 
 from tomepass import reference
 
 Rate = int | list[int] | tuple[int, float]
-Module = Callable[[Tensor], Tensor]
 
 
 class Result(NamedTuple):
@@ -36,7 +36,7 @@ class Block(NamedTuple):
     """The parts of one pre-norm block; `scale*` are LayerScale or nothing."""
 
     norm1: Module
-    attention: Any
+    attention: Attention
     scale1: Module
     norm2: Module
     mlp: Module
@@ -120,8 +120,8 @@ def dinov2_with_registers_forward(
     """
     base = model.dinov2_with_registers
     blocks = [
-        Block(b.norm1, b.attention, b.layer_scale1, b.norm2, b.mlp, b.layer_scale2)
-        for b in base.encoder.layer
+        Block(b.norm1, attention_of(b), b.layer_scale1, b.norm2, mlp_of(b), b.layer_scale2)
+        for b in blocks_of(base)
     ]
     protected = 1 + model.config.num_register_tokens
     embedded = base.embeddings(pixel_values)
@@ -173,28 +173,31 @@ def weighted_mean(x: Tensor, size: Tensor) -> Tensor:
     return (x.double() * weight[..., None]).sum(dim=1).to(x.dtype)
 
 
+def vit_blocks(base: Any) -> list[Block]:
+    """The blocks of ViT, DeiT and I-JEPA, which name their norms alike."""
+    return [
+        Block(b.layernorm_before, attention_of(b), _same, b.layernorm_after, mlp_of(b), _same)
+        for b in blocks_of(base)
+    ]
+
+
 def _forward_of_vit_family(
     base: Any, pixel_values: Tensor, r: Rate, prop_attn: bool, protected: int, **options: Any
 ) -> Result:
-    """ViT, DeiT and I-JEPA name their parts alike."""
-    blocks = [
-        Block(b.layernorm_before, b.attention, _same, b.layernorm_after, b.mlp, _same)
-        for b in base.layers
-    ]
-    embedded = base.embeddings(pixel_values)
+    embedded, blocks = base.embeddings(pixel_values), vit_blocks(base)
     return encode(embedded, blocks, base.layernorm, r, protected, prop_attn, **options)
 
 
-def _attend(attention: Any, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(attention: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
     """Update of the residual stream `[B, N, C]`, and the keys `[B, H, N, D]`."""
     images, tokens, _ = x.shape
 
     def heads(projection: Module) -> Tensor:
         return projection(x).reshape(images, tokens, -1, attention.head_dim).transpose(1, 2)
 
-    q, k, v = heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)
-    out = reference.proportional_attention(q, k, v, size, attention.scaling)
-    return attention.o_proj(out.transpose(1, 2).reshape(images, tokens, -1)), k
+    q, k, v = heads(attention.query), heads(attention.key), heads(attention.value)
+    out = reference.proportional_attention(q, k, v, size, attention.scale)
+    return attention.out(out.transpose(1, 2).reshape(images, tokens, -1)), k
 
 
 def _same(x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ import reference_models
 import torch
 import torch._dynamo.config
 import torch._inductor.config
+from module_names import blocks_of
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from zoo import REFERENCES, make_inputs, make_model, make_vit, output_of, relative_error
@@ -317,7 +318,7 @@ class Broken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         vit, place = self.model.vit, self.place
-        first, second, third = vit.layers
+        first, second, third = blocks_of(vit)
         if place == "start":
             torch._dynamo.graph_break()
         x = vit.embeddings(x)
@@ -369,17 +370,7 @@ def test_tokens_are_whole_again_at_a_break_in_a_tower(
     with torch.no_grad():
         got = torch.compile(Broken(model, "middle"), backend=backend)(images)
         vit = model.vit
-        blocks = [
-            reference_models.Block(
-                b.layernorm_before,
-                b.attention,
-                nn.Identity(),
-                b.layernorm_after,
-                b.mlp,
-                nn.Identity(),
-            )
-            for b in vit.layers
-        ]
+        blocks = reference_models.vit_blocks(vit)
         first = reference_models.encode(vit.embeddings(images), blocks[:1], nn.Identity(), 8, 1)
         tokens = reference.unmerge(first.hidden, first.source)
         rest = reference_models.encode(tokens, blocks[1:], vit.layernorm, 8, 1)
