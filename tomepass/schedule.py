@@ -111,7 +111,8 @@ def capped(r: int, tokens: int, protected: tuple[int, ...]) -> int:
 
 def as_int(value: Any) -> int | None:
     """The int that ``value`` is, numpy's included; None for a bool, a float and all the rest."""
-    if isinstance(value, bool):
+    # numpy's bool is no bool, and before numpy 2 it was an index.
+    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
         return None
     try:
         return operator.index(value)

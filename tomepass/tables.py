@@ -114,8 +114,9 @@ def _stream_table(stream: StreamReport, title: str) -> Table:
 
 def _facts(*facts: tuple[str, list[str]]) -> RenderableType:
     """Labelled lines, indented behind their labels; labels without lines are left out."""
-    made = Table.grid(padding=(0, 2))
-    made.add_column(min_width=len("protected") + 2)
+    # No padding on the left of a column: versions of rich differ on whether it collapses.
+    made = Table.grid(padding=(0, 2, 0, 0))
+    made.add_column(min_width=len("  protected"))
     made.add_column(overflow="fold")
     for label, lines in facts:
         for i, line in enumerate(lines):
