@@ -463,6 +463,8 @@ def test_what_cannot_be_merged_exactly_is_refused_with_a_reason(
     inputs, reason, file = REFUSED[make_model]
     torch.manual_seed(0)
     model = scaled_up(make_model())
+    if make_model is swin and not model._supports_sdpa:  # in transformers 5.0
+        reason = "matmul, softmax, matmul"
     with pytest.raises(TomeError) as caught:
         tomepass.apply(model, r=[4], example_inputs=inputs())
     error = caught.value

@@ -111,8 +111,8 @@ def capped(r: int, tokens: int, protected: tuple[int, ...]) -> int:
 
 def as_int(value: Any) -> int | None:
     """The int that ``value`` is, numpy's included; None for a bool, a float and all the rest."""
-    # numpy's bool is no bool, and before numpy 2 it was an index.
-    if isinstance(value, bool) or type(value).__name__ in ("bool", "bool_"):
+    # A bool of torch, or of numpy before 2, is an index too.
+    if isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool"):
         return None
     try:
         return operator.index(value)
