@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -99,6 +100,7 @@ def test_a_list_longer_than_the_blocks_is_an_error_that_says_both(blocks: int) -
         ((8, None), TypeError, "inflection: expected a number .* got None"),
         (np.float64(8), TypeError, "expected an int"),
         (np.bool_(True), TypeError, "expected an int"),
+        (torch.tensor(True), TypeError, "expected an int"),
         (np.array([4, 2]), TypeError, "expected an int"),
     ],
 )
