@@ -82,6 +82,18 @@ class ByHand(Attention):
         return (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(-1) @ v
 
 
+class DecomposedBias(Attention):
+    """A position bias computed from the queries, as windowed models have it."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.rows = nn.Parameter(torch.randn(37, 8))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = q @ k.transpose(-1, -2) + q @ self.rows.T
+        return scores.softmax(-1) @ v
+
+
 class Block(nn.Module):
     """A transformer block."""
 

@@ -11,9 +11,10 @@ from torch import Tensor, fx
 from tracing import capture
 from zoo import FAMILIES, make_inputs, make_model
 
+from tomepass.attention import find_attentions
 from tomepass.capture import capture_module
-from tomepass.constants import constant_value, hides_nothing
-from tomepass.structure import attention_nodes
+from tomepass.constants import constant_value
+from tomepass.masks import hides_nothing
 
 HEADS, TOKENS = 2, 6
 Mask = Callable[[Tensor, Tensor], Tensor]
@@ -41,7 +42,7 @@ def captured_mask(mask: Mask) -> fx.Node:
 
     x, parameter = torch.randn(3, HEADS, TOKENS, 4), torch.ones(TOKENS)
     module = capture(attend, x, parameter, dynamic=(0,))
-    (attention,) = attention_nodes(module.graph)
+    (attention,) = [a.result for a in find_attentions(module.graph)[0]]
     node = attention.args[3] if len(attention.args) > 3 else attention.kwargs["attn_mask"]
     assert isinstance(node, fx.Node)
     return node
@@ -130,7 +131,7 @@ def test_the_verdict_agrees_with_the_mask_itself() -> None:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_masks_of_real_encoders_hide_nothing(name: str) -> None:
     captured = capture_module(make_model(name), make_inputs(name))
-    attentions = attention_nodes(captured.graph.graph)
+    attentions = [a.result for a in find_attentions(captured.graph.graph)[0]]
     assert attentions
     for attention in attentions:
         mask = attention.args[3] if len(attention.args) > 3 else attention.kwargs.get("attn_mask")

@@ -105,8 +105,8 @@ def test_it_sees_a_wrong_bias(monkeypatch: pytest.MonkeyPatch) -> None:
 
     real = log_size
 
-    def wrong(size: Tensor, query: Tensor) -> Tensor:
-        return 1.1 * real(size, query)
+    def wrong(size: Tensor, query: Tensor, dim: int) -> Tensor:
+        return 1.1 * real(size, query, dim)
 
     wrong.__name__ = "log_size"
     monkeypatch.setattr(rewriting, "log_size", wrong)

@@ -16,12 +16,12 @@ from zoo import make_inputs
 
 import tomepass
 from tomepass import CheckReport, ToMe, TomeError, duplicates, equivalence
+from tomepass.attention import FUSED
 from tomepass.module import MergedModel
 from tomepass.ops import match as match_module
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
-from tomepass.structure import ATTENTION
 
 IDENTITY = "1. r=0 is the original, bit for bit"
 MATCHES = "2. matches against the reference"
@@ -163,7 +163,7 @@ def test_a_missing_size_in_a_merge_fails(sabotage: Any) -> None:
 
 
 def test_missing_proportional_attention_fails(sabotage: Any) -> None:
-    sabotage(ATTENTION, lambda node: node.update_arg(3, None))
+    sabotage(FUSED, lambda node: node.update_arg(3, None))
     assert names(checked(), False) == {ATTENTIONS}
 
 
@@ -185,7 +185,7 @@ def test_an_unprotected_class_token_fails(sabotage: Any) -> None:
 
 def test_a_metric_of_something_else_fails(sabotage: Any) -> None:
     def values_for_keys(node: fx.Node) -> None:
-        (attention,) = [u for u in node.args[0].users if u.target is ATTENTION]  # type: ignore[union-attr]
+        (attention,) = [u for u in node.args[0].users if u.target is FUSED]  # type: ignore[union-attr]
         node.update_arg(0, attention.args[2])
 
     sabotage(match, values_for_keys)

@@ -15,7 +15,7 @@ import tomepass
 from tomepass import ToMe, TomeError
 from tomepass.origins import position_terms
 from tomepass.planning import plan_graph
-from tomepass.structure import upstream_of
+from tomepass.structure import Ancestry
 
 
 def protected(model: nn.Module, **inputs: Tensor) -> tuple[int, ...]:
@@ -172,8 +172,9 @@ def terms(model: nn.Module, **inputs: Any) -> list[set[str]]:
     graph = exported(model, inputs or {"pixels": pixels()})
     (stream,) = plan_graph(graph, ToMe(4)).streams
     found = position_terms(stream.stream.entry, 1, graph.data)
+    above = Ancestry(graph.graph)
     return [
-        {n.name.removeprefix("p_model_") for n in {term} | upstream_of(term) if not n.args}
+        {n.name.removeprefix("p_model_") for n in {term} | above.of(term) if not n.args}
         for term in found
     ]
 

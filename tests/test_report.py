@@ -10,7 +10,7 @@ import pytest
 import torch
 from encoders import (
     Block,
-    ByHand,
+    DecomposedBias,
     Encoder,
     compiled,
     exported,
@@ -78,7 +78,7 @@ def test_nothing_merged_costs_what_it_cost() -> None:
 
 
 def test_a_mismatch_is_reported_not_raised() -> None:
-    report = explained(make(blocks=[near(ByHand), near(ByHand)]))
+    report = explained(make(blocks=[near(DecomposedBias), near(DecomposedBias)]))
     assert not report.ok
     assert report.blocks == ()
     assert report.protected == ()
@@ -179,7 +179,7 @@ def test_the_table_can_be_pasted() -> None:
 
 
 def test_a_refusal_can_be_pasted() -> None:
-    text = str(explained(make(blocks=[near(ByHand)] * 3)))
+    text = str(explained(make(blocks=[near(DecomposedBias)] * 3)))
     assert "Encoder: ToMe(r=4): left unmerged" in text
     assert text.count("refused") == 1
     assert "- blocks 0-2, node softmax, tests/encoders.py:" in text
@@ -188,7 +188,7 @@ def test_a_refusal_can_be_pasted() -> None:
 
 
 @pytest.mark.parametrize(
-    "choices", [{}, {"blocks": [Shifted] * 2}, {"blocks": [near(ByHand)]}, {"cls": Grid}]
+    "choices", [{}, {"blocks": [Shifted] * 2}, {"blocks": [near(DecomposedBias)]}, {"cls": Grid}]
 )
 def test_no_line_is_longer_than_100_columns(choices: dict[str, Any]) -> None:
     for width in map(len, str(explained(make(**choices))).splitlines()):

@@ -520,7 +520,6 @@ class Shifted(Block):
     ("form", "reason"),
     [
         (DepthwiseConvolution, "brings one row a token"),
-        (PositionsAgain, "brings one row a token"),
         (Shifted, "brings one row a token"),
     ],
 )

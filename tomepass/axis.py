@@ -37,6 +37,8 @@ class Axis:
 
 
 RULES: dict[object, Rule] = {}
+# Pointwise, though no tag says so.
+_COMPOSITES = (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 
 
 def move(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
@@ -50,8 +52,8 @@ def move(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | st
 
 def is_pointwise(node: fx.Node) -> bool:
     """Does every element of the result depend on the same element of the operands alone?"""
-    return isinstance(node.target, torch._ops.OpOverload) and (
-        torch.Tag.pointwise in node.target.tags
+    return node.target in _COMPOSITES or (
+        isinstance(node.target, torch._ops.OpOverload) and torch.Tag.pointwise in node.target.tags
     )
 
 
@@ -159,13 +161,41 @@ def _affine(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis |
     return axis
 
 
+def sums_over(node: fx.Node, operand: fx.Node, axis: Axis) -> bool:
+    """Does a product of two tensors sum over an axis of one of them?"""
+    return axis.dim == summed_dimension(node, operand)
+
+
+def summed_dimension(node: fx.Node, operand: fx.Node) -> int | None:
+    """The dimension of ``operand`` that a product sums over; None if there are several."""
+    if node.target is aten.einsum.default:
+        equation = str(node.args[0]).replace(" ", "")
+        terms, _, result = equation.partition("->")
+        term = terms.split(",")[list(node.args[1]).index(operand)]  # type: ignore[arg-type]
+        gone = [i for i, letter in enumerate(term) if letter not in result]
+        return gone[0] if len(gone) == 1 else None
+    ndim = len(shape_of(operand))
+    first = node.args[1] if node.target is aten.baddbmm.default else node.args[0]
+    return ndim - 1 if operand is first or ndim == 1 else ndim - 2
+
+
+@rule(aten.baddbmm.default)
+def _biased_matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    if node.args.count(operand) > 1 or operand is node.args[0]:
+        return "a product is added to tokens"
+    if axis.dim == summed_dimension(node, operand):
+        return "a matrix product sums over the axis"
+    return axis
+
+
 @rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def _matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     left, right = node.args[:2]
     if left is right:
         return "a product of a tensor with itself"
     ndim = len(shape_of(operand))
-    contracted = ndim - 1 if operand is left or ndim == 1 else ndim - 2
+    contracted = summed_dimension(node, operand)
+    assert contracted is not None
     if axis.dim == contracted:
         return "a matrix product sums over the axis"
     offset = len(shape_of(node)) - ndim

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from tomepass.attention import has_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
@@ -20,7 +21,6 @@ from tomepass.module import OnUnmatched, Outputs, check_choices
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
 from tomepass.rewrite import rewrite
-from tomepass.structure import attention_nodes
 
 Inner = str | Callable[..., Any]
 InnerOptions = dict[str, Any] | tuple[tuple[str, Any], ...]
@@ -118,7 +118,7 @@ class TomeBackend(_Settings):
                 advice="compile the applied module with another backend, for example "
                 'torch.compile(merged, backend="inductor")',
             )
-        if not attention_nodes(captured.graph) and self._harmless(captured):
+        if not has_attention(captured.graph):  # a fragment around a graph break
             return compile_graph(gm, example_inputs)
         merged = self._rewritten(fix_sizes(captured, gm, example_inputs))
         return compile_graph(gm if merged is None else carry_marks(gm, merged), example_inputs)
@@ -139,13 +139,6 @@ class TomeBackend(_Settings):
         mine = dataclasses.replace(self, **{k: v for k, v in options.items() if k in own})
         changed = {k: v for k, v in options.items() if k in of_method}
         return dataclasses.replace(mine, method=mine.method.replace(**changed))
-
-    def _harmless(self, captured: CanonicalGraph) -> bool:
-        # No attention at all: a fragment around a graph break. Attention in another spelling
-        # is not harmless: it would be left unmerged in silence.
-        from tomepass.structure import manual_attention
-
-        return manual_attention(captured.graph) is None
 
     def _rewritten(self, captured: CanonicalGraph) -> fx.GraphModule | None:
         planned = plan_graph(captured, self.method)

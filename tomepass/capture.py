@@ -22,6 +22,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tomepass.errors import TomeError
+from tomepass.masks import drop_idle_masks
 
 aten = torch.ops.aten
 
@@ -32,6 +33,11 @@ _NOT_THE_MODEL = tuple(f'"{Path(file).parent}/' for file in (torch.__file__, __f
 # Checks on the input's metadata: our captures are keyed by what they check.
 _ASSERTIONS = (aten._assert_tensor_metadata.default,)
 _CONCATENATIONS = (aten.concat.default, aten.concatenate.default)
+# Regions under a mode of their own, and which argument is their body.
+_REGIONS: dict[Any, int] = {
+    torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
+    torch.ops.higher_order.wrap_with_autocast: 4,
+}
 # Cuts a constant off autograd: in place, but no values change.
 _DETACH = torch.ops.aten.detach_.default
 
@@ -43,12 +49,14 @@ class CanonicalGraph:
     Args:
         module: the graph; placeholders in the order of the call.
         data: names of the placeholders that hold the user's inputs, not the model's state.
+        learned: names of those that hold parameters.
         fragment: True if the graph may be a piece of a larger model (the Dynamo door).
     """
 
     module: fx.GraphModule
     data: frozenset[str]
     fragment: bool
+    learned: frozenset[str] = frozenset()
 
     @property
     def graph(self) -> fx.Graph:
@@ -117,18 +125,20 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
         )
     constants = program.constants
     state: list[str | Tensor] = []
-    data = set()
+    data, learned = set(), set()
     for node, spec in zip(*_placeholders(module), signature.input_specs, strict=True):
         if spec.kind is InputKind.USER_INPUT:
             if isinstance(node.meta.get("val"), Tensor):
                 data.add(node.name)
             continue
         target = cast(str, spec.target)
+        if spec.kind is InputKind.PARAMETER:
+            learned.add(node.name)
         if target in constants and not _owns(model, _path(target)):
             state.append(_constant(cast(Tensor, constants[target])))
         else:
             state.append(_path(target))
-    graph = CanonicalGraph(module, frozenset(data), fragment=False)
+    graph = CanonicalGraph(module, frozenset(data), False, frozenset(learned))
     assert program.call_spec.out_spec is not None
     leaves = tuple(pytree.tree_leaves(example))
     return Capture(graph, tuple(state), program.call_spec.out_spec, leaves)
@@ -148,13 +158,15 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Canonic
             )(*fakes)
     finally:
         mode.allow_non_fake_inputs = allowed
-    data = set()
+    data, learned = set(), set()
     for old, new, value in zip(*_placeholders(gm, traced), example_inputs, strict=True):
         new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
         if isinstance(value, Tensor) and value.ndim and not _is_state(value):
             data.add(new.name)
+        if isinstance(value, nn.Parameter):
+            learned.add(new.name)
     _to_dialect(traced)
-    return CanonicalGraph(traced, frozenset(data), fragment=True)
+    return CanonicalGraph(traced, frozenset(data), True, frozenset(learned))
 
 
 def carry_marks(gm: fx.GraphModule, rewritten: fx.GraphModule) -> fx.GraphModule:
@@ -264,7 +276,9 @@ def _batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any
 
 
 def _to_dialect(module: fx.GraphModule) -> None:
-    """Drops assertions on metadata; spells every concatenation ``aten.cat``."""
+    """Drops assertions on metadata; inlines regions; spells every concatenation ``aten.cat``."""
+    while regions := [n for n in module.graph.nodes if n.target in _REGIONS]:
+        _inline(module, regions[0])
     for node in list(module.graph.nodes):
         if node.target in _ASSERTIONS:
             module.graph.erase_node(node)
@@ -272,7 +286,38 @@ def _to_dialect(module: fx.GraphModule) -> None:
             node.target, node.args = aten.cat.default, (node.args[0], 1)
         elif node.target in _CONCATENATIONS:
             node.target = aten.cat.default
+    drop_idle_masks(module)
     module.recompile()
+
+
+def _inline(module: fx.GraphModule, region: fx.Node) -> None:
+    """Puts a region under another gradient or autocast mode in its place.
+
+    What leaves a region without gradients is cut off autograd. What autocast casts stands in the
+    graph as operators of its own.
+    """
+    arguments: list[Any] = list(region.args)
+    at = _REGIONS[region.target]
+    body, *operands = arguments[at:]
+    without_gradients = at == 1 and arguments[0] is False
+    inner = cast(fx.GraphModule, module.get_submodule(body.target)).graph
+    placed = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
+    results: Any = ()
+    with module.graph.inserting_before(region):
+        for node in inner.nodes:
+            if node.op == "output":
+                results = node.args[0]
+            elif node.op != "placeholder":
+                placed[node] = module.graph.node_copy(node, lambda n: placed[n])
+        for taken in list(region.users):
+            result = placed[results[int(cast(int, taken.args[1]))]]
+            if without_gradients and isinstance(result.meta.get("val"), Tensor):
+                value = result.meta["val"]
+                result = module.graph.call_function(aten.detach.default, (result,))
+                result.meta["val"] = value
+            taken.replace_all_uses_with(result)
+            module.graph.erase_node(taken)
+    module.graph.erase_node(region)
 
 
 def _owns(model: nn.Module, path: str) -> bool:

@@ -1,34 +1,29 @@
-"""What a graph computes from nothing but constants: attention masks that hide nothing."""
+"""What a graph computes from nothing but constants."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from tomepass.axis import is_pointwise
+
 aten = torch.ops.aten
 
-# They repeat or re-view a mask without changing whether all of it is true.
+
+# They repeat or re-view a value without changing its elements.
 _BROADCASTS = (aten.expand.default, aten.unsqueeze.default, aten.contiguous.default)
 
 
-def hides_nothing(mask: fx.Node) -> bool:
-    """Is an attention mask provably all true (or, if it is added, all zero) for every batch?
+def constant_value(node: fx.Node, *, up_to_broadcast: bool = False) -> Tensor | None:
+    """The node's value if it depends on no input, no parameter and no batch size, else None.
 
-    Transformers materialises such a mask under ``torch.export``: arange, ge, expand.
+    Args:
+        up_to_broadcast: also where the value is repeated for a batch of any size: one row of it.
     """
-    while mask.target in _BROADCASTS:
-        mask = mask.all_input_nodes[0]
-    value = constant_value(mask)
-    if value is None:
-        return False
-    return bool(value.all()) if value.dtype is torch.bool else not bool(value.any())
-
-
-def constant_value(node: fx.Node) -> Tensor | None:
-    """The node's value if it depends on no input, no parameter and no batch size, else None."""
-    value = _evaluate(node, {})
+    value = _evaluate(node, _Known(up_to_broadcast))
     return value if isinstance(value, Tensor) else None
 
 
@@ -36,7 +31,14 @@ class _NotConstant(Exception):
     pass
 
 
-def _evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+@dataclass
+class _Known:
+    up_to_broadcast: bool
+    values: dict[fx.Node, Any] = field(default_factory=dict)
+    repeated: set[fx.Node] = field(default_factory=set)
+
+
+def _evaluate(node: fx.Node, known: _Known) -> Any:
     try:
         with torch.no_grad():
             return _value(node, known)
@@ -44,15 +46,35 @@ def _evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         return None
 
 
-def _value(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-    if node not in known:
-        if not _pure(node) or _written(node):
+def _value(node: fx.Node, known: _Known) -> Any:
+    if node not in known.values:
+        if not _pure(node) or is_written(node):
             raise _NotConstant
+        if known.up_to_broadcast and _repeats(node, known):
+            known.values[node] = _value(node.all_input_nodes[0], known)
+            return known.values[node]
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs), lambda argument: _value(argument, known)
         )
-        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known[node]
+        known.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    return known.values[node]
+
+
+def _repeats(node: fx.Node, known: _Known) -> bool:
+    """Is it a repetition over a batch, or an elementwise function of one?"""
+    if node.target is aten.expand.default and len(node.all_input_nodes) > 1:
+        known.repeated.add(node)
+        return True
+    for operand in node.all_input_nodes:
+        if _pure(operand):
+            _value(operand, known)
+    if any(operand in known.repeated for operand in node.all_input_nodes):
+        if not (is_pointwise(node) or node.target in _BROADCASTS):
+            raise _NotConstant
+        known.repeated.add(node)
+        # One row of it: a further view of the repeated shape would not fit it.
+        return node.target in _BROADCASTS
+    return False
 
 
 def _pure(node: fx.Node) -> bool:
@@ -67,13 +89,13 @@ def _pure(node: fx.Node) -> bool:
     )
 
 
-def _written(node: fx.Node) -> bool:
+def is_written(node: fx.Node) -> bool:
     """Does an operator write into the node's value, or into a view of it?"""
     for user in node.users:
         schema = getattr(user.target, "_schema", None)
         if schema is not None and schema.is_mutable:
             return True
         views = schema is None or any(r.alias_info is not None for r in schema.returns)
-        if views and _written(user):
+        if views and is_written(user):
             return True
     return False

@@ -139,4 +139,7 @@ def _position_names(capture: Capture, planned: Planned) -> set[str]:
 
 def _worst(ours: Any, theirs: Any) -> float:
     pairs = zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True)
-    return max((relative_error(a, b) for a, b in pairs if a.is_floating_point()), default=0.0)
+    return max(
+        (relative_error(a, b) for a, b in pairs if isinstance(a, Tensor) and a.is_floating_point()),
+        default=0.0,
+    )

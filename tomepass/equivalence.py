@@ -7,6 +7,7 @@ merges is :mod:`tomepass.reference`, which shares no code with the pass.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from tomepass import reference
+from tomepass.attention import FUSED, PRODUCTS
 from tomepass.backend import Inner, resolve_inner
 from tomepass.capture import describe_inputs
 from tomepass.config import RLike, ToMe, resolve_method
@@ -27,10 +29,10 @@ from tomepass.graphs import Call, Recorder, relative_error, replayed
 from tomepass.module import Applied, MergedModel, apply, make_applied, read_state
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
+from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.planning import plan_graph
 from tomepass.report import BlockReport
 from tomepass.rewrite import rewrite
-from tomepass.structure import ATTENTION
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -187,9 +189,29 @@ class _Subject:
     @cached_property
     def recorded(self) -> Recorder:
         """One eager run: every match, merge and attention with its inputs."""
-        recorder = Recorder(self.graph, (match, merge, ATTENTION))
+        assert self.applied.rewritten is not None
+        renamed = self.applied.rewritten.renamed
+        names = set()
+        for block in self.applied.report.blocks:
+            weights = renamed[block.weights]
+            names |= {weights, *_scores_names(self.graph, weights)}
+        recorder = Recorder(self.graph, _CHECKED, names)
         recorder.run(*self.values)
         return recorder
+
+    def call_named(self, name: str) -> Call:
+        """The recorded call of a node."""
+        return next(call for call in self.recorded.calls if call.node.name == name)
+
+    def keys_of(self, step: _Step) -> list[Tensor]:
+        """What may be the keys of an attention: of a product written out, either factor."""
+        node = step.attention.node
+        if node.target is FUSED:
+            return [step.attention.args[1]]
+        while node.target not in PRODUCTS:
+            node = node.args[0]  # type: ignore[assignment]
+        factors = pytree.tree_leaves(self.call_named(node.name).args)
+        return [factor for factor in factors if isinstance(factor, Tensor)]
 
     @cached_property
     def compiled(self) -> Callable[..., Any]:
@@ -231,9 +253,10 @@ def _identity_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
 
 def _reference_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     chains = _chains(subject)
-    yield _matches(chains, name)
+    yield _matches(subject, chains, name)
     yield _merges(subject, chains)
     yield from _attentions(subject, chains)
+    yield from _beside(subject, chains)
 
 
 @dataclass(frozen=True)
@@ -245,6 +268,7 @@ class _Step:
     size: Tensor | None
     attention: Call
     matched: Call | None
+    source: Tensor | None = None
 
 
 def _chains(subject: _Subject) -> list[_Step]:
@@ -254,21 +278,22 @@ def _chains(subject: _Subject) -> list[_Step]:
     calls = {call.node.name: call for call in subject.recorded.calls}
     steps = []
     for stream, matches in zip(report.streams, rewritten.matches, strict=True):
-        size, held = None, stream.protected
+        size, source, held = None, None, stream.protected
         for block, name in zip(stream.blocks, matches, strict=True):
             matched = None if name is None else calls[name]
-            attention = calls[rewritten.renamed[block.attention]]
-            steps.append(_Step(block, held, size, attention, matched))
+            attention = calls[rewritten.renamed[block.weights]]
+            steps.append(_Step(block, held, size, attention, matched, source))
             if matched is None:
                 continue
             assign: Tensor = matched.result
             before = torch.ones(assign.shape, device=assign.device) if size is None else size
             _, size = reference.merge(before[..., None], before, assign, block.tokens_out)
+            source = assign if source is None else reference.compose(assign, source)
             held = tuple(range(len(held)))
     return steps
 
 
-def _matches(steps: list[_Step], name: str) -> CheckLine:
+def _matches(subject: _Subject, steps: list[_Step], name: str) -> CheckLine:
     images = wrong = ties = 0
     for step in steps:
         if step.matched is None:
@@ -276,7 +301,7 @@ def _matches(steps: list[_Step], name: str) -> CheckLine:
         keys, r, protected = step.matched.args
         # What the operator was asked, what it answered, and how it breaks exact ties.
         asked = (r, tuple(protected)) == (step.block.r, step.protected)
-        asked &= torch.equal(keys, step.attention.args[1])
+        asked &= any(_same_keys(keys, seen) for seen in subject.keys_of(step))
         probe = _tied_keys(keys)
         tied = match(probe, step.block.r, list(step.protected))
         fair = torch.equal(tied, reference.match(probe, step.block.r, step.protected))
@@ -328,20 +353,133 @@ def _attentions(subject: _Subject, steps: list[_Step]) -> Iterator[CheckLine]:
         if step.size is None:
             continue
         count += 1
-        query, key, value = step.attention.args[:3]
-        if step.attention.kwargs.get("enable_gqa"):
-            shared = query.shape[1] // key.shape[1]
-            key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
-        size, scale = step.size if proportional else None, step.attention.kwargs.get("scale")
-        plain = reference.proportional_attention(
-            query.double(), key.double(), value.double(), size, scale
-        )
-        worst = max(worst, relative_error(step.attention.result, plain))
-        tolerance = max(tolerance, _tolerance(query.dtype))
+        size = step.size if proportional else None
+        one = _fused if step.attention.node.target is FUSED else _written_out
+        result: Tensor = step.attention.result
+        worst = max(worst, relative_error(result, one(subject, step.attention, size)))
+        tolerance = max(tolerance, _tolerance(result.dtype))
     if count:
         name = "   attentions against the reference"
         note = f"{count} {'proportional' if proportional else 'plain'} attentions"
         yield CheckLine(name, worst, tolerance, worst <= tolerance, note)
+
+
+def _fused(subject: _Subject, call: Call, size: Tensor | None) -> Tensor:
+    query, key, value = call.args[:3]
+    if call.kwargs.get("enable_gqa"):
+        shared = query.shape[1] // key.shape[1]
+        key, value = (t.repeat_interleave(shared, dim=1) for t in (key, value))
+    mask = call.node.args[3] if len(call.node.args) > 3 else None
+    made = [n for n in _near(mask) if n.target is merge_bias]
+    bias = subject.call_named(made[0].name).result if made else None
+    return reference.proportional_attention(
+        query.double(), key.double(), value.double(), size, call.kwargs.get("scale"), bias
+    )
+
+
+def _written_out(subject: _Subject, call: Call, size: Tensor | None) -> Tensor:
+    scores: Tensor = call.args[0]
+    if size is not None:
+        (added,) = call.node.all_input_nodes
+        scores = subject.call_named(added.name).args[0]
+    return reference.proportional_weights(scores.double(), size)
+
+
+def _near(node: Any) -> list[fx.Node]:
+    return [node, *node.all_input_nodes] if isinstance(node, fx.Node) else []
+
+
+def _scores_names(graph: fx.GraphModule, weights: str) -> set[str]:
+    """What a softmax reads, and the product its scores come from."""
+    node = next(n for n in graph.graph.nodes if n.name == weights)
+    if node.target is FUSED:
+        return set()
+    names = set()
+    while node.target not in PRODUCTS:
+        node = node.args[0]
+        names.add(node.name)
+    return names
+
+
+def _same_keys(keys: Tensor, seen: Tensor) -> bool:
+    """Are the keys a match was given those that an attention multiplies, in another view?"""
+    if keys.numel() != seen.numel():
+        return False
+    images = keys.shape[0]
+    heads = seen if seen.shape[0] == images else seen.reshape(images, -1, *seen.shape[1:])
+    heads = heads if heads.ndim == keys.ndim else heads.unsqueeze(1)
+    orders = itertools.permutations(range(1, heads.ndim))
+    views = (heads.permute(0, *order) for order in orders)
+    return any(view.shape == keys.shape and torch.equal(view, keys) for view in views)
+
+
+def _beside(subject: _Subject, steps: list[_Step]) -> Iterator[CheckLine]:
+    """Tables and biases carried along with the tokens."""
+    worst, tolerance, count = 0.0, 0.0, 0
+    sources = [step.source for step in steps if step.source is not None]
+    last = {id(step.matched.result): step for step in steps if step.matched is not None}
+    for call in subject.recorded.calls:
+        if call.node.target not in _BESIDE:
+            continue
+        count += 1
+        plain = _BESIDE[call.node.target](call, sources, last)
+        if plain is None or plain.shape != call.result.shape:
+            worst = float("inf")
+            continue
+        worst = max(worst, relative_error(call.result, plain))
+        tolerance = max(tolerance, _tolerance(call.result.dtype))
+    if count:
+        name = "   side tensors against the reference"
+        yield CheckLine(name, worst, tolerance, worst <= tolerance, f"{count} tables and biases")
+
+
+def _plain_keep(call: Call, sources: list[Tensor], last: dict[int, _Step]) -> Tensor | None:
+    before, assign, tokens, protected = call.args
+    step = last.get(id(assign))
+    if step is None or tuple(protected) != step.protected:
+        return None
+    chosen = reference.kept(assign, step.protected, tokens)
+    return (
+        chosen
+        if before is None
+        else torch.stack([b[c] for b, c in zip(before, chosen, strict=True)])
+    )
+
+
+def _plain_rows(call: Call, sources: list[Tensor], last: dict[int, _Step]) -> Tensor | None:
+    table, kept, dim, ndim, removed = call.args
+    wide = table.reshape([1] * (ndim - table.ndim) + list(table.shape))
+    images = []
+    for image, places in enumerate(kept.tolist()):
+        rows = [place - sum(gone < place for gone in removed) for place in places]
+        images.append(
+            wide[image if wide.shape[0] > 1 else 0].index_select(
+                dim - 1, torch.tensor(rows, device=table.device)
+            )
+        )
+    return torch.stack(images)
+
+
+def _plain_merge_rows(call: Call, sources: list[Tensor], last: dict[int, _Step]) -> Tensor | None:
+    table, source, tokens = call.args
+    return reference.merged_rows(table.double(), source, tokens)
+
+
+def _plain_merge_bias(call: Call, sources: list[Tensor], last: dict[int, _Step]) -> Tensor | None:
+    bias, source, tokens = call.args
+    if not any(torch.equal(source, own) for own in sources):
+        return None
+    wide = bias.double().reshape([1] * (4 - bias.ndim) + list(bias.shape))
+    return reference.merged_bias(wide, source, tokens)
+
+
+_BESIDE: dict[Any, Callable[[Call, list[Tensor], dict[int, _Step]], Tensor | None]] = {
+    keep: _plain_keep,
+    rows: _plain_rows,
+    merge_rows: _plain_merge_rows,
+    merge_bias: _plain_merge_bias,
+}
+_CHECKED = (match, merge, FUSED, *_BESIDE)
 
 
 # ---- 3. compiled against eager -----------------------------------------------------------------
@@ -444,13 +582,21 @@ def _determinism_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
         return
     changed = subject.run_compiled(pytree.tree_map(_other_neighbours, call))
     images = max(2, subject.images)
-    rows = [
-        (a[:1], b[:1])
-        for a, b in zip(first, changed, strict=True)
-        if a.ndim and a.shape[0] == images
-    ]
+    alone = _own_rows(subject, call, images)
+    rows = [(a[:1], b[:1]) for a, b, own in zip(first, changed, alone, strict=True) if own]
     ours, theirs = [a for a, _ in rows], [b for _, b in rows]
     yield _bits(name, ours, theirs, "the first image changes with the others")
+
+
+def _own_rows(subject: _Subject, call: dict[str, Any], images: int) -> list[bool]:
+    """Which outputs hold, for each image, what the unmerged model reads off that image alone.
+
+    A similarity of images and texts does not.
+    """
+    first = tensors(subject.model(**call))
+    changed = tensors(subject.model(**pytree.tree_map(_other_neighbours, call)))
+    pairs = zip(first, changed, strict=True)
+    return [a.ndim > 0 and a.shape[0] == images and _same_bits(a[:1], b[:1]) for a, b in pairs]
 
 
 def _bits(name: str, ours: Sequence[Tensor], theirs: Sequence[Tensor], otherwise: str) -> CheckLine:

@@ -21,17 +21,20 @@ class Call(NamedTuple):
 
 
 class Recorder(fx.Interpreter):
-    """Runs a graph and keeps the calls of some operators, in order."""
+    """Runs a graph and keeps the calls of some operators, and of some nodes, in order."""
 
-    def __init__(self, module: fx.GraphModule, targets: Collection[Any]) -> None:
+    def __init__(
+        self, module: fx.GraphModule, targets: Collection[Any], names: Collection[str] = ()
+    ) -> None:
         super().__init__(module)
-        self.targets = targets
+        self.targets, self.names = targets, names
         self.calls: list[Call] = []
 
     def run_node(self, n: fx.Node) -> Any:
         """Runs a node; keeps what went in and out if its operator is wanted."""
         result = super().run_node(n)
-        if n.op == "call_function" and n.target in self.targets:
+        wanted = n.target in self.targets or n.name in self.names
+        if n.op == "call_function" and wanted:
             args, kwargs = self.fetch_args_kwargs_from_env(n)
             self.calls.append(Call(n, args, kwargs, result))
         return result

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from tomepass.attention import FUSED
 from tomepass.axis import argument
 from tomepass.capture import CanonicalGraph
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
-from tomepass.structure import ATTENTION
+from tomepass.ops.side import merge_bias, merge_rows
 
 aten = torch.ops.aten
 
@@ -57,6 +58,16 @@ def _matmul(node: fx.Node) -> int:
     return prod(_shape(node)) * _shape(node.args[0])[-1]
 
 
+def _einsum(node: fx.Node) -> int:
+    terms = str(node.args[0]).replace(" ", "").split("->")[0].split(",")
+    if len(terms) != 2 or "." in str(node.args[0]):
+        return 0
+    sizes: dict[str, int] = {}
+    for term, operand in zip(terms, node.args[1], strict=True):  # type: ignore[arg-type]
+        sizes.update(zip(term, _shape(operand), strict=True))
+    return prod(sizes.values())
+
+
 def _addmm(node: fx.Node) -> int:
     return prod(_shape(node)) * _shape(node.args[1])[-1]
 
@@ -78,6 +89,16 @@ def _match(node: fx.Node) -> int:
     return batch * (free // 2) * (free - free // 2) * width
 
 
+def _merge_rows(node: fx.Node) -> int:
+    return prod(_shape(node)) * _shape(node.args[1])[-1]
+
+
+def _merge_bias(node: fx.Node) -> int:
+    batch, heads, rows, columns = _shape(node)
+    before = _shape(node.args[1])[-1]
+    return batch * heads * columns * before * (before + rows)
+
+
 def _merge(node: fx.Node) -> int:
     batch, tokens, width = _shape(node.args[0])
     return batch * tokens * _shape(node)[1] * width
@@ -88,13 +109,17 @@ _MACS: dict[Any, Callable[[fx.Node], int]] = {
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
     aten.mm.default: _matmul,
+    aten.baddbmm.default: _addmm,
+    aten.einsum.default: _einsum,
     aten.addmm.default: _addmm,
     aten.conv1d.default: _convolution,
     aten.conv2d.default: _convolution,
     aten.conv2d.padding: _convolution,
     aten.conv3d.default: _convolution,
     aten.convolution.default: _convolution,
-    ATTENTION: _attention,
+    FUSED: _attention,
     match: _match,
     merge: _merge,
+    merge_rows: _merge_rows,
+    merge_bias: _merge_bias,
 }

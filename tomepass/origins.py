@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from tomepass.axis import Axis, argument, dimensions, is_pointwise, move, same, shape_of
-from tomepass.structure import is_tensor, upstream_of
+from tomepass.structure import Ancestry, is_tensor
 
 aten = torch.ops.aten
 
@@ -66,6 +66,7 @@ def position_terms(entry: fx.Node, dim: int, data: frozenset[str]) -> tuple[fx.N
 
 class _Trace:
     def __init__(self, graph: fx.Graph, data: frozenset[str]) -> None:
+        self.graph = graph
         self.dependent: set[fx.Node] = set()
         for node in graph.nodes:
             if (node.op == "placeholder" and node.name in data) or (
@@ -92,7 +93,7 @@ class _Trace:
             and (source := _axis_before(node, operand, dim)) is not None
         ]
         if not found:
-            mixed = any(self._mixes(above) for above in upstream_of(node))
+            mixed = any(self._mixes(above) for above in Ancestry(self.graph).of(node))
             return Origins((True,) * count, lost_at=node if mixed else None)
         columns = zip(*(f.from_input for f in found), strict=True)
         return _union(found, tuple(any(column) for column in columns))

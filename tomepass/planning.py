@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import fx
 
+from tomepass.attention import find_attentions
 from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
 from tomepass.origins import trace_origins
+from tomepass.outcomes import Layout, Masked, Positional
 from tomepass.schedule import capped
-from tomepass.structure import (
-    Block,
-    Mismatch,
-    Stream,
-    attention_nodes,
-    find_structure,
-    upstream_of,
-)
-from tomepass.tokens import Attended, Layout, Masked, Positional, TokenFlow, follow_tokens
+from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
+from tomepass.tokens import TokenFlow, attends, follow_tokens
 from tomepass.writes import hidden_write
 
 
@@ -66,7 +60,7 @@ class PlannedStream:
         stream: its blocks.
         layout: of its entry.
         flow: where its tokens go.
-        inner: everything its last attention depends on: there is merging still to come.
+        inner: everything its last merge depends on: there is merging still to come.
         plan: the counts.
     """
 
@@ -98,55 +92,78 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
             "what its readers depend on cannot be followed"
         )
         advice = "make a new tensor instead, for example with torch.cat or torch.where"
-        before = [node for node in attention_nodes(captured.graph) if node < write]
+        before = [a for a in find_attentions(captured.graph)[0] if a.result < write]
         block = len(before) - 1 if before else None
         return Planned(method, (), (Mismatch.at(write, reason, block=block, advice=advice),))
     structure = find_structure(captured)
     planned: list[PlannedStream] = []
     mismatches: list[Mismatch] = []
-    for stream in structure.streams:
-        found = _plan_stream(captured, stream, structure.others, method)
-        if isinstance(found, Mismatch):
+    waiting = list(structure.streams)
+    while waiting:
+        stream = waiting.pop(0)
+        if (shared := _shared(stream, planned)) is not None:
+            mismatches.append(shared)
+            continue
+        found = _plan_stream(captured, stream, structure, method)
+        if isinstance(found, Stream):
+            # Its tokens are made anew on the way: two streams, one after the other.
+            rest = stream.blocks[len(found.blocks) :]
+            waiting[:0] = [found, Stream(tuple(replace(b, index=i) for i, b in enumerate(rest)))]
+        elif isinstance(found, Mismatch):
             mismatches.append(found)
         else:
             planned.append(found)
-    entries = {p.stream.entry for p in planned}
     for attention, mismatch in structure.others.items():
         # What an attention outside a stream reads of it, the token analysis deals with.
-        if mismatch not in mismatches and not entries & upstream_of(attention):
+        read = any(structure.ancestry.depends(attention, p.stream.entry) for p in planned)
+        if mismatch not in mismatches and not read:
             mismatches.append(mismatch)
     if not planned and not mismatches:
         mismatches.append(Mismatch("the graph holds no attention, so there are no tokens to merge"))
     return Planned(method, tuple(planned), tuple(mismatches))
 
 
+def _shared(stream: Stream, planned: list[PlannedStream]) -> Mismatch | None:
+    if not any(stream.entry in p.flow.layouts for p in planned):
+        return None
+    return Mismatch.at(
+        stream.entry,
+        "these blocks read tokens of another stream, which is merged: nothing more is "
+        "merged in them",
+    )
+
+
 def _plan_stream(
-    captured: CanonicalGraph,
-    stream: Stream,
-    others: Mapping[fx.Node, Mismatch],
-    method: ToMe,
-) -> PlannedStream | Mismatch:
-    inner = upstream_of(stream.blocks[-1].attention)
-    for attention, mismatch in others.items():
-        if attention in inner and stream.entry in upstream_of(attention):
+    captured: CanonicalGraph, stream: Stream, structure: Structure, method: ToMe
+) -> PlannedStream | Stream | Mismatch:
+    """The plan, or the blocks at its start that are a stream of their own, or why not."""
+    ancestry = structure.ancestry
+    last = stream.blocks[-1].merge_at
+    for attention, mismatch in structure.others.items():
+        if ancestry.depends(last, attention) and ancestry.depends(attention, stream.entry):
             return mismatch
-    layout = _token_layout(captured, stream)
+    layout = _token_layout(captured, stream, ancestry, method)
     if isinstance(layout, Mismatch):
         return layout
     protected = _protected(captured, stream, layout, method)
     if isinstance(protected, Mismatch):
         return protected
-    flow = follow_tokens(captured.graph, stream.entry, layout, protected)
+    flow = follow_tokens(captured, stream.entry, layout, protected)
+    for block in stream.blocks[1:]:
+        if block.entry not in flow.layouts:
+            return Stream(stream.blocks[: block.index])
     for block in stream.blocks:
-        if (found := _check_block(block, layout, flow)) is not None:
+        if (found := _check_block(block, layout, flow, ancestry)) is not None:
             return found
     plan = _schedule(len(layout.positions), protected, method.counts(len(stream.blocks)))
-    return PlannedStream(stream, layout, flow, frozenset(inner), plan)
+    return PlannedStream(stream, layout, flow, ancestry.of(last), plan)
 
 
-def _token_layout(captured: CanonicalGraph, stream: Stream) -> Layout | Mismatch:
+def _token_layout(
+    captured: CanonicalGraph, stream: Stream, ancestry: Ancestry, method: ToMe
+) -> Layout | Mismatch:
     """The layout of the stream's entry under which its first attention sees whole sequences."""
-    graph, block = captured.graph, stream.blocks[0]
+    block = stream.blocks[0]
     shape = shape_of(block.entry)
     reason = None
     for dim in sorted(range(len(shape)), key=lambda d: (d in (0, len(shape) - 1), d)):
@@ -154,20 +171,23 @@ def _token_layout(captured: CanonicalGraph, stream: Stream) -> Layout | Mismatch
             continue
         for batch in (b for b in range(len(shape)) if b != dim):
             layout = Layout(Axis(dim), Axis(batch), tuple(range(_count(shape[dim]))))
-            flow = follow_tokens(graph, block.entry, layout, (), until=block.attention)
-            if isinstance(flow.outcomes.get(block.attention), (Attended, Masked)):
+            protected = _protected(captured, stream, layout, method)
+            known = protected if isinstance(protected, tuple) else ()
+            flow = follow_tokens(captured, block.entry, layout, known, block.attention.result)
+            if isinstance(attends(block.attention, flow), (Layout, Masked)):
                 return layout
-            reason = reason or _obstacle(flow, block)
+            reason = reason or _obstacle(flow, block, ancestry)
     return reason or Mismatch.at(
-        block.attention,
+        block.attention.result,
         f"attention does not see the residual stream {list(shape)} as one sequence of tokens",
         block=0,
     )
 
 
-def _obstacle(flow: TokenFlow, block: Block) -> Mismatch | None:
+def _obstacle(flow: TokenFlow, block: Block, ancestry: Ancestry) -> Mismatch | None:
     """What keeps a block's attention from seeing all tokens, the first such thing."""
-    between = upstream_of(block.attention) - upstream_of(block.entry) | {block.attention}
+    result = block.attention.result
+    between = ancestry.of(result) - ancestry.of(block.entry) | {result}
     for node, outcome in flow.outcomes.items():
         if node in between and isinstance(outcome, Positional):
             return Mismatch.at(
@@ -223,14 +243,16 @@ def _protected(
     return origins.protected
 
 
-def _check_block(block: Block, layout: Layout, flow: TokenFlow) -> Mismatch | None:
-    attention, stream = block.attention, block.merge_at
-    outcome = flow.outcomes.get(attention)
-    if isinstance(outcome, Masked):
-        return Mismatch.at(attention, outcome.reason, block=block.index, advice=outcome.advice)
-    if not isinstance(outcome, Attended) or outcome.layout.positions != layout.positions:
-        return _obstacle(flow, block) or Mismatch.at(
-            attention, "this attention sees only some of the tokens", block=block.index
+def _check_block(
+    block: Block, layout: Layout, flow: TokenFlow, ancestry: Ancestry
+) -> Mismatch | None:
+    result, stream = block.attention.result, block.merge_at
+    seen = attends(block.attention, flow)
+    if isinstance(seen, Masked):
+        return Mismatch.at(result, seen.reason, block=block.index, advice=seen.advice)
+    if not isinstance(seen, Layout) or seen.positions != layout.positions:
+        return _obstacle(flow, block, ancestry) or Mismatch.at(
+            result, "this attention sees only some of the tokens", block=block.index
         )
     merged = flow.layouts.get(stream)
     if merged != Layout(Axis(1), Axis(0), layout.positions) or len(shape_of(stream)) != 3:

@@ -1,13 +1,15 @@
 """A plain reference of Token Merging (Bolya et al., "Token Merging: Your ViT But Faster",
 arXiv 2210.09461), to test other implementations against.
 
-It shares no code with the rest of the package, imports only torch, loops over images in Python and
-computes in float64. It is meant to be read and trusted, not to be fast.
+It shares no code with the rest of the package, imports only torch and math, loops over images in
+Python and computes in float64. It is meant to be read and trusted, not to be fast.
 
 Notation: B images, N tokens, C channels, H heads, D channels a head. "Protected" tokens (class,
 distillation and register tokens) take no part in the matching. Positions are those of the current
 sequence, so after a merge the P protected tokens are at positions 0 .. P-1.
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -140,18 +142,76 @@ def unmerge(x: Tensor, source: Tensor) -> Tensor:
 
 
 def proportional_attention(
-    q: Tensor, k: Tensor, v: Tensor, size: Tensor | None = None, scale: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    size: Tensor | None = None,
+    scale: float | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`softmax(q kᵀ · scale + log size) v` (arXiv 2210.09461, section 3, "Tracking Token Size").
 
     q, k, v: `[B, H, N, D]`; size: `[B, N]` of the keys, None for plain attention; scale: 1/√D
-    unless given. Returns `[B, H, N, D]` in the dtype of q.
+    unless given; bias: added to the scores. Returns `[B, H, N, D]` in the dtype of q.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = q.double() @ k.double().transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + bias.double()
     if size is not None:
         scores = scores + size.double().log()[:, None, None, :]
     return (scores.softmax(-1) @ v.double()).to(q.dtype)
+
+
+def proportional_weights(scores: Tensor, size: Tensor | None) -> Tensor:
+    """The attention weights alone: every key counts as often as the tokens it holds.
+
+    scores: `[B, ..., N]`, or `[B * H, ..., N]` with the heads folded in; size: `[B, N]`.
+    """
+    exponential = (scores.double() - scores.double().amax(-1, keepdim=True)).exp()
+    if size is not None:
+        heads = scores.shape[0] // size.shape[0]
+        count = size.double().repeat_interleave(heads, dim=0)
+        exponential *= count.reshape(count.shape[0], *[1] * (scores.ndim - 2), count.shape[1])
+    return (exponential / exponential.sum(-1, keepdim=True)).to(scores.dtype)
+
+
+def kept(assign: Tensor, protected: tuple[int, ...], n_out: int) -> Tensor:
+    """Which position each merged token stands for: its own, or of several the destination's.
+
+    assign: `[B, N]` of `match`. Returns `[B, n_out]`.
+    """
+    images, tokens = assign.shape
+    _, destinations = _partition(tokens, protected)
+    found = torch.full((images, n_out), -1, dtype=torch.int64)
+    for image, places in enumerate(assign.tolist()):
+        for position, place in enumerate(places):
+            if found[image, place] < 0 or position in destinations:
+                found[image, place] = position
+    return found.to(assign.device)
+
+
+def merged_rows(table: Tensor, source: Tensor, n_out: int) -> Tensor:
+    """The mean of the rows of `table [1 or B, N, C]` that share a place of `source [B, N]`."""
+    wide = table.expand(source.shape[0], *table.shape[-2:])
+    return merge(wide, torch.ones(source.shape, device=source.device), source, n_out)[0]
+
+
+def merged_bias(bias: Tensor, source: Tensor, n_out: int) -> Tensor:
+    """A position bias among original tokens, for merged ones.
+
+    bias: `[1 or B, 1 or H, N, N]`; source: `[B, N]`. Several keys in one weigh together what
+    they weighed apart, `log Σ exp` less the log of their number; a query made of several has
+    their mean. Returns `[B, 1 or H, n_out, n_out]`.
+    """
+    images = []
+    for image, places in enumerate(source):
+        one = bias[image if bias.shape[0] > 1 else 0].double()
+        columns = [one[..., places == j] for j in range(n_out)]
+        one = torch.stack([c.logsumexp(-1) - math.log(c.shape[-1]) for c in columns], dim=-1)
+        rows = [one[..., places == i, :].mean(-2) for i in range(n_out)]
+        images.append(torch.stack(rows, dim=-2))
+    return torch.stack(images).to(bias.dtype)
 
 
 def _partition(tokens: int, protected: tuple[int, ...]) -> tuple[list[int], list[int]]:

@@ -13,10 +13,10 @@ from tomepass.capture import CanonicalGraph, describe_inputs, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.macs import batch_of, is_overhead, node_macs
+from tomepass.outcomes import Averaged, Taken
 from tomepass.planning import Planned, PlannedStream
 from tomepass.rewrite import Rewritten
 from tomepass.structure import Mismatch
-from tomepass.tokens import Averaged, Taken
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -34,6 +34,7 @@ class BlockReport:
     macs: int
     entry: str
     attention: str
+    weights: str
     join: str
     merge_at: str
     source: str | None
@@ -204,10 +205,11 @@ def _stream(
                 macs_original=sum(before[n] for n in names),
                 macs=sum(after[rewritten.renamed[n]] for n in names if n in rewritten.renamed),
                 entry=block.entry.name,
-                attention=block.attention.name,
+                attention=block.attention.result.name,
+                weights=block.attention.weights.name,
                 join=block.join.name,
                 merge_at=block.merge_at.name,
-                source=source_line(block.attention),
+                source=source_line(block.attention.result),
             )
         )
     readout = _readout(planned, rewritten)

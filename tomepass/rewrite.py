@@ -8,33 +8,40 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 
-from tomepass.axis import same, same_shape, shape_of, target_name
+from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, target_name
 from tomepass.capture import CanonicalGraph, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
-from tomepass.planning import Planned, PlannedStream
-from tomepass.structure import Block, Mismatch, is_tensor
-from tomepass.tokens import (
-    SIZED,
+from tomepass.outcomes import (
     Attended,
     Averaged,
     Carried,
+    Contracted,
+    Divided,
+    Joined,
     Layout,
     Positional,
+    Side,
     Taken,
+    Weighed,
 )
+from tomepass.planning import Planned, PlannedStream
+from tomepass.structure import Block, Mismatch, is_tensor
+from tomepass.tokens import SIZED
 
 aten = torch.ops.aten
 
@@ -89,6 +96,8 @@ class _Merges:
     assigns: list[fx.Node] = field(default_factory=list)
     sizes: list[fx.Node | None] = field(default_factory=lambda: [None])
     sources: list[fx.Node | None] = field(default_factory=lambda: [None])
+    kept: list[fx.Node | None] = field(default_factory=lambda: [None])
+    sides: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens.append(self.planned.plan.tokens)
@@ -96,6 +105,14 @@ class _Merges:
     @property
     def protected(self) -> tuple[int, ...]:
         return self.planned.plan.protected
+
+    def held(self, epoch: int) -> tuple[int, ...]:
+        """Where the protected tokens stand in the whole sequence at an epoch."""
+        return self.protected if epoch == 0 else tuple(range(len(self.protected)))
+
+    def removed(self, layout: Layout) -> list[int]:
+        """The protected positions that a value does not cover."""
+        return [p for p in self.protected if p not in layout.positions]
 
     @property
     def matches(self) -> tuple[str | None, ...]:
@@ -192,10 +209,20 @@ class _Sweep:
         merges = self.stream_of[holders[0]]
         if isinstance(outcome, Carried):
             return self._carry(node, outcome, merges)
+        if isinstance(outcome, Weighed):
+            return self._weigh(node, outcome, merges)
         if isinstance(outcome, Taken):
             return self._take(node, outcome, merges)
+        if isinstance(outcome, Divided):
+            # Its pieces are taken from what was to be split.
+            self.epoch[node] = self.epoch[holders[0]]
+            return self.new[holders[0]]
+        if isinstance(outcome, Joined):
+            return self._join(node, outcome, merges)
         if isinstance(outcome, Averaged):
             return self._average(node, outcome, merges)
+        if isinstance(outcome, Contracted):
+            return self._contract(node)
         return self._unmerge_first(node, outcome)
 
     def _copy(self, node: fx.Node) -> fx.Node:
@@ -215,29 +242,73 @@ class _Sweep:
     # ---- one handler an outcome ------------------------------------------------------------
 
     def _carry(self, node: fx.Node, outcome: Carried, merges: _Merges) -> fx.Node:
-        if outcome.sides:
-            side = outcome.sides[0].name
-            reason = f"operand {side!r} brings one row a token and does not come from the tokens"
-            if node not in merges.planned.inner:
-                return self._unmerge_first(node, Positional(reason))
-            raise self._error(
-                node,
-                f"{reason}; it meets them after a merge, and carrying it through one is not "
-                "supported (a position embedding, a rotary table, what was read by position)",
-            )
         holders = [a for a in node.all_input_nodes if a in self.layouts]
         epoch = max(self.epoch[a] for a in holders)
-        if node not in merges.planned.inner and any(self.epoch[a] < epoch for a in holders):
-            return self._unmerge_first(node, Positional(_MIXED))
+        if node not in merges.planned.inner:
+            if any(self.epoch[a] < epoch for a in holders):
+                return self._unmerge_first(node, Positional(_MIXED))
+            if outcome.sides:
+                return self._unmerge_first(node, Positional(_beside(outcome.sides[0])))
         inputs = {a: self._at_epoch(a, epoch) for a in holders}
+        if any(side.how == "nothing" for side in outcome.sides):
+            self.epoch[node] = epoch
+            return inputs[holders[0]]
+        for side in outcome.sides:
+            inputs[side.node] = self._side(node, side, outcome.layout, epoch)
         copy = self.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
-        length = merges.length(outcome.layout, epoch)
-        if outcome.size_at is not None:
-            self._resize(copy, outcome, length)
+        if outcome.sizes:
+            self._resize(copy, outcome, merges, epoch)
         self._execute(copy)
         self.epoch[node] = epoch
-        self._compare(node, copy, outcome.layout, length)
+        self._compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
+
+    def _weigh(self, node: fx.Node, outcome: Weighed, merges: _Merges) -> fx.Node:
+        (operand,) = node.all_input_nodes
+        epoch, layout = self.epoch[operand], self.layouts[operand]
+        scores = self.new[operand]
+        if self.method.prop_attn:
+            size = self._sizes(node, merges, layout, epoch)
+            fold = int(layout.batch.after)
+            bias = self._emit(node, log_size, size, scores, layout.keys.dim, fold)
+            scores = self._emit(node, aten.add.Tensor, scores, bias)
+        copy = self.graph.node_copy(node, lambda a: scores if a is operand else self.new[a])
+        self._execute(copy)
+        self.epoch[node] = epoch
+        self._compare(node, copy, outcome.layout, merges.length(layout, epoch))
+        return copy
+
+    def _contract(self, node: fx.Node) -> fx.Node:
+        holders = [a for a in node.all_input_nodes if a in self.layouts]
+        epoch = max(self.epoch[a] for a in holders)
+        return self._copy_with(node, {a: self._at_epoch(a, epoch) for a in holders})
+
+    def _join(self, node: fx.Node, outcome: Joined, merges: _Merges) -> fx.Node:
+        """Puts the parts together in the order merged sequences have: protected tokens first."""
+        dim, operands = outcome.layout.tokens.dim, list(node.args[0])  # type: ignore[arg-type]
+        (holder,) = [a for a in operands if a in self.layouts]
+        epoch = self.epoch[holder]
+        pieces = []
+        for operand, positions in zip(operands, outcome.parts, strict=True):
+            x = self.new[operand]
+            if operand is holder:
+                own = [p for p in positions if p in merges.protected]
+                rest = range(len(own), merges.length(self.layouts[holder], epoch))
+                if own:
+                    pieces.append((own, self._slices(node, x, dim, list(range(len(own))))))
+                    x = self._slices(node, x, dim, list(rest))
+                last = x
+            else:
+                pieces.append((list(positions), x))
+        pieces.sort(key=lambda piece: piece[0])
+        order = [p for positions, _ in pieces for p in positions]
+        if order != sorted(order):
+            return self._unmerge_first(node, Positional("a cat interleaves protected tokens"))
+        parts = [x for _, x in pieces] + [last]
+        joined = self._emit(node, aten.cat.default, parts, dim)
+        self.epoch[node] = epoch
+        self._compare(node, joined, outcome.layout, merges.length(outcome.layout, epoch))
+        return joined
 
     def _take(self, node: fx.Node, outcome: Taken, merges: _Merges) -> fx.Node:
         operand = node.all_input_nodes[0]
@@ -258,11 +329,7 @@ class _Sweep:
         if not layout.plain:
             reason = "a mean over tokens that are folded with the batch or not batch first"
             return self._unmerge_first(node, Positional(reason))
-        size = merges.sizes[epoch]
-        assert size is not None
-        indices = merges.indices(layout.positions, epoch, _whole(merges))
-        if len(indices) < merges.tokens[epoch]:
-            size = self._slices(node, size, 1, indices)
+        size = self._sizes(node, merges, layout, epoch)
         x = self.new[operand]
         if (dtype := node.kwargs.get("dtype")) is not None:
             x = self._emit(node, aten.to.dtype, x, dtype)
@@ -275,21 +342,39 @@ class _Sweep:
 
     def _attend(self, node: fx.Node, outcome: Attended) -> fx.Node:
         operands: list[fx.Node] = list(node.args[:3])  # type: ignore[arg-type]
-        merges = self.stream_of[operands[0]]
+        held = [a for a in operands if a in self.layouts]
+        merges = self.stream_of[held[-1]]
         if not any(block.r for block in merges.planned.plan.blocks):
             return self._copy(node)
-        epoch = max(self.epoch[a] for a in operands)
-        if node not in merges.planned.inner and any(self.epoch[a] < epoch for a in operands):
-            return self._unmerge_first(node, Positional(_MIXED))
-        q, k, v = (self._at_epoch(a, epoch) for a in operands)
-        size = merges.sizes[epoch] if self.method.prop_attn else None
-        bias = None if size is None else self._emit(node, log_size, size, q)
+        epoch = max(self.epoch[a] for a in held)
+        if node not in merges.planned.inner:
+            if any(self.epoch[a] < epoch for a in held):
+                return self._unmerge_first(node, Positional(_MIXED))
+            if outcome.bias is not None and epoch:
+                return self._unmerge_first(node, Positional(_beside(Side(outcome.bias, "bias"))))
+        q, k, v = (self._at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
+        bias = self._attention_bias(node, outcome, epoch, q)
         kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
-        rest = node.args[4:]
-        copy = self._emit(node, node.target, q, k, v, bias, *rest, **kwargs)
-        self.epoch[node] = epoch
-        self._compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
+        copy = self._emit(node, node.target, q, k, v, bias, *node.args[4:], **kwargs)
+        if outcome.layout is not None:
+            self.epoch[node] = epoch
+            self._compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
+
+    def _attention_bias(
+        self, node: fx.Node, outcome: Attended, epoch: int, query: fx.Node
+    ) -> fx.Node | None:
+        """What is added to the scores of a fused attention: position bias and log(size)."""
+        bias = None
+        if outcome.bias is not None:
+            scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
+            side = Side(outcome.bias, "bias")
+            bias = self._side(node, side, scores, epoch) if epoch else self.new[outcome.bias]
+        if not (epoch and self.method.prop_attn):
+            return bias
+        size = self._sizes(node, self.merges_at(node), outcome.keys, epoch)
+        log = self._emit(node, log_size, size, query, 3)
+        return log if bias is None else self._emit(node, aten.add.Tensor, bias, log)
 
     def _output(self, node: fx.Node) -> None:
         def left(operand: fx.Node) -> fx.Node:
@@ -311,10 +396,9 @@ class _Sweep:
         epoch = self.epoch[node]
         if merges.tokens[epoch] != plan.tokens_in or len(merges.assigns) != epoch:
             raise self._error(node, "the residual stream does not follow from the last merge")
-        held = merges.protected if epoch == 0 else tuple(range(len(merges.protected)))
         size = merges.sizes[epoch]
-        key = self._at_epoch(block.key, epoch)
-        assign = self._emit(node, match, key, plan.r, list(held))
+        keys = self._keys(node, block, epoch)
+        assign = self._emit(node, match, keys, plan.r, list(merges.held(epoch)))
         merges.assigns.append(assign)
         merges.tokens.append(plan.tokens_out)
         merges.sizes.append(self._emit(node, merge_size, size, assign, plan.tokens_out))
@@ -323,6 +407,99 @@ class _Sweep:
         self.new[node] = merged
         self.epoch[node] = epoch + 1
         self._compare(node, merged, self.layouts[node], plan.tokens_out)
+
+    def _keys(self, node: fx.Node, block: Block, epoch: int) -> fx.Node:
+        """The keys as ``[B, H, N, D]``, whatever an attention written out has made of them."""
+        attention, key = block.attention, block.attention.key
+        keys = self._at_epoch(key, epoch)
+        if not attention.scores:
+            return keys
+        layout, ndim = self.layouts[key], len(shape_of(key))
+        width = summed_dimension(attention.scores[0], key)
+        assert width is not None
+        places = [layout.batch.dim, layout.tokens.dim, width]
+        heads = [d for d in range(ndim) if d not in places]
+        if len(heads) > 1 or not layout.tokens.whole:
+            raise self._error(node, f"expected keys of up to four dimensions, got {ndim}")
+        order = [places[0], *heads, *places[1:]]
+        if order != list(range(ndim)):
+            keys = self._emit(node, aten.permute.default, keys, order)
+        if not same(layout.batch.after, 1):
+            return self._emit(node, aten.unflatten.int, keys, 0, [-1, int(layout.batch.after)])
+        return keys if heads else self._emit(node, aten.unsqueeze.default, keys, 1)
+
+    def _sizes(self, node: fx.Node, merges: _Merges, layout: Layout, epoch: int) -> fx.Node:
+        """The sizes of the tokens a value holds."""
+        size = merges.sizes[epoch]
+        assert size is not None
+        return self._among(node, merges, size, layout, epoch)
+
+    def _among(
+        self, node: fx.Node, merges: _Merges, x: fx.Node, layout: Layout, epoch: int
+    ) -> fx.Node:
+        """Of ``x``, one entry a token of the whole sequence, those of the tokens a value holds."""
+        indices = merges.indices(layout.positions, epoch, merges.planned.layout)
+        return self._slices(node, x, 1, indices) if len(indices) < merges.tokens[epoch] else x
+
+    def _source(self, node: fx.Node, merges: _Merges, layout: Layout, epoch: int) -> fx.Node:
+        """Which token holds each original one, among those that a value covers."""
+        source = merges.sources[epoch]
+        assert source is not None
+        removed = merges.removed(layout)
+        if not removed:
+            return source
+        gone = [merges.protected.index(p) for p in removed]
+        return self._emit(node, narrow_source, source, list(layout.positions), gone)
+
+    # ---- what lies beside the tokens -------------------------------------------------------
+
+    def _side(self, node: fx.Node, side: Side, layout: Layout, epoch: int) -> fx.Node:
+        """What the tokens there are at an epoch meet instead of a table of original ones."""
+        merges = self.merges_at(node)
+        table = self.new[side.node]
+        if epoch == 0:
+            return table
+        # A symbolic size has no hash: the dimension stands for the axis.
+        key = (side, epoch, layout.positions, layout.tokens.dim, len(shape_of(node)))
+        if (made := merges.sides.get(key)) is not None:
+            return made
+        length, axis, ndim = merges.length(layout, epoch), layout.tokens, len(shape_of(node))
+        if side.how == "bias" and layout.columns is not None:
+            square = Layout(Axis(2), Axis(0), merges.planned.layout.positions, Axis(3))
+            if replace(layout, weights=False) == square:
+                made = self._emit(node, merge_bias, table, merges.sources[epoch], length)
+        elif side.how == "mean" and layout.plain and axis.dim == 1 and ndim == 3:
+            source = self._source(node, merges, layout, epoch)
+            made = self._emit(node, merge_rows, table, source, length)
+        elif side.how == "kept" and layout.plain:
+            kept = self._among(node, merges, self._kept(node, merges, epoch), layout, epoch)
+            removed = merges.removed(layout)
+            made = self._emit(node, rows, table, kept, axis.dim, ndim, removed)
+        if made is None:
+            raise self._error(
+                node,
+                f"{_beside(side)}; it meets them after a merge, and carrying it through one is not "
+                "supported (it was read off the tokens by position, or stands in another shape)",
+            )
+        merges.sides[key] = made
+        return made
+
+    def _kept(self, node: fx.Node, merges: _Merges, epoch: int) -> fx.Node:
+        while len(merges.kept) <= epoch:
+            e = len(merges.kept) - 1
+            tokens, held = merges.tokens[e + 1], list(merges.held(e))
+            merges.kept.append(
+                self._emit(node, keep, merges.kept[e], merges.assigns[e], tokens, held)
+            )
+        found = merges.kept[epoch]
+        assert found is not None
+        return found
+
+    def merges_at(self, node: fx.Node) -> _Merges:
+        """The stream whose tokens a node reads."""
+        return next(self.stream_of[a] for a in node.all_input_nodes if a in self.stream_of)
+
+    # ---- merged before, unmerged after -----------------------------------------------------
 
     def _at_epoch(self, node: fx.Node, epoch: int) -> fx.Node:
         """The value of a token holder, merged as often as the stream had been at ``epoch``."""
@@ -349,12 +526,19 @@ class _Sweep:
                 raise self._error(reader, f"it reads what {operand.name} wrote in place")
             merged = [a for a in operand.all_input_nodes if a in self.layouts]
             return self._copy_with(operand, {a: self._unmerged(reader, a) for a in merged})
-        source = merges.sources[epoch]
-        assert source is not None
-        if removed := [p for p in merges.protected if p not in layout.positions]:
-            gone = [merges.protected.index(p) for p in removed]
-            source = self._emit(reader, narrow_source, source, list(layout.positions), gone)
-        return self._emit(reader, unmerge, self.new[operand], source, layout.tokens.dim)
+        source = self._source(reader, merges, layout, epoch)
+        x = self.new[operand]
+        for axis in layout.axes:
+            x = self._emit(reader, unmerge, x, source, axis.dim)
+        if not layout.weights:
+            return x
+        # The tokens merged into a key share its weight.
+        size = self._sizes(reader, merges, layout, epoch)
+        shared = self._emit(reader, unmerge, size, source, 1)
+        shape = [1] * len(shape_of(operand))
+        shape[0], shape[layout.keys.dim] = -1, len(layout.positions)
+        shared = self._emit(reader, aten.view.default, shared, shape)
+        return self._emit(reader, aten.div.Tensor, x, shared)
 
     # ---- making nodes ----------------------------------------------------------------------
 
@@ -369,17 +553,17 @@ class _Sweep:
         parts = [self._emit(node, aten.slice.Tensor, x, dim, start, end) for start, end in runs]
         return parts[0] if len(parts) == 1 else self._emit(node, aten.cat.default, parts, dim)
 
-    def _resize(self, copy: fx.Node, outcome: Carried, length: int) -> None:
+    def _resize(self, copy: fx.Node, outcome: Carried, merges: _Merges, epoch: int) -> None:
         at = SIZED[copy.target]  # type: ignore[index]
         sizes = list(copy.args[at])  # type: ignore[arg-type]
-        assert outcome.size_at is not None
-        entry, axis = outcome.size_at, outcome.layout.tokens
-        if isinstance(size := axis.before * length * axis.after, int):
-            sizes[entry] = size
-        elif all(s != -1 for i, s in enumerate(sizes) if i != entry):
-            sizes[entry] = -1
-        elif sizes[entry] != -1:
-            raise self._error(copy, "a view folds batch and tokens and leaves another size open")
+        length = merges.length(outcome.layout, epoch)
+        for entry, axis in outcome.sizes:
+            if isinstance(size := axis.before * length * axis.after, int):
+                sizes[entry] = size
+            elif all(s != -1 for i, s in enumerate(sizes) if i != entry):
+                sizes[entry] = -1
+            elif sizes[entry] != -1:
+                raise self._error(copy, "a view folds batch and tokens and leaves a size open")
         copy.update_arg(at, sizes)
 
     def _emit(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -397,7 +581,8 @@ class _Sweep:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
         run: Callable[..., Any] = _RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
         try:
-            with self.fake_mode:
+            # The Python dispatcher: C++ composites stumble over symbolic sizes (torch 2.11).
+            with enable_python_dispatcher(), self.fake_mode:
                 node.meta["val"] = run(*args, **kwargs)
         except Exception as error:
             raise self._error(
@@ -407,11 +592,12 @@ class _Sweep:
         self.touched.add(node)
 
     def _compare(self, node: fx.Node, copy: fx.Node, layout: Layout, length: int) -> None:
-        axis, shape = layout.tokens, shape_of(copy)
-        if not same(shape[axis.dim], axis.before * length * axis.after):
-            raise self._error(
-                node, f"expected {length} tokens on dimension {axis.dim}, got {list(shape)}"
-            )
+        shape = shape_of(copy)
+        for axis in layout.axes:
+            if not same(shape[axis.dim], axis.before * length * axis.after):
+                raise self._error(
+                    node, f"expected {length} tokens on dimension {axis.dim}, got {list(shape)}"
+                )
 
     def _drop_dead(self, keep: fx.Node | None) -> None:
         # A dropped mask leaves its arithmetic behind; what the captured graph already held
@@ -435,6 +621,10 @@ def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -
     return x.new_empty((x.shape[0], tokens, x.shape[2]))
 
 
+def _keep_result(kept: Tensor | None, assign: Tensor, tokens: int, protected: list[int]) -> Tensor:
+    return assign.new_empty((assign.shape[0], tokens))
+
+
 def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
     return assign.new_empty((assign.shape[0], tokens), dtype=torch.float32)
 
@@ -444,11 +634,12 @@ _RESULTS: dict[Any, Callable[..., Tensor]] = {
     match: _match_result,
     merge: _merge_result,
     merge_size: _merge_size_result,
+    keep: _keep_result,
 }
 
 
-def _whole(merges: _Merges) -> Layout:
-    return merges.planned.layout
+def _beside(side: Side) -> str:
+    return f"operand {side.node.name!r} brings one row a token and does not come from the tokens"
 
 
 def _writes(node: fx.Node) -> bool:

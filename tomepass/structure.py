@@ -9,25 +9,31 @@ and the kind of MLP never show.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from tomepass.attention import FUSED, Attention, find_attentions
 from tomepass.axis import same_shape
 from tomepass.capture import CanonicalGraph, source_line
 
 aten = torch.ops.aten
 
-ATTENTION = aten.scaled_dot_product_attention.default
 SUMS = (aten.add.Tensor, aten.add_.Tensor)
-SOFTMAXES = (aten.softmax.int, aten._softmax.default)
-MATMULS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 
 # Stands above all inputs in the dominator tree.
 ROOT = "inputs"
+_OTHER_SPELLING = (
+    'load the model with attn_implementation="sdpa" where it has that, and without '
+    "output_attentions"
+)
+_UNREAD = (
+    "expected attention as product, softmax, product; around this softmax there is more than one "
+    "product to choose from (decomposed position biases are written so)"
+)
 
 
 @dataclass(frozen=True)
@@ -63,31 +69,16 @@ class Block:
     Args:
         index: counted along its stream.
         entry: the stream's node the block starts from, before its norm.
-        attention: the attention node; its first three arguments are query, key, value.
+        attention: the attention, fused or written out.
         join: the residual sum that ends the attention half.
         merge_at: the stream's node after which tokens merge: the sum, or the norm after it.
     """
 
     index: int
     entry: fx.Node
-    attention: fx.Node
+    attention: Attention
     join: fx.Node
     merge_at: fx.Node
-
-    @property
-    def key(self) -> fx.Node:
-        """The keys as attention sees them."""
-        return _arg(self, 1)
-
-    @property
-    def query(self) -> fx.Node:
-        """The queries as attention sees them."""
-        return _arg(self, 0)
-
-    @property
-    def value(self) -> fx.Node:
-        """The values as attention sees them."""
-        return _arg(self, 2)
 
 
 @dataclass(frozen=True)
@@ -108,67 +99,62 @@ class Structure:
 
     Args:
         streams: the residual streams.
-        others: the attentions that belong to none, and why. One written by hand is its softmax.
+        others: the attentions that belong to none, by their result, and why.
+        ancestry: what depends on what.
     """
 
     streams: tuple[Stream, ...]
     others: Mapping[fx.Node, Mismatch]
+    ancestry: Ancestry
 
 
 def find_structure(captured: CanonicalGraph) -> Structure:
     """The streams of a graph, first to last, and the attentions that are no block's."""
-    flow = Dataflow(captured)
+    attentions, unread = find_attentions(captured.graph)
+    flow, ancestry = Dataflow(captured, attentions), Ancestry(captured.graph)
     chains: list[list[Block]] = []
     others: dict[fx.Node, Mismatch] = {}
-    fused, manual = attention_nodes(captured.graph), manual_attentions(captured.graph)
-    for number, attention in enumerate(sorted([*fused, *manual], key=flow.order.__getitem__)):
-        upstream = upstream_of(attention)
+    places = sorted([*unread, *(attention.result for attention in attentions)])
+    for node in unread:
+        others[node] = Mismatch.at(node, _UNREAD, block=places.index(node), advice=_OTHER_SPELLING)
+    for attention in attentions:
         above = [
-            c
-            for c in chains
-            if c[-1].merge_at in upstream and flow.dominates(c[0].entry, attention)
+            chain
+            for chain in chains
+            if ancestry.depends(attention.result, chain[-1].merge_at)
+            and flow.dominates(chain[0].entry, attention.result)
         ]
         chain = above[-1] if above else []
         found = _block(flow, attention, len(chain))
         if isinstance(found, Mismatch):
-            others[attention] = replace(found, block=number)
+            others[attention.result] = replace(found, block=places.index(attention.result))
             continue
         if not chain:
             chains.append(chain)
         chain.append(found)
-    return Structure(tuple(Stream(tuple(chain)) for chain in chains), others)
+    return Structure(tuple(Stream(tuple(chain)) for chain in chains), others, ancestry)
 
 
-def attention_nodes(graph: fx.Graph) -> list[fx.Node]:
-    """The fused attentions of a graph, in order."""
-    return list(graph.find_nodes(op="call_function", target=ATTENTION))
+class Ancestry:
+    """What depends on what, for all pairs of nodes at once: a bit a node."""
 
+    def __init__(self, graph: fx.Graph) -> None:
+        self._bit = {node: 1 << i for i, node in enumerate(graph.nodes)}
+        self._above: dict[fx.Node, int] = {}
+        for node in graph.nodes:
+            above = 0
+            for operand in node.all_input_nodes:
+                above |= self._above[operand] | self._bit[operand]
+            self._above[node] = above
 
-def manual_attentions(graph: fx.Graph) -> list[fx.Node]:
-    """Softmaxes that feed a matrix product and were fed by one: attention written by hand."""
-    return [
-        node
-        for softmax in SOFTMAXES
-        for node in graph.find_nodes(op="call_function", target=softmax)
-        if _near(node, MATMULS, up=True) and _near(node, MATMULS, up=False)
-    ]
+    def depends(self, node: fx.Node, other: fx.Node) -> bool:
+        """Does ``node`` depend on ``other``?"""
+        return bool(self._above[node] & self._bit[other])
 
-
-def manual_attention(graph: fx.Graph) -> fx.Node | None:
-    """The first attention written by hand."""
-    return next(iter(manual_attentions(graph)), None)
-
-
-def upstream_of(node: fx.Node) -> set[fx.Node]:
-    """Every node that ``node`` depends on."""
-    above: set[fx.Node] = set()
-    frontier = [node]
-    while frontier:
-        for operand in frontier.pop().all_input_nodes:
-            if operand not in above:
-                above.add(operand)
-                frontier.append(operand)
-    return above
+    def of(self, node: fx.Node) -> frozenset[fx.Node]:
+        """Every node that ``node`` depends on."""
+        above = self._above[node]
+        return frozenset(other for other, bit in self._bit.items() if above & bit)
 
 
 class Dataflow:
@@ -177,7 +163,9 @@ class Dataflow:
     What an attention's mask is made from does not count: whether it may merge is asked later.
     """
 
-    def __init__(self, captured: CanonicalGraph) -> None:
+    def __init__(self, captured: CanonicalGraph, attentions: Sequence[Attention] = ()) -> None:
+        # Of what stands between the products of an attention, only the scores themselves.
+        self._chains = {n: set(a.scores) for a in attentions for n in a.scores[1:]}
         self.order = {node: i for i, node in enumerate(captured.graph.nodes)}
         self.output = captured.graph.output_node()
         flow: nx.DiGraph[fx.Node | str] = nx.DiGraph()
@@ -185,7 +173,7 @@ class Dataflow:
             if node.op == "placeholder" and node.name in captured.data:
                 flow.add_edge(ROOT, node)
             elif node.op == "output" or is_tensor(node):
-                flow.add_edges_from((a, node) for a in _operands(node) if a in flow)
+                flow.add_edges_from((a, node) for a in self._operands(node) if a in flow)
         live = nx.ancestors(flow, self.output) | {self.output} if self.output in flow else set()
         self.flow = flow.subgraph(live)
         self._above = nx.immediate_dominators(self.flow, ROOT) if live else {}
@@ -214,11 +202,11 @@ class Dataflow:
         """How many live tensors read ``node``."""
         return int(self.flow.out_degree(node))
 
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    if node.target is ATTENTION:
-        return [a for a in node.args[:3] if isinstance(a, fx.Node)]
-    return node.all_input_nodes
+    def _operands(self, node: fx.Node) -> list[fx.Node]:
+        if node.target is FUSED:
+            return [a for a in node.args[:3] if isinstance(a, fx.Node)]
+        chain = self._chains.get(node)
+        return [a for a in node.all_input_nodes if chain is None or a in chain]
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -229,21 +217,14 @@ def is_tensor(node: fx.Node) -> bool:
     return isinstance(value, Tensor)
 
 
-def _block(flow: Dataflow, attention: fx.Node, index: int) -> Block | Mismatch:
-    if attention.target is not ATTENTION:
-        return Mismatch.at(
-            attention,
-            "attention is written out as matmul, softmax, matmul here; "
-            "expected scaled_dot_product_attention",
-            advice='load the model with attn_implementation="sdpa" where it has that, and without '
-            "output_attentions",
-        )
-    if attention not in flow:
-        return Mismatch.at(attention, "this attention does not read the model's input")
+def _block(flow: Dataflow, attention: Attention, index: int) -> Block | Mismatch:
+    result = attention.result
+    if result not in flow:
+        return Mismatch.at(result, "this attention does not read the model's input")
     foreign = None
-    for join in flow.after(attention):
-        for term in _earlier_terms(flow, join, attention):
-            if flow.dominates(term, attention):
+    for join in flow.after(result):
+        for term in _earlier_terms(flow, join, result):
+            if flow.dominates(term, result):
                 return Block(index, term, attention, join, _stream_node(flow, join))
             foreign = foreign or join
     if foreign is not None:
@@ -253,7 +234,7 @@ def _block(flow: Dataflow, attention: fx.Node, index: int) -> Block | Mismatch:
             "this sum adds another value",
         )
     return Mismatch.at(
-        attention, "no residual sum follows this attention: it is not a transformer block's"
+        result, "no residual sum follows this attention: it is not a transformer block's"
     )
 
 
@@ -288,9 +269,8 @@ def _stream_node(flow: Dataflow, join: fx.Node) -> fx.Node:
 def _tree_spans(parents: dict[fx.Node, fx.Node]) -> dict[fx.Node | str, tuple[int, int]]:
     """Depth-first intervals of the dominator tree: ancestors' intervals enclose descendants'."""
     # networkx has mapped the root to itself and, from 3.6, to None.
-    tree: nx.DiGraph[fx.Node | str] = nx.DiGraph(
-        (p, n) for n, p in parents.items() if p is not None and p is not n
-    )
+    tree: nx.DiGraph[fx.Node | str] = nx.DiGraph()
+    tree.add_edges_from((p, n) for n, p in parents.items() if p is not None and p is not n)
     spans: dict[fx.Node | str, tuple[int, int]] = {}
     first: dict[fx.Node | str, int] = {}
     clock = 0
@@ -303,18 +283,3 @@ def _tree_spans(parents: dict[fx.Node, fx.Node]) -> dict[fx.Node | str, tuple[in
         elif label == "reverse":
             spans[node] = (first[node], clock)
     return spans
-
-
-def _near(node: fx.Node, targets: tuple[object, ...], *, up: bool, steps: int = 6) -> bool:
-    frontier = [node]
-    for _ in range(steps):
-        frontier = [n for f in frontier for n in (f.all_input_nodes if up else f.users)]
-        if any(n.target in targets for n in frontier):
-            return True
-    return False
-
-
-def _arg(block: Block, index: int) -> fx.Node:
-    node = block.attention.args[index]
-    assert isinstance(node, fx.Node)
-    return node

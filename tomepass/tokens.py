@@ -8,11 +8,13 @@ carried on, some positions taken, averaged, attended, or read by position, which
 from __future__ import annotations
 
 import operator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
+from tomepass.attention import FUSED, PRODUCTS, SOFTMAXES, Attention, operands
 from tomepass.axis import (
     Axis,
     Size,
@@ -22,10 +24,26 @@ from tomepass.axis import (
     move,
     same,
     shape_of,
+    sums_over,
     target_name,
 )
-from tomepass.constants import hides_nothing
-from tomepass.structure import ATTENTION
+from tomepass.capture import CanonicalGraph
+from tomepass.masks import hides_nothing, is_position_bias
+from tomepass.outcomes import (
+    Attended,
+    Averaged,
+    Carried,
+    Contracted,
+    Divided,
+    Joined,
+    Layout,
+    Masked,
+    Outcome,
+    Positional,
+    Side,
+    Taken,
+    Weighed,
+)
 
 aten = torch.ops.aten
 
@@ -39,243 +57,385 @@ SIZED = {
 }
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How a value holds tokens.
-
-    Args:
-        tokens: the token axis.
-        batch: the batch axis.
-        positions: the original positions the value covers, ascending.
-    """
-
-    tokens: Axis
-    batch: Axis
-    positions: tuple[int, ...]
-
-    @property
-    def plain(self) -> bool:
-        """Batch first and no axis folded: what ``tome::`` operators take."""
-        return self.tokens.whole and self.batch == Axis(0) and self.tokens.dim > 0
-
-
-@dataclass(frozen=True)
-class Carried:
-    """The result holds the same tokens.
-
-    Args:
-        layout: of the result.
-        size_at: which entry of the operator's shape argument counts the tokens.
-        sides: operands, not made from tokens, that hold one row a token.
-    """
-
-    layout: Layout
-    size_at: int | None = None
-    sides: tuple[fx.Node, ...] = ()
-
-
-@dataclass(frozen=True)
-class Taken:
-    """Some positions are read: protected ones alone, or all the others with them.
-
-    Args:
-        positions: original positions taken, ascending.
-        dim: the token dimension of the operand.
-        layout: of the result, None where only protected tokens are left.
-        drops: the token dimension disappears (a select).
-    """
-
-    positions: tuple[int, ...]
-    dim: int
-    layout: Layout | None
-    drops: bool
-
-
-@dataclass(frozen=True)
-class Averaged:
-    """A mean over all tokens of the operand: weighted by size once tokens have merged."""
-
-    dim: int
-    keepdim: bool
-
-
-@dataclass(frozen=True)
-class Attended:
-    """An attention among all tokens."""
-
-    layout: Layout
-
-
-@dataclass(frozen=True)
-class Positional:
-    """The operator reads tokens by position: unmerge first."""
-
-    reason: str
-
-
-@dataclass(frozen=True)
-class Masked(Positional):
-    """An attention in which not every token sees, or may not see, every other: unmerge first."""
-
-    advice: str
-
-
-Outcome = Carried | Taken | Averaged | Attended | Positional
+# Their second argument gives a dtype alone.
+_DTYPE_DONORS = (aten.to.other, aten.type_as.default)
+_SPLITS = (
+    aten.split.Tensor,
+    aten.split.sizes,
+    aten.split_with_sizes.default,
+    aten.chunk.default,
+    aten.tensor_split.sections,
+)
+_SUMS = (aten.add.Tensor, aten.sub.Tensor)
+_SCALINGS = (aten.mul.Tensor, aten.div.Tensor)
+_MASKED = (
+    "tomepass merges encoders; call the model without a mask, or leave it as it is if not every "
+    "token may see every other"
+)
 
 
 @dataclass(frozen=True)
 class TokenFlow:
-    """The analysis of one stream: layouts of values and outcomes of readers."""
+    """The analysis of one stream.
+
+    Args:
+        layouts: of every value that holds mergeable tokens.
+        outcomes: of every node that reads one.
+        held: layouts of values that hold protected tokens alone: no merge changes them.
+    """
 
     layouts: dict[fx.Node, Layout]
     outcomes: dict[fx.Node, Outcome]
+    held: dict[fx.Node, Layout] = field(default_factory=dict)
 
 
 def follow_tokens(
-    graph: fx.Graph,
+    captured: CanonicalGraph,
     entry: fx.Node,
     layout: Layout,
     protected: tuple[int, ...],
     until: fx.Node | None = None,
 ) -> TokenFlow:
     """Follows the tokens of ``entry`` forward to the outputs, or to ``until``."""
-    flow = TokenFlow({entry: layout}, {})
+    analysis = _Analysis(captured, TokenFlow({entry: layout}, {}), frozenset(protected))
     node = entry.next
     while node.op != "root":
-        if node.op != "output" and any(a in flow.layouts for a in node.all_input_nodes):
-            outcome = _outcome(node, flow, frozenset(protected))
+        if node.op != "output":
+            analysis.visit(node)
+        if node is until:
+            break
+        node = node.next
+    return analysis.flow
+
+
+def attends(attention: Attention, flow: TokenFlow) -> Layout | Positional | None:
+    """The tokens among which an attention attends, or what keeps it from seeing all of them."""
+    result = flow.outcomes.get(attention.result)
+    if isinstance(result, Attended):
+        return result.layout
+    for node in (*attention.scores, attention.result):
+        if isinstance(outcome := flow.outcomes.get(node), Positional):
+            return outcome
+    weighed = flow.outcomes.get(attention.weights)
+    if isinstance(weighed, Weighed) and weighed.layout.columns is not None:
+        return flow.layouts.get(attention.result)
+    return None
+
+
+@dataclass(frozen=True)
+class _Analysis:
+    captured: CanonicalGraph
+    flow: TokenFlow
+    protected: frozenset[int]
+    reached: set[fx.Node] = field(default_factory=set)
+
+    def visit(self, node: fx.Node) -> None:
+        flow = self.flow
+        if any(a in self.reached or a in flow.layouts for a in node.all_input_nodes):
+            self.reached.add(node)
+        if any(a in flow.layouts for a in node.all_input_nodes):
+            outcome = self._outcome(node)
             if outcome is not None:
                 flow.outcomes[node] = outcome
                 if (result := getattr(outcome, "layout", None)) is not None:
                     flow.layouts[node] = result
-        if node is until:
-            break
-        node = node.next
-    return flow
+                if isinstance(outcome, Taken) and outcome.layout is None and not outcome.drops:
+                    (operand,) = node.all_input_nodes
+                    whole = flow.layouts[operand]
+                    flow.held[node] = replace(whole, positions=outcome.positions)
+        elif any(a in flow.held for a in node.all_input_nodes):
+            self._keep_held(node)
 
+    def _keep_held(self, node: fx.Node) -> None:
+        """Protected tokens on their own: followed only to where they are joined again."""
+        held = [a for a in node.all_input_nodes if a in self.flow.held]
+        found = [self._moved(node, a, self.flow.held[a]) for a in held]
+        if isinstance(first := found[0], Layout) and all(other == first for other in found):
+            self.flow.held[node] = first
 
-def _outcome(node: fx.Node, flow: TokenFlow, protected: frozenset[int]) -> Outcome | None:
-    if node.target is ATTENTION:
-        return _attention(node, flow)
-    holders = [a for a in node.all_input_nodes if a in flow.layouts]
-    layout = flow.layouts[holders[0]]
-    if node.target is operator.getitem:
-        return Carried(layout)
-    if node.target is aten.sym_size.int:
-        if int(node.args[1]) % len(shape_of(holders[0])) == layout.tokens.dim:  # type: ignore[arg-type]
-            return Positional("the number of tokens is read as a number")
+    def _outcome(self, node: fx.Node) -> Outcome | None:
+        flow = self.flow
+        if node.target is FUSED:
+            return self._fused(node)
+        holders = [a for a in node.all_input_nodes if a in flow.layouts]
+        if node.target in _DTYPE_DONORS and holders != [node.args[0]]:
+            if node.args[0] not in holders:
+                return None
+            holders = holders[:1]
+        layout = flow.layouts[holders[0]]
+        if node.target is operator.getitem:
+            return self._piece(node, holders[0])
+        if node.target is aten.sym_size.int:
+            read = int(node.args[1]) % len(shape_of(holders[0]))  # type: ignore[arg-type]
+            if any(read == axis.dim for axis in layout.axes):
+                return Positional("the number of tokens is read as a number")
+            return None
+        if node.target in SOFTMAXES and (weighed := _softmax(node, layout)) is not None:
+            return weighed
+        if node.target is aten.cat.default and (joined := self._joined(node)) is not None:
+            return joined
+        if len(holders) == 2 and node.target in (*PRODUCTS, aten.mm.default):
+            return self._product(node)
+        if len(holders) == 1 and (read_ := self._read(node, holders[0], layout)) is not None:
+            return read_
+        return self._carried(node, holders)
+
+    # ---- readers of the token dimension itself ---------------------------------------------
+
+    def _read(self, node: fx.Node, operand: fx.Node, layout: Layout) -> Outcome | None:
+        """Slice, select, split, mean. None for all others."""
+        if not layout.tokens.whole or operand is not node.args[0]:
+            return None
+        dim, ndim = layout.tokens.dim, len(shape_of(operand))
+        if layout.weights or layout.columns is not None:
+            pooled = layout.weights and layout.columns is None
+            if pooled and node.target is aten.sum.dim_IntList:
+                summed = dimensions(argument(node, 1, "dim"), ndim) == (dim,)
+                return Contracted() if summed else None
+            return None
+        if node.target is aten.slice.Tensor and _along(node, 1, ndim) == (dim,):
+            window = [argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step"))]
+            if not all(isinstance(w, (int, type(None))) for w in window):
+                return Positional("tokens are sliced at a position only known when it runs")
+            return self._taken(node, layout, layout.positions[slice(*window)], drops=False)
+        if node.target is aten.select.int and _along(node, 1, ndim) == (dim,):
+            index = node.args[2]
+            if not isinstance(index, int):
+                return Positional("a token is selected at a position only known when it runs")
+            return self._taken(node, layout, (layout.positions[index],), drops=True)
+        if node.target in _SPLITS and _along(node, 2, ndim) == (dim,):
+            return self._divided(node, layout)
+        means = node.target is aten.mean.dim and layout.positions
+        if means and dimensions(argument(node, 1, "dim"), ndim) == (dim,):
+            return Averaged(dim, bool(argument(node, 2, "keepdim", False)))
         return None
-    if len(holders) == 1 and (read := _read(node, holders[0], layout, protected)) is not None:
-        return read
-    return _carried(node, holders, flow)
 
+    def _taken(
+        self, node: fx.Node, layout: Layout, taken: tuple[int, ...], *, drops: bool
+    ) -> Outcome:
+        rest = set(layout.positions) - self.protected
+        if taken and self.protected.issuperset(taken):
+            return Taken(taken, layout.tokens.dim, None, drops)
+        if rest.issubset(taken) and not drops and list(taken) == sorted(taken):
+            return Taken(taken, layout.tokens.dim, replace(layout, positions=taken), drops)
+        return Positional(f"{target_name(node)} takes some of the mergeable tokens by position")
 
-def _read(
-    node: fx.Node, operand: fx.Node, layout: Layout, protected: frozenset[int]
-) -> Outcome | None:
-    """Readers of the token dimension itself: slice, select, mean. None for all others."""
-    if not layout.tokens.whole or operand is not node.args[0]:
-        return None
-    dim, count = layout.tokens.dim, len(layout.positions)
-    ndim = len(shape_of(operand))
-    if node.target is aten.slice.Tensor and dimensions(argument(node, 1, "dim", 0), ndim) == (dim,):
-        window = [argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step"))]
-        if not all(isinstance(w, (int, type(None))) for w in window):
-            return Positional("tokens are sliced at a position only known when it runs")
-        taken = layout.positions[slice(*window)]
-        return _taken(node, layout, taken, protected, drops=False)
-    if node.target is aten.select.int and dimensions(node.args[1], ndim) == (dim,):
-        index = node.args[2]
-        if not isinstance(index, int):
-            return Positional("a token is selected at a position only known when it runs")
-        taken = (layout.positions[index],)
-        return _taken(node, layout, taken, protected, drops=True)
-    if (
-        node.target is aten.mean.dim
-        and dimensions(argument(node, 1, "dim"), ndim) == (dim,)
-        and count
-    ):
-        return Averaged(dim, bool(argument(node, 2, "keepdim", False)))
-    return None
+    def _divided(self, node: fx.Node, layout: Layout) -> Outcome:
+        counts = [value.shape[layout.tokens.dim] for value in node.meta["val"]]
+        if not all(isinstance(count, int) for count in counts):
+            return Positional("tokens are split at a position only known when it runs")
+        pieces: list[tuple[int, ...]] = []
+        start = 0
+        for count in counts:
+            pieces.append(layout.positions[start : start + count])
+            start += count
+            taken = self._taken(node, layout, pieces[-1], drops=False)
+            if isinstance(taken, Positional):
+                return taken
+        return Divided(tuple(pieces), layout)
 
+    def _piece(self, node: fx.Node, operand: fx.Node) -> Outcome:
+        layout, source = self.flow.layouts[operand], self.flow.outcomes.get(operand)
+        if not isinstance(source, Divided):
+            return Carried(layout)
+        index = int(node.args[1])  # type: ignore[arg-type]
+        return self._taken(node, layout, source.pieces[index], drops=False)
 
-def _taken(
-    node: fx.Node,
-    layout: Layout,
-    taken: tuple[int, ...],
-    protected: frozenset[int],
-    *,
-    drops: bool,
-) -> Outcome:
-    rest = set(layout.positions) - protected
-    if taken and protected.issuperset(taken):
-        return Taken(taken, layout.tokens.dim, None, drops)
-    if rest.issubset(taken) and not drops and list(taken) == sorted(taken):
-        return Taken(taken, layout.tokens.dim, replace(layout, positions=taken), drops)
-    return Positional(f"{target_name(node)} takes some of the mergeable tokens by position")
+    def _joined(self, node: fx.Node) -> Outcome | None:
+        """A cat of protected tokens and the others. None if it is along another dimension."""
+        flow, parts = self.flow, list(node.args[0])  # type: ignore[arg-type]
+        along = _along(node, 1, len(shape_of(node)))
+        holder = next(p for p in parts if p in flow.layouts)
+        first = flow.layouts[holder]
+        if along != (first.tokens.dim,) or first.columns is not None:
+            return None
+        layouts = [flow.layouts.get(p) or flow.held.get(p) for p in parts]
+        positions: list[int] = []
+        for layout in layouts:
+            if layout is None or replace(layout, positions=first.positions) != first:
+                return Positional("a cat puts other tokens beside the stream's own")
+            positions += layout.positions
+        ascending = positions == sorted(set(positions))
+        if not (ascending and first.tokens.whole) or sum(p in flow.layouts for p in parts) > 1:
+            return Positional("a cat puts tokens together in another order")
+        whole = replace(first, positions=tuple(positions))
+        return Joined(whole, tuple(layout.positions for layout in layouts if layout))
 
+    # ---- attention -------------------------------------------------------------------------
 
-def _carried(node: fx.Node, holders: list[fx.Node], flow: TokenFlow) -> Outcome:
-    results = []
-    for holder in holders:
-        layout = flow.layouts[holder]
-        tokens = move(node, holder, layout.tokens, len(layout.positions))
-        if isinstance(tokens, str):
-            return Positional(tokens)
-        batch = move(node, holder, layout.batch, _length(holder, layout.batch))
+    def _fused(self, node: fx.Node) -> Outcome:
+        query, key, value = (self.flow.layouts.get(n) for n in node.args[:3])  # type: ignore[arg-type]
+        if key is None or key != value or query not in (None, key):
+            return Positional("this attention is not among the stream's own tokens")
+        if key != Layout(Axis(2), Axis(0), key.positions) or len(shape_of(node.args[1])) != 4:  # type: ignore[arg-type]
+            return Positional(
+                "expected attention over [B, H, N, D] with all tokens on N, "
+                f"got {list(shape_of(node.args[1]))}"  # type: ignore[arg-type]
+            )
+        if argument(node, 5, "is_causal", False):
+            return Masked(
+                "causal attention: merging would mix a token with later ones",
+                "tomepass merges encoders; a decoder is left alone",
+            )
+        mask = argument(node, 3, "attn_mask")
+        if not isinstance(mask, fx.Node) or hides_nothing(mask):
+            return Attended(query, key)
+        if query is not None and is_position_bias(mask, self.captured):
+            return Attended(query, key, mask)
+        return _hidden(mask)
+
+    def _product(self, node: fx.Node) -> Outcome:
+        """A product of two token holders: attention scores, or weights times values."""
+        pair = operands(node)
+        if pair is None or pair[0] is pair[1]:
+            return Positional("a product of more or less than two tensors of tokens")
+        if node.target is aten.baddbmm.default and node.kwargs.get("beta", 1) != 0:
+            return Positional("a product that adds a bias of its own")
+        left, right = pair
+        a, b = self.flow.layouts.get(left), self.flow.layouts.get(right)
+        if a is None or b is None or b.columns is not None or b.weights:
+            return Positional(f"{target_name(node)} multiplies tokens in a way not understood")
+        if a.positions != b.positions:
+            return Positional("a product of different selections of tokens")
+        sums = sums_over(node, left, a.keys) and sums_over(node, right, b.tokens)
+        if a.weights and sums and a.keys.whole and b.tokens.whole:
+            if a.columns is None:
+                return Contracted()
+            moved = self._moved(node, left, replace(a, columns=None, weights=False))
+            return moved if isinstance(moved, Positional) else Carried(moved)
+        if a.weights or a.columns is not None:
+            return Positional("attention scores are multiplied by something else than values")
+        rows, columns = self._moved(node, left, a), self._moved(node, right, b)
+        for moved in (rows, columns):
+            if isinstance(moved, Positional):
+                return moved
+        assert isinstance(rows, Layout)
+        assert isinstance(columns, Layout)
+        if rows.batch != columns.batch:
+            return Positional("a product of tokens of different images")
+        return Carried(replace(rows, columns=columns.tokens))
+
+    # ---- everything else -------------------------------------------------------------------
+
+    def _carried(self, node: fx.Node, holders: list[fx.Node]) -> Outcome:
+        results: list[Layout] = []
+        for holder in holders:
+            moved = self._moved(node, holder, self.flow.layouts[holder])
+            if isinstance(moved, Positional):
+                return moved
+            results.append(moved)
+        weights = [r.weights for r in results]
+        if any(weights) and not (weights.count(True) == 1 and _homogeneous(node)):
+            return Positional(f"{target_name(node)} changes what attention weights sum to")
+        layout = replace(results[0], weights=any(weights))
+        if any(replace(r, weights=layout.weights) != layout for r in results):
+            return Positional(f"{target_name(node)} combines tokens laid out differently")
+        sides = self._sides(node, layout)
+        if isinstance(sides, Positional):
+            return sides
+        return Carried(layout, tuple(_counts(node, holders[0], layout)), sides)
+
+    def _moved(self, node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | Positional:
+        """The layout a value's tokens have after an operator, taken on its own."""
+        axes = []
+        for axis in layout.axes:
+            moved = move(node, operand, axis, len(layout.positions))
+            if isinstance(moved, str):
+                return Positional(moved)
+            axes.append(moved)
+        batch = move(node, operand, layout.batch, _length(operand, layout.batch))
         if isinstance(batch, str):
             return Positional(f"along the batch, {batch}")
-        results.append(Layout(tokens, batch, layout.positions))
-    if any(r != results[0] for r in results[1:]):
-        return Positional(f"{target_name(node)} combines tokens laid out differently")
-    size_at = results[0].tokens.dim if node.target in SIZED else None
-    if node.target is aten.unflatten.int:
-        size_at = results[0].tokens.dim - dimensions(node.args[1], len(shape_of(holders[0])))[0]
-        if not 0 <= size_at < len(node.args[2]):  # type: ignore[arg-type]
-            size_at = None
-    return Carried(results[0], size_at, _sides(node, results[0].tokens, flow))
+        columns = axes[1] if len(axes) > 1 else None
+        return replace(layout, tokens=axes[0], batch=batch, columns=columns)
+
+    def _sides(self, node: fx.Node, layout: Layout) -> tuple[Side, ...] | Positional:
+        """Operands without tokens of their own that nevertheless hold one row a token."""
+        found: list[Side] = []
+        for operand in node.all_input_nodes:
+            if operand in self.flow.layouts or not _has_rows(node, operand, layout):
+                continue
+            if operand in self.reached:
+                found.append(Side(operand, "read"))
+                continue
+            if layout.columns is not None:
+                if node.target is aten.add.Tensor and hides_nothing(operand):
+                    found.append(Side(operand, "nothing"))
+                    continue
+                if node.target not in _SUMS or not is_position_bias(operand, self.captured):
+                    return _hidden(operand)
+                found.append(Side(operand, "bias"))
+            elif node.target in _SUMS:
+                found.append(Side(operand, "mean"))
+            elif node.target in _SCALINGS:
+                found.append(Side(operand, "kept"))
+            else:
+                return Positional(
+                    f"{target_name(node)} combines the tokens with rows that are not made from them"
+                )
+        return tuple(found)
+
+
+def _softmax(node: fx.Node, layout: Layout) -> Outcome | None:
+    """A softmax over the keys. None for one along a dimension that holds no tokens."""
+    holder = node.args[0]
+    (along,) = dimensions(node.args[1], len(shape_of(holder)))  # type: ignore[arg-type]
+    if along not in [axis.dim for axis in layout.axes]:
+        return None
+    batch = layout.batch
+    if along != layout.keys.dim or not layout.keys.whole or layout.weights:
+        return Positional("a softmax over something else than the keys of an attention")
+    if batch.dim != 0 or not same(batch.before, 1) or not isinstance(batch.after, int):
+        return Positional("a softmax over tokens that are not batch first")
+    return Weighed(replace(layout, weights=True))
+
+
+def _homogeneous(node: fx.Node) -> bool:
+    """Does twice the attention weights give twice the result?"""
+    if node.target is aten.linear.default:
+        return argument(node, 2, "bias") is None
+    if node.target is aten.div.Tensor:
+        return True
+    return node.target in (*_SCALINGS, *PRODUCTS) or not is_pointwise(node)
+
+
+def _hidden(mask: fx.Node) -> Masked:
+    return Masked(
+        f"attention mask {mask.name} is not provably all true: it may be causal, a padding "
+        "mask or a position bias that depends on the input",
+        _MASKED,
+    )
+
+
+def _along(node: fx.Node, index: int, ndim: int) -> tuple[int, ...]:
+    return dimensions(argument(node, index, "dim", 0), ndim)
 
 
 def _length(node: fx.Node, axis: Axis) -> Size:
     return shape_of(node)[axis.dim] // (axis.before * axis.after)
 
 
-def _sides(node: fx.Node, tokens: Axis, flow: TokenFlow) -> tuple[fx.Node, ...]:
-    """Operands without tokens of their own that nevertheless hold one row a token."""
-    if not is_pointwise(node):
-        return ()
-    behind = len(shape_of(node)) - tokens.dim
-    return tuple(
-        a
-        for a in node.all_input_nodes
-        if a not in flow.layouts
-        and isinstance(value := a.meta.get("val"), Tensor)
-        and value.ndim >= behind
-        and not same(value.shape[value.ndim - behind], 1)
-    )
+def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
+    """Is the operand, aligned with the result as broadcasting does, longer than 1 at a token?"""
+    value, shape = operand.meta.get("val"), shape_of(node)
+    if not isinstance(value, Tensor):
+        return False
+    if node.target in (aten.cat.default, aten.stack.default):
+        return True
+    if not is_pointwise(node) and node.target is not aten.expand_as.default:
+        return False
+    dims = [value.ndim - (len(shape) - axis.dim) for axis in layout.axes]
+    return any(dim >= 0 and not same(value.shape[dim], 1) for dim in dims)
 
 
-def _attention(node: fx.Node, flow: TokenFlow) -> Outcome:
-    operands = [n for n in node.args[:3] if isinstance(n, fx.Node)]
-    layouts = [flow.layouts.get(n) for n in operands]
-    first = layouts[0]
-    if len(layouts) < 3 or first is None or any(x != first for x in layouts):
-        return Positional("this attention is not among the stream's own tokens")
-    if first != Layout(Axis(2), Axis(0), first.positions) or len(shape_of(operands[0])) != 4:
-        return Positional(
-            "expected attention over [B, H, N, D] with all tokens on N, "
-            f"got {list(shape_of(operands[0]))}"
-        )
-    if argument(node, 5, "is_causal", False):
-        return Masked(
-            "causal attention: merging would mix a token with later ones",
-            "tomepass merges encoders; a decoder is left alone",
-        )
-    mask = argument(node, 3, "attn_mask")
-    if isinstance(mask, fx.Node) and not hides_nothing(mask):
-        return Masked(
-            f"attention mask {mask.name} is not provably all true: it may be causal, a padding "
-            "mask or a position bias",
-            "call the model without a mask; a decoder is left alone",
-        )
-    return Attended(first)
+def _counts(node: fx.Node, operand: fx.Node, layout: Layout) -> Iterator[tuple[int, Axis]]:
+    """The entries of a shape argument that count tokens."""
+    first = 0
+    if node.target is aten.unflatten.int:
+        (first,) = dimensions(node.args[1], len(shape_of(operand)))
+    elif node.target not in SIZED:
+        return
+    sizes = node.args[SIZED[node.target]]
+    for axis in layout.axes:
+        if 0 <= axis.dim - first < len(sizes):  # type: ignore[arg-type]
+            yield axis.dim - first, axis

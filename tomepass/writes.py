@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from tomepass.structure import is_tensor
+
 
 def hidden_write(graph: fx.Graph, data: frozenset[str]) -> fx.Node | None:
     """The first operator that writes, unseen by dataflow, where the user's input takes part."""
@@ -18,7 +20,7 @@ def hidden_write(graph: fx.Graph, data: frozenset[str]) -> fx.Node | None:
     order = {node: i for i, node in enumerate(nodes)}
     dependent: set[fx.Node] = set()
     for node in nodes:
-        if any(a in dependent for a in node.all_input_nodes):
+        if is_tensor(node) and any(a in dependent for a in node.all_input_nodes):
             dependent.add(node)
             for target in _written(node):
                 if _is_view(target) or any(order[r] > order[node] for r in _readers(target)):

@@ -63,11 +63,11 @@ def test_attention_with_it_is_attention_to_the_copies_themselves() -> None:
 
 def test_sizes_are_not_rounded_before_the_logarithm() -> None:
     # 70000 is infinite in float16, 257 is 256 in bfloat16.
-    half = log_size(torch.tensor([[70_000.0]]), torch.empty(1, dtype=torch.float16))
+    half = log_size(torch.tensor([[70_000.0]]), torch.empty(1, 1, 1, 1, dtype=torch.float16))
     assert half.item() == pytest.approx(11.156, abs=0.01)
     size = torch.tensor([[257.0, 256.0]])
     with torch.autocast("cpu", torch.bfloat16):
-        one, other = log_size(size, torch.empty(1)).flatten().tolist()
+        one, other = log_size(size, torch.empty(1, 1, 1, 1)).flatten().tolist()
     assert one - other == pytest.approx(1 / 256, rel=0.01)
 
 

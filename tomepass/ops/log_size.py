@@ -8,17 +8,24 @@ from torch import Tensor
 from tomepass.ops.library import at_least_float32, register, without_autocast
 
 
-@register("log_size(Tensor size, Tensor query) -> Tensor")
-def log_size(size: Tensor, query: Tensor) -> Tensor:
+@register("log_size(Tensor size, Tensor like, int dim=3, int fold=1) -> Tensor")
+def log_size(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
     """log(size) as an attention bias: softmax(q k^T scale + log size) (ToMe, eq. 1).
 
     Args:
         size: ``[B, N]`` float32, of the keys.
-        query: gives the dtype: a bias of another dtype is refused or wrong in some kernels.
+        like: gives the dtype, as a bias of another is refused or wrong in some kernels, and the
+            number of dimensions: the scores, or the query of a fused attention.
+        dim: where the keys stand among the dimensions.
+        fold: heads folded into the batch dimension of ``like``.
 
     Returns:
-        ``[B, 1, 1, N]`` in the dtype of ``query``.
+        ``[B * fold, 1, ..., N, ..., 1]`` in the dtype of ``like``, N on ``dim``.
     """
     with torch.no_grad(), without_autocast(size.device):
-        wide = size.to(at_least_float32(query.dtype))
-        return wide.log().to(query.dtype)[:, None, None, :]
+        wide = size.to(at_least_float32(like.dtype)).log().to(like.dtype)
+        if fold > 1:
+            wide = wide[:, None].expand(-1, fold, -1).flatten(0, 1)
+        shape = [1] * like.ndim
+        shape[0], shape[dim] = wide.shape
+        return wide.view(shape)

@@ -1,0 +1,106 @@
+"""What lies beside the tokens, one row each, carried through merges: tables and biases."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.merge import merge
+
+
+@register("keep(Tensor? kept, Tensor assign, SymInt tokens, int[] protected) -> Tensor")
+def keep(kept: Tensor | None, assign: Tensor, tokens: int, protected: list[int]) -> Tensor:
+    """The original position each token stands for: of merged tokens, the one merged into.
+
+    Args:
+        kept: ``[B, N]`` before this merge, None where every token stands for itself.
+        assign: ``[B, N]``, as ``tome::match`` returns it.
+        tokens: N' after the merge.
+        protected: positions that did not take part.
+
+    Returns:
+        ``[B, N']`` int64.
+    """
+    before = assign.shape[1]
+    position = torch.arange(before, device=assign.device)
+    # Only odd positions are merged into: where several tokens come together theirs is kept.
+    into = position % 2 == 1
+    for place in protected:
+        into = into & (position != place)
+    rank = position + before * into.long()
+    index = torch.arange(tokens, device=assign.device)
+    sent = assign.unsqueeze(1) == index[:, None]
+    chosen = torch.where(sent, rank, -1).amax(-1) % before
+    return chosen if kept is None else kept.gather(1, chosen)
+
+
+@register("rows(Tensor table, Tensor kept, int dim, int ndim, int[] removed) -> Tensor")
+def rows(table: Tensor, kept: Tensor, dim: int, ndim: int, removed: list[int]) -> Tensor:
+    """The rows of a table for the tokens there are now.
+
+    Args:
+        table: broadcast against values of ``ndim`` dimensions, original tokens on ``dim``.
+        kept: ``[B, N']``, original positions.
+        dim: where the tokens stand in such a value, 1 or more.
+        ndim: its number of dimensions.
+        removed: original positions the table has no row for.
+
+    Returns:
+        the table with N' rows on ``dim``, batch first.
+    """
+    shift = sum(((kept > place).long() for place in removed), start=kept.new_zeros(()))
+    table = table.reshape([1] * (ndim - table.ndim) + list(table.shape))
+    wide, narrow = list(table.shape), [1] * ndim
+    wide[0], wide[dim] = kept.shape
+    narrow[0], narrow[dim] = kept.shape
+    source = [-1] * ndim
+    source[0] = kept.shape[0]
+    return table.expand(source).gather(dim, (kept - shift).reshape(narrow).expand(wide))
+
+
+@register("merge_rows(Tensor table, Tensor source, SymInt tokens) -> Tensor")
+def merge_rows(table: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """The mean of a table's rows over the original tokens that each token holds.
+
+    Args:
+        table: ``[N, C]`` or ``[1 or B, N, C]``.
+        source: ``[B, N]``, the token that holds each original one.
+        tokens: N' there are now.
+
+    Returns:
+        ``[B, N', C]`` in the dtype of ``table``.
+    """
+    wide = table.expand(source.shape[0], *table.shape[-2:])
+    merged: Tensor = merge(wide, None, source, tokens)
+    return merged
+
+
+@register("merge_bias(Tensor bias, Tensor source, SymInt tokens) -> Tensor")
+def merge_bias(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """A position bias among original tokens, for the tokens there are now.
+
+    Over merged columns the log-mean-exp, which with log(size) added is exactly what their keys
+    would have weighed apart; over merged rows the mean.
+
+    Args:
+        bias: ``[..., N, N]``, at most four dimensions; an axis of length 1 is left alone.
+        source: ``[B, N]``, the token that holds each original one.
+        tokens: N' there are now.
+
+    Returns:
+        ``[B, H or 1, N', N']`` in the dtype of ``bias``.
+    """
+    with without_autocast(bias.device):
+        index = torch.arange(tokens, device=source.device)
+        wide = bias.to(at_least_float32(bias.dtype))
+        wide = wide.reshape([1] * (4 - bias.ndim) + list(bias.shape))
+        held = (source.unsqueeze(1) == index[:, None]).to(wide.dtype)
+        weight = (held / held.sum(-1, keepdim=True)).unsqueeze(1)
+        if wide.shape[-1] > 1:
+            # The largest of a row stays out of the exponential, or it could overflow.
+            largest = wide.detach().amax(-1, keepdim=True)
+            wide = ((wide - largest).exp() @ weight.transpose(-1, -2)).log() + largest
+        if wide.shape[-2] > 1:
+            wide = weight @ wide
+        return wide.to(bias.dtype)
