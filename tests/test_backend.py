@@ -15,6 +15,7 @@ import reference_models
 import torch
 import torch._dynamo.config
 import torch._inductor.config
+from encoders import Causal, DecomposedBias, make, near, pixels
 from module_names import blocks_of
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -416,37 +417,43 @@ def test_merging_twice_is_refused(model: Any, images: Tensor) -> None:
     assert "already merged" in refusal(torch.compile(merged, backend=eager()), images)
 
 
-def test_written_out_attention_is_refused(vit: Any, images: Tensor) -> None:
+@torch.no_grad()
+def test_written_out_attention_merges_as_fused_attention_does(vit: Any, images: Tensor) -> None:
+    fused = torch.compile(vit, backend=eager())(images).logits
     vit.set_attn_implementation("eager")
-    said = refusal(torch.compile(vit, backend=eager()), images)
-    assert "matmul, softmax, matmul" in said
+    written = torch.compile(vit, backend=eager())(images).logits
+    assert relative_error(written, fused) < 1e-5
+
+
+def test_a_refusal_says_where_and_what_to_do() -> None:
+    said = refusal(torch.compile(make(blocks=[near(DecomposedBias)]), backend=eager()), pixels())
+    assert "more than one product" in said
     assert "node softmax" in said
-    assert "modeling_vit.py" in said
+    assert "encoders.py" in said
     assert 'attn_implementation="sdpa"' in said
 
 
 def test_warn_leaves_the_model_whole_with_one_warning(
-    vit: Any, images: Tensor, inner: Inner
+    inner: Inner,
 ) -> None:
-    vit.set_attn_implementation("eager")
+    model, images = make(blocks=[near(Causal)]), pixels()
     backend = TomeBackend(ToMe(r=8), inner=inner, on_unmatched="warn")
-    compiled = torch.compile(vit, backend=backend)
+    compiled = torch.compile(model, backend=backend)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        got = compiled(images).logits
+        got = compiled(images)
         compiled(images)
     (warning,) = [w for w in caught if "left unmerged" in str(w.message)]
-    assert "softmax" in str(warning.message)
-    assert torch.equal(got, vit(images).logits)
+    assert "causal attention" in str(warning.message)
+    assert torch.equal(got, model(images))
     assert inner.merges == [0]
 
 
 def test_an_unmatched_graph_is_refused_before_anything_is_compiled(
-    vit: Any, images: Tensor, inner: Inner
+    inner: Inner,
 ) -> None:
-    vit.set_attn_implementation("eager")
     backend = TomeBackend(ToMe(r=8), inner=inner)
-    refusal(torch.compile(vit, backend=backend), images)
+    refusal(torch.compile(make(blocks=[near(Causal)]), backend=backend), pixels())
     assert inner.graphs == []
 
 

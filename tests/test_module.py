@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from encoders import Causal, make, near, pixels
 from torch import Tensor, nn
 from zoo import (
     FAMILIES,
@@ -218,11 +219,19 @@ def test_hidden_states_are_those_of_the_merged_tokens(vit: Any, images: Tensor) 
     assert distinct == [45, 45]
 
 
-def test_written_out_attention_is_refused(vit: Any, images: Tensor) -> None:
+def test_attention_weights_come_back_for_the_original_tokens(vit: Any, images: Tensor) -> None:
+    fused = tomepass.apply(vit, r=FEW)(images).logits
     vit.set_attn_implementation("eager")
-    with pytest.raises(TomeError, match="sdpa") as refused:
-        tomepass.apply(vit, r=FEW)(images, output_attentions=True)
-    assert "modeling_vit.py" in str(refused.value)
+    with torch.no_grad():
+        plain = vit(images, output_attentions=True).attentions
+        same = tomepass.apply(vit, r=0)(images, output_attentions=True).attentions
+        merged = tomepass.apply(vit, r=FEW)(images, output_attentions=True)
+    assert all(torch.equal(a, b) for a, b in zip(same, plain, strict=True))
+    assert torch.equal(merged.attentions[0], plain[0])  # nothing has merged yet
+    for ours, theirs in zip(merged.attentions, plain, strict=True):
+        assert ours.shape == theirs.shape
+        torch.testing.assert_close(ours.sum(-1), torch.ones_like(ours.sum(-1)))
+    assert relative_error(merged.logits, fused) < 1e-5
 
 
 def test_each_resolution_is_captured_once(vit: Any, captures: list[Any]) -> None:
@@ -570,16 +579,18 @@ def test_merging_twice_is_refused(vit: Any) -> None:
             door(torch.compile(vit), r=4)
 
 
-def test_warn_leaves_the_model_whole_with_one_warning(vit: Any, images: Tensor) -> None:
-    vit.set_attn_implementation("eager")
+def test_warn_leaves_the_model_whole_with_one_warning() -> None:
+    model, images = make(blocks=[near(Causal)]), pixels()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        merged = tomepass.apply(vit, ToMe(r=8, trace_source=True), on_unmatched="warn")
-        got = merged(images).logits
+        merged = tomepass.apply(
+            model, ToMe(r=8, trace_source=True), on_unmatched="warn", example_inputs=images
+        )
+        got = merged(images)
         merged(images[:1])
     (warning,) = [w for w in caught if "left unmerged" in str(w.message)]
-    assert "softmax" in str(warning.message)
-    assert torch.equal(got, vit(images).logits)
+    assert "causal attention" in str(warning.message)
+    assert torch.equal(got, model(images))
     with pytest.raises(TomeError, match="left unmerged"):
         merged.source(images)
 
@@ -587,13 +598,13 @@ def test_warn_leaves_the_model_whole_with_one_warning(vit: Any, images: Tensor) 
 # Explain
 
 
-def test_explain_reports_a_mismatch_and_neither_raises_nor_warns(vit: Any) -> None:
-    vit.set_attn_implementation("eager")
+def test_explain_reports_a_mismatch_and_neither_raises_nor_warns() -> None:
+    model = make(blocks=[near(Causal)])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = tomepass.explain(vit, r=8)
+        report = tomepass.explain(model, r=8, example_inputs=pixels())
     assert not report.ok
-    assert "softmax" in report.refused[0].reason
+    assert "causal" in report.refused[0].reason
 
 
 def test_explain_takes_an_applied_module_as_it_is(merged: Any) -> None:
