@@ -29,6 +29,7 @@ from tomepass.graphs import Call, Recorder, relative_error, replayed
 from tomepass.module import Applied, MergedModel, apply, make_applied, read_state
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
+from tomepass.ops.padding import PADDED
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.planning import plan_graph
 from tomepass.report import BlockReport
@@ -286,6 +287,8 @@ def _chains(subject: _Subject) -> list[_Step]:
             if matched is None:
                 continue
             assign: Tensor = matched.result
+            if size is None and len(matched.args) > 3:
+                size = matched.args[3]
             before = torch.ones(assign.shape, device=assign.device) if size is None else size
             _, size = reference.merge(before[..., None], before, assign, block.tokens_out)
             source = assign if source is None else reference.compose(assign, source)
@@ -298,7 +301,8 @@ def _matches(subject: _Subject, steps: list[_Step], name: str) -> CheckLine:
     for step in steps:
         if step.matched is None:
             continue
-        keys, r, protected = step.matched.args
+        keys, r, protected, *size = step.matched.args
+        padding = size[0] < PADDED if size else None
         # What the operator was asked, what it answered, and how it breaks exact ties.
         asked = (r, tuple(protected)) == (step.block.r, step.protected)
         asked &= any(_same_keys(keys, seen) for seen in subject.keys_of(step))
@@ -306,7 +310,7 @@ def _matches(subject: _Subject, steps: list[_Step], name: str) -> CheckLine:
         tied = match(probe, step.block.r, list(step.protected))
         fair = torch.equal(tied, reference.match(probe, step.block.r, step.protected))
         wrong += not (asked and fair)
-        plain = reference.match(keys, step.block.r, step.protected)
+        plain = reference.match(keys, step.block.r, step.protected, padding=padding)
         for image, (mine, theirs) in enumerate(zip(step.matched.result, plain, strict=True)):
             images += 1
             if not torch.equal(mine, theirs):
@@ -508,7 +512,7 @@ def _tied_images(subject: _Subject) -> set[int]:
     """Images in which a rounding could make other tokens merge."""
     tied: set[int] = set()
     for call in subject.recorded.calls_of(match):
-        keys, r, protected = call.args
+        keys, r, protected, *_ = call.args
         margin = reference.match_margin(keys, r, tuple(protected))
         tied |= {i for i, gap in enumerate(margin.tolist()) if gap <= _DEEP_TIE}
     return tied

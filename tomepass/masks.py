@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 
 from tomepass.attention import FUSED
-from tomepass.axis import argument
+from tomepass.axis import argument, dimensions, is_pointwise, same, shape_of
 from tomepass.constants import constant_value, is_written
 
 if TYPE_CHECKING:
@@ -16,6 +16,16 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
+# Elementwise, though no tag says so.
+_ELEMENTWISE = (
+    aten.expand.default,
+    aten.contiguous.default,
+    aten.to.dtype,
+    aten.to.device,
+    aten.to.dtype_layout,
+    aten.__and__.Tensor,
+    aten.__or__.Tensor,
+)
 # Below this a bias is there to hide something.
 _HIDING = -1e4
 
@@ -71,6 +81,38 @@ def _finite(value: Tensor) -> bool:
     if not value.is_floating_point():
         return True
     return bool((value.isfinite() & (value > _HIDING)).all())
+
+
+def is_padding(mask: fx.Node) -> bool:
+    """Does a boolean mask ``[B, 1, N, N]`` hide the same keys from every query and head?"""
+    value = mask.meta["val"]
+    if value.dtype is not torch.bool or value.ndim != 4:
+        return False
+    return not (_varies(mask, 1) or _varies(mask, 2))
+
+
+def _varies(node: fx.Node, dim: int) -> bool:
+    """May the value differ along a dimension? False only where it provably does not."""
+    shape = shape_of(node)
+    if dim < 0 or same(shape[dim], 1):
+        return False
+    behind = len(shape) - dim
+    if (constant := constant_value(node, up_to_broadcast=True)) is not None:
+        if constant.ndim < behind:
+            return False
+        return not bool((constant == constant.narrow(-behind, 0, 1)).all())
+    operands = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
+    if node.target is aten.index.Tensor:
+        indexed, operands = operands[0], operands[1:]
+        # All dimensions indexed: the result is laid out as the indices are.
+        if len(operands) != len(shape_of(indexed)):
+            return True
+    elif node.target is aten.unsqueeze.default:
+        (at,) = dimensions(node.args[1], len(shape))
+        return _varies(operands[0], dim - (at < dim))
+    elif not (is_pointwise(node) or node.target in _ELEMENTWISE):
+        return True
+    return any(_varies(a, len(shape_of(a)) - behind) for a in operands)
 
 
 def drop_idle_masks(module: fx.GraphModule) -> None:

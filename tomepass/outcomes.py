@@ -131,11 +131,13 @@ class Attended:
         layout: of the result, None where the queries are no tokens of the stream (pooling).
         keys: of the keys and values.
         bias: a position bias among the tokens.
+        padding: a mask that hides some tokens from all others.
     """
 
     layout: Layout | None
     keys: Layout
     bias: fx.Node | None = None
+    padding: fx.Node | None = None
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
 from tomepass.origins import trace_origins
-from tomepass.outcomes import Layout, Masked, Positional
+from tomepass.outcomes import Attended, Layout, Masked, Positional
 from tomepass.schedule import capped
 from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
 from tomepass.tokens import TokenFlow, attends, follow_tokens
@@ -62,6 +62,7 @@ class PlannedStream:
         flow: where its tokens go.
         inner: everything its last merge depends on: there is merging still to come.
         plan: the counts.
+        padding: the mask that hides padding from all its attentions, if there is one.
     """
 
     stream: Stream
@@ -69,6 +70,7 @@ class PlannedStream:
     flow: TokenFlow
     inner: frozenset[fx.Node]
     plan: StreamPlan
+    padding: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,11 @@ def _plan_stream(
     for block in stream.blocks:
         if (found := _check_block(block, layout, flow, ancestry)) is not None:
             return found
+    padding = _padding(stream, flow)
+    if isinstance(padding, Mismatch):
+        return padding
     plan = _schedule(len(layout.positions), protected, method.counts(len(stream.blocks)))
-    return PlannedStream(stream, layout, flow, ancestry.of(last), plan)
+    return PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
 
 
 def _token_layout(
@@ -241,6 +246,21 @@ def _protected(
             "ToMe(..., protected=(0,))",
         )
     return origins.protected
+
+
+def _padding(stream: Stream, flow: TokenFlow) -> fx.Node | Mismatch | None:
+    """The one padding mask of all blocks."""
+    masks = []
+    for block in stream.blocks:
+        outcome = flow.outcomes.get(block.attention.result)
+        masks.append(outcome.padding if isinstance(outcome, Attended) else None)
+        if masks[-1] is not masks[0]:
+            return Mismatch.at(
+                block.attention.result,
+                "expected one padding mask for all attentions of a stream; this one has another",
+                block=block.index,
+            )
+    return masks[0]
 
 
 def _check_block(

@@ -59,12 +59,17 @@ def merge_count(r: int, tokens: int, protected: tuple[int, ...]) -> int:
 
 
 def match(
-    keys: Tensor, r: int, protected: tuple[int, ...], dtype: torch.dtype = torch.float64
+    keys: Tensor,
+    r: int,
+    protected: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """Bipartite soft matching (arXiv 2210.09461, section 3).
 
     keys: `[B, H, N, D]`, the attention keys; r: tokens to merge, capped here by `merge_count`;
-    protected: positions that neither merge nor are merged into; dtype: of the arithmetic.
+    protected: positions that neither merge nor are merged into; dtype: of the arithmetic;
+    padding: `[B, N]` bool, tokens kept apart from the others.
     Returns `[B, N]` int64: where each token goes in the merged sequence of `N - merge_count`
     tokens. That sequence holds the protected tokens, then the sources (even positions) that did
     not merge, then the destinations (odd positions), each in ascending position.
@@ -77,8 +82,14 @@ def match(
         return torch.arange(tokens, device=keys.device).repeat(images, 1)
     sources, destinations = _partition(tokens, protected)
     assign = []
-    for metric in _metric(keys, dtype):
+    for image, metric in enumerate(_metric(keys, dtype)):
         scores = _scores(metric, sources, destinations)
+        if padding is not None:
+            hidden = padding[image].tolist()
+            for row, source in zip(scores, sources, strict=True):
+                for column, destination in enumerate(destinations):
+                    if hidden[source] != hidden[destination]:
+                        row[column] = -_INF
         best = [_argmax(row) for row in scores]
         merged = _by_best_score(scores)[:count]
         drawn = {sources[row]: destinations[best[row]] for row in merged}

@@ -23,6 +23,7 @@ from tomepass.errors import TomeError
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.padding import padded_size
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
@@ -45,6 +46,7 @@ from tomepass.tokens import SIZED
 
 aten = torch.ops.aten
 
+_PADDED = "it counts padding, which the stream's attentions leave out"
 _MIXED = "it combines tokens from before a merge with tokens from after it"
 
 
@@ -207,6 +209,9 @@ class _Sweep:
         if outcome is None or not holders:
             return self._copy(node)
         merges = self.stream_of[holders[0]]
+        counted = isinstance(outcome, (Averaged, Weighed, Contracted))
+        if counted and merges.planned.padding is not None:
+            return self._unmerge_first(node, Positional(_PADDED))
         if isinstance(outcome, Carried):
             return self._carry(node, outcome, merges)
         if isinstance(outcome, Weighed):
@@ -347,6 +352,8 @@ class _Sweep:
         if not any(block.r for block in merges.planned.plan.blocks):
             return self._copy(node)
         epoch = max(self.epoch[a] for a in held)
+        if epoch and outcome.padding is not merges.planned.padding:
+            return self._unmerge_first(node, Positional(_PADDED))
         if node not in merges.planned.inner:
             if any(self.epoch[a] < epoch for a in held):
                 return self._unmerge_first(node, Positional(_MIXED))
@@ -365,12 +372,14 @@ class _Sweep:
         self, node: fx.Node, outcome: Attended, epoch: int, query: fx.Node
     ) -> fx.Node | None:
         """What is added to the scores of a fused attention: position bias and log(size)."""
+        if epoch == 0 and outcome.padding is not None:
+            return self.new[outcome.padding]
         bias = None
         if outcome.bias is not None:
             scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
             side = Side(outcome.bias, "bias")
             bias = self._side(node, side, scores, epoch) if epoch else self.new[outcome.bias]
-        if not (epoch and self.method.prop_attn):
+        if not epoch or not (self.method.prop_attn or outcome.padding is not None):
             return bias
         size = self._sizes(node, self.merges_at(node), outcome.keys, epoch)
         log = self._emit(node, log_size, size, query, 3)
@@ -396,9 +405,12 @@ class _Sweep:
         epoch = self.epoch[node]
         if merges.tokens[epoch] != plan.tokens_in or len(merges.assigns) != epoch:
             raise self._error(node, "the residual stream does not follow from the last merge")
+        if epoch == 0 and (mask := merges.planned.padding) is not None:
+            merges.sizes[0] = self._emit(node, padded_size, self.new[mask])
         size = merges.sizes[epoch]
         keys = self._keys(node, block, epoch)
-        assign = self._emit(node, match, keys, plan.r, list(merges.held(epoch)))
+        apart = () if merges.planned.padding is None else (size,)
+        assign = self._emit(node, match, keys, plan.r, list(merges.held(epoch)), *apart)
         merges.assigns.append(assign)
         merges.tokens.append(plan.tokens_out)
         merges.sizes.append(self._emit(node, merge_size, size, assign, plan.tokens_out))
@@ -611,7 +623,7 @@ class _Sweep:
         return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
 
 
-def _match_result(keys: Tensor, r: int, protected: list[int]) -> Tensor:
+def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
     tokens = keys.shape[2]
     even = keys.new_empty((keys.shape[0], tokens + tokens % 2), dtype=torch.int64)
     return even[:, :tokens]  # an odd sequence is cut from an even one

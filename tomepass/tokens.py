@@ -28,7 +28,7 @@ from tomepass.axis import (
     target_name,
 )
 from tomepass.capture import CanonicalGraph
-from tomepass.masks import hides_nothing, is_position_bias
+from tomepass.masks import hides_nothing, is_padding, is_position_bias
 from tomepass.outcomes import (
     Attended,
     Averaged,
@@ -282,6 +282,8 @@ class _Analysis:
             return Attended(query, key)
         if query is not None and is_position_bias(mask, self.captured):
             return Attended(query, key, mask)
+        if query is not None and mask not in self.reached and is_padding(mask):
+            return Attended(query, key, padding=mask)
         return _hidden(mask)
 
     def _product(self, node: fx.Node) -> Outcome:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.padding import PADDED
 
 
 @register("log_size(Tensor size, Tensor like, int dim=3, int fold=1) -> Tensor")
@@ -13,7 +14,7 @@ def log_size(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
     """log(size) as an attention bias: softmax(q k^T scale + log size) (ToMe, eq. 1).
 
     Args:
-        size: ``[B, N]`` float32, of the keys.
+        size: ``[B, N]`` float32, of the keys. Padding has next to none and is left out.
         like: gives the dtype, as a bias of another is refused or wrong in some kernels, and the
             number of dimensions: the scores, or the query of a fused attention.
         dim: where the keys stand among the dimensions.
@@ -24,6 +25,7 @@ def log_size(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
     """
     with torch.no_grad(), without_autocast(size.device):
         wide = size.to(at_least_float32(like.dtype)).log().to(like.dtype)
+        wide = wide.masked_fill(size < PADDED, torch.finfo(like.dtype).min)
         if fold > 1:
             wide = wide[:, None].expand(-1, fold, -1).flatten(0, 1)
         shape = [1] * like.ndim

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant, take
 from tomepass.schedule import capped
 
 
-@register("match(Tensor keys, SymInt r, int[] protected) -> Tensor")
-def match(keys: Tensor, r: int, protected: list[int]) -> Tensor:
+@register("match(Tensor keys, SymInt r, int[] protected, Tensor? size=None) -> Tensor")
+def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
     """Where each token goes (ToMe, arXiv 2210.09461, section 3).
 
     The metric is the head mean of the keys, compared by cosine. Even positions draw one edge
@@ -24,6 +25,8 @@ def match(keys: Tensor, r: int, protected: list[int]) -> Tensor:
         keys: ``[B, H, N, D]``, as attention sees them.
         r: tokens to merge, already capped.
         protected: positions that neither merge nor are merged into.
+        size: ``[B, N]``, given where there is padding: it merges with padding alone, as long as
+            there is some left to merge with.
 
     Returns:
         ``[B, N]`` int64: for each token its index in the merged sequence, whose order is the
@@ -46,6 +49,10 @@ def match(keys: Tensor, r: int, protected: list[int]) -> Tensor:
         metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
         scores = take(metric, even) @ take(metric, odd).transpose(1, 2)
         scores = torch.where(scores.isnan(), -float("inf"), scores)
+        if size is not None:
+            padding = size < PADDED
+            apart = take(padding, even).unsqueeze(2) != take(padding, odd).unsqueeze(1)
+            scores = torch.where(apart, -float("inf"), scores)
         similarity, partner = scores.max(dim=-1)
         merged = rank(similarity) < r
         # A token that stays moves up by the merged ones before it.
