@@ -357,7 +357,7 @@ def _attentions(subject: _Subject, steps: list[_Step]) -> Iterator[CheckLine]:
         if step.size is None:
             continue
         count += 1
-        size = step.size if proportional else None
+        size = step.size if proportional else _padding_alone(step.size)
         one = _fused if step.attention.node.target is FUSED else _written_out
         result: Tensor = step.attention.result
         worst = max(worst, relative_error(result, one(subject, step.attention, size)))
@@ -387,6 +387,12 @@ def _written_out(subject: _Subject, call: Call, size: Tensor | None) -> Tensor:
         (added,) = call.node.all_input_nodes
         scores = subject.call_named(added.name).args[0]
     return reference.proportional_weights(scores.double(), size)
+
+
+def _padding_alone(size: Tensor) -> Tensor | None:
+    """What sizes do without proportional attention: they leave the padding out."""
+    hidden = size < PADDED
+    return torch.where(hidden, size, 1.0) if bool(hidden.any()) else None
 
 
 def _near(node: Any) -> list[fx.Node]:

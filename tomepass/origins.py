@@ -64,15 +64,21 @@ def position_terms(entry: fx.Node, dim: int, data: frozenset[str]) -> tuple[fx.N
     return tuple(terms)
 
 
+def input_dependent(graph: fx.Graph, data: frozenset[str]) -> set[fx.Node]:
+    """The tensors whose values depend on the user's inputs, not on their sizes alone."""
+    dependent: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "placeholder" and node.name in data) or (
+            is_tensor(node) and any(a in dependent for a in node.all_input_nodes)
+        ):
+            dependent.add(node)
+    return dependent
+
+
 class _Trace:
     def __init__(self, graph: fx.Graph, data: frozenset[str]) -> None:
         self.graph = graph
-        self.dependent: set[fx.Node] = set()
-        for node in graph.nodes:
-            if (node.op == "placeholder" and node.name in data) or (
-                is_tensor(node) and any(a in self.dependent for a in node.all_input_nodes)
-            ):
-                self.dependent.add(node)
+        self.dependent = input_dependent(graph, data)
 
     def origins(self, node: fx.Node, dim: int) -> Origins:
         count = int(shape_of(node)[dim])

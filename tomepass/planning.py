@@ -5,18 +5,27 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from torch import fx
 
 from tomepass.attention import find_attentions
 from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
-from tomepass.origins import trace_origins
+from tomepass.origins import input_dependent, trace_origins
 from tomepass.outcomes import Attended, Layout, Masked, Positional
 from tomepass.schedule import capped
 from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
 from tomepass.tokens import TokenFlow, attends, follow_tokens
 from tomepass.writes import hidden_write
+
+aten = torch.ops.aten
+
+_TEXT = (
+    "its tokens are looked up by ids, a text tower beside another one: left alone, the other is "
+    "merged"
+)
+_TEXT_ADVICE = "apply tomepass to the text model by itself to merge it too"
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,9 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
             mismatches.append(found)
         else:
             planned.append(found)
+    for text in _texts_beside(captured, planned, structure.ancestry):
+        planned.remove(text)
+        mismatches.append(Mismatch.at(text.stream.entry, _TEXT, advice=_TEXT_ADVICE))
     for attention, mismatch in structure.others.items():
         # What an attention outside a stream reads of it, the token analysis deals with.
         read = any(structure.ancestry.depends(attention, p.stream.entry) for p in planned)
@@ -123,6 +135,20 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
     if not planned and not mismatches:
         mismatches.append(Mismatch("the graph holds no attention, so there are no tokens to merge"))
     return Planned(method, tuple(planned), tuple(mismatches))
+
+
+def _texts_beside(
+    captured: CanonicalGraph, planned: list[PlannedStream], ancestry: Ancestry
+) -> list[PlannedStream]:
+    """Streams whose tokens are looked up by the user's ids, beside others that are not."""
+    dependent = input_dependent(captured.graph, captured.data)
+    lookups = [
+        node
+        for node in captured.graph.find_nodes(op="call_function", target=aten.embedding.default)
+        if node.args[1] in dependent
+    ]
+    texts = [p for p in planned if any(ancestry.depends(p.stream.entry, n) for n in lookups)]
+    return texts if len(texts) < len(planned) else []
 
 
 def _shared(stream: Stream, planned: list[PlannedStream]) -> Mismatch | None:

@@ -13,7 +13,7 @@ from tomepass.capture import CanonicalGraph, describe_inputs, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.macs import batch_of, is_overhead, node_macs
-from tomepass.outcomes import Averaged, Taken
+from tomepass.outcomes import Attended, Averaged, Contracted, Taken
 from tomepass.planning import Planned, PlannedStream
 from tomepass.rewrite import Rewritten
 from tomepass.structure import Mismatch
@@ -42,12 +42,21 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class StreamReport:
-    """One residual stream: its protected positions, its blocks, how its tokens are read out."""
+    """One residual stream.
+
+    Args:
+        tokens: entering it.
+        protected: positions that never merge.
+        blocks: in order.
+        readout: how its tokens are read out: taken, pooled, returned.
+        sides: what lies beside the tokens, a row each, and is carried along.
+    """
 
     tokens: int
     protected: tuple[int, ...]
     blocks: tuple[BlockReport, ...]
     readout: tuple[str, ...]
+    sides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -213,7 +222,36 @@ def _stream(
             )
         )
     readout = _readout(planned, rewritten)
-    return StreamReport(planned.plan.tokens, planned.plan.protected, tuple(blocks), readout)
+    sides = _sides(planned)
+    return StreamReport(planned.plan.tokens, planned.plan.protected, tuple(blocks), readout, sides)
+
+
+_HOW = {
+    "mean": "added by position: the mean of the rows of the merged tokens",
+    "kept": "multiplied by position (rotary): the row of the token merged into",
+    "bias": "position bias of the attention: log-mean-exp over merged keys, mean over queries",
+}
+
+
+def _sides(planned: PlannedStream) -> tuple[str, ...]:
+    """The tables and masks that the tokens meet inside the stream."""
+    found: dict[str, set[str]] = {}
+    for node, outcome in planned.flow.outcomes.items():
+        if node not in planned.inner:
+            continue
+        for side in getattr(outcome, "sides", ()):
+            found.setdefault(side.how, set()).add(side.node.name)
+        if isinstance(outcome, Attended) and outcome.bias is not None:
+            found.setdefault("bias", set()).add(outcome.bias.name)
+    lines = [f"{_names(found[how])}: {text}" for how, text in _HOW.items() if how in found]
+    if planned.padding is not None:
+        lines.append(f"{planned.padding.name}: padding, which merges with padding alone")
+    return tuple(lines)
+
+
+def _names(names: set[str]) -> str:
+    first = min(names, key=lambda name: (len(name), name))
+    return first if len(names) == 1 else f"{first} and {len(names) - 1} more"
 
 
 def _members(planned: PlannedStream, graph: fx.Graph) -> list[list[str]]:
@@ -231,10 +269,15 @@ def _members(planned: PlannedStream, graph: fx.Graph) -> list[list[str]]:
 def _readout(planned: PlannedStream, rewritten: Rewritten) -> tuple[str, ...]:
     lines = []
     for node, outcome in planned.flow.outcomes.items():
-        if node.name not in rewritten.renamed:  # nobody reads it
+        # What nobody reads, and what the blocks themselves take, is no readout.
+        if node.name not in rewritten.renamed or node in planned.inner:
             continue
         if isinstance(outcome, Averaged):
             lines.append(f"{node.name}: mean over tokens, weighted by size")
+        elif isinstance(outcome, Contracted) or (
+            isinstance(outcome, Attended) and outcome.layout is None
+        ):
+            lines.append(f"{node.name}: attention pooling, keys weighted by size")
         elif isinstance(outcome, Taken) and outcome.layout is None:
             lines.append(f"{node.name}: reads tokens {list(outcome.positions)}")
     layouts = {node.name for node in planned.flow.layouts}

@@ -383,6 +383,8 @@ class _Sweep:
             return bias
         size = self._sizes(node, self.merges_at(node), outcome.keys, epoch)
         log = self._emit(node, log_size, size, query, 3)
+        if not self.method.prop_attn:  # what is left of the sizes hides the padding
+            log = self._emit(node, aten.clamp.default, log, None, 0.0)
         return log if bias is None else self._emit(node, aten.add.Tensor, bias, log)
 
     def _output(self, node: fx.Node) -> None:

@@ -55,7 +55,9 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
         suffix = f", stream {number}" if len(report.streams) > 1 else ""
         yield _stream_table(stream, title + suffix)
         yield _facts(
-            ("protected", [_positions(stream.protected)]), ("read by", list(stream.readout))
+            ("protected", [_positions(stream.protected)]),
+            ("beside", list(stream.sides)),
+            ("read by", list(stream.readout)),
         )
     yield _facts(
         ("unmerged", [_reason(m) for m in report.unmerged]),
