@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from tomepass.axis import is_pointwise
+from tomepass.decompositions import FUSED_LAYERS
 
 aten = torch.ops.aten
 
@@ -58,9 +59,9 @@ class Attention:
 
 
 def find_attentions(graph: fx.Graph) -> tuple[list[Attention], list[fx.Node]]:
-    """The attentions in order of their results; softmaxes between products that are none."""
+    """The attentions in order of their results; what may be one but cannot be read as such."""
     found = [_fused(node) for node in graph.find_nodes(op="call_function", target=FUSED)]
-    unread = []
+    unread = [n for n in graph.nodes if n.target in FUSED_LAYERS]
     for target in SOFTMAXES:
         for softmax in graph.find_nodes(op="call_function", target=target):
             written = _written_out(softmax)

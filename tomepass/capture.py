@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
 from tomepass.masks import drop_idle_masks
 
@@ -154,7 +155,10 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Canonic
     try:
         with mode, fx_traceback.preserve_node_meta():
             traced = make_fx(
-                fx.Interpreter(gm).run, pre_dispatch=True, _allow_non_fake_inputs=True
+                fx.Interpreter(gm).run,
+                decomposition_table=DECOMPOSITIONS,
+                pre_dispatch=True,
+                _allow_non_fake_inputs=True,
             )(*fakes)
     finally:
         mode.allow_non_fake_inputs = allowed

@@ -595,9 +595,8 @@ class _Sweep:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
         run: Callable[..., Any] = _RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
         try:
-            # The Python dispatcher: C++ composites stumble over symbolic sizes (torch 2.11).
-            with enable_python_dispatcher(), self.fake_mode:
-                node.meta["val"] = run(*args, **kwargs)
+            with self.fake_mode:
+                node.meta["val"] = _on_fakes(run, args, kwargs)
         except Exception as error:
             raise self._error(
                 node, f"{target_name(node)} does not fit the merged tokens: {error}"
@@ -625,6 +624,15 @@ class _Sweep:
         return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
 
 
+def _on_fakes(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    try:
+        return run(*args, **kwargs)
+    except RuntimeError:
+        # C++ composites stumble over symbolic sizes (torch 2.11) that Python ones, slower, take.
+        with enable_python_dispatcher():
+            return run(*args, **kwargs)
+
+
 def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
     tokens = keys.shape[2]
     even = keys.new_empty((keys.shape[0], tokens + tokens % 2), dtype=torch.int64)
@@ -633,6 +641,12 @@ def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | Non
 
 def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
     return x.new_empty((x.shape[0], tokens, x.shape[2]))
+
+
+def _log_size_result(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
+    shape: list[Any] = [1] * like.ndim
+    shape[0], shape[dim] = size.shape[0] * fold, size.shape[1]
+    return like.new_empty(shape)
 
 
 def _keep_result(kept: Tensor | None, assign: Tensor, tokens: int, protected: list[int]) -> Tensor:
@@ -649,6 +663,7 @@ _RESULTS: dict[Any, Callable[..., Tensor]] = {
     merge: _merge_result,
     merge_size: _merge_size_result,
     keep: _keep_result,
+    log_size: _log_size_result,
 }
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 from tomepass.attention import FUSED, Attention, find_attentions
 from tomepass.axis import same_shape
 from tomepass.capture import CanonicalGraph, source_line
+from tomepass.decompositions import FUSED_LAYERS
 
 aten = torch.ops.aten
 
@@ -29,6 +30,10 @@ ROOT = "inputs"
 _OTHER_SPELLING = (
     'load the model with attn_implementation="sdpa" where it has that, and without '
     "output_attentions"
+)
+_INSIDE = (
+    "this attention is inside a fused layer that takes a mask or returns its weights, where it "
+    "cannot be rewritten"
 )
 _UNREAD = (
     "expected attention as product, softmax, product; around this softmax there is more than one "
@@ -116,7 +121,9 @@ def find_structure(captured: CanonicalGraph) -> Structure:
     others: dict[fx.Node, Mismatch] = {}
     places = sorted([*unread, *(attention.result for attention in attentions)])
     for node in unread:
-        others[node] = Mismatch.at(node, _UNREAD, block=places.index(node), advice=_OTHER_SPELLING)
+        reason = _INSIDE if node.target in FUSED_LAYERS else _UNREAD
+        block = places.index(node)
+        others[node] = Mismatch.at(node, reason, block=block, advice=_OTHER_SPELLING)
     for attention in attentions:
         above = [
             chain
