@@ -49,11 +49,17 @@ def check_duplicates(
 ) -> DuplicatesResult:
     """Merged against unmerged on an input of a few constant regions, position terms zeroed.
 
+    Position biases of the attention are position terms too.
+
     ``r`` is halved until only duplicates merge: a schedule that must merge different tokens
     loses information by design.
     """
     if not method.prop_attn:
         return DuplicatesResult(0.0, 0.0, method.schedule, "proportional attention is off")
+    streams = plan_graph(capture.graph, method).streams
+    if any(side.how == "kept" for stream in streams for side in stream.sides):
+        reason = "tokens are multiplied by position (rotary), so that no two are alike"
+        return DuplicatesResult(0.0, 0.0, method.schedule, reason)
     # Bands along one dimension can put all duplicates at positions of one parity.
     result = _along(model, capture, method, call, -2)
     return result if result.blind is None else _along(model, capture, method, call, -1)
@@ -93,18 +99,33 @@ def _halved(schedule: Schedule) -> Schedule:
 
 def constant_regions(value: Any, dim: int = -2) -> Any:
     """An input of the same shape with constant bands along one of its last two dimensions."""
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.ndim < 3:
+    if not isinstance(value, Tensor):
+        return value
+    if not value.is_floating_point():  # ids, and masks of them
+        return _constant_ids(value) if value.ndim == 2 else value
+    if value.ndim < 3:
         return value
     generator = torch.Generator().manual_seed(0)
-    size = value.shape[dim]
-    ends = [round(size * sum(REGIONS[: i + 1])) for i in range(len(REGIONS))]
     bands, start = [], 0
-    for end in ends:
+    for end in _ends(value.shape[dim]):
         level = torch.randn(*value.shape[:-2], 1, 1, generator=generator).to(value)
         band = value.narrow(dim, start, end - start)
         bands.append(2 * level.expand_as(band))
         start = end
     return torch.cat(bands, dim=dim)
+
+
+def _constant_ids(value: Tensor) -> Tensor:
+    bands, start = [], 0
+    for end in _ends(value.shape[1]):
+        # Ids the model knows: those that stood where a band starts.
+        bands.append(value[:, start : start + 1].expand(-1, end - start))
+        start = end
+    return torch.cat(bands, dim=1)
+
+
+def _ends(size: int) -> list[int]:
+    return [round(size * sum(REGIONS[: i + 1])) for i in range(len(REGIONS))]
 
 
 def _run(rewritten: Rewritten, positions: set[str], values: list[Any]) -> tuple[Any, bool]:
@@ -130,11 +151,14 @@ def _control(capture: Capture, method: ToMe, positions: set[str], values: list[A
 
 
 def _position_names(capture: Capture, planned: Planned) -> set[str]:
-    return {
+    names = {
         term.name
         for s in planned.streams
         for term in position_terms(s.stream.entry, s.layout.tokens.dim, capture.graph.data)
     }
+    for stream in planned.streams:
+        names |= {side.node.name for side in stream.sides if side.how in ("mean", "bias")}
+    return names
 
 
 def _worst(ours: Any, theirs: Any) -> float:

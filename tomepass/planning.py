@@ -13,7 +13,7 @@ from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
 from tomepass.origins import input_dependent, trace_origins
-from tomepass.outcomes import Attended, Layout, Masked, Positional
+from tomepass.outcomes import Attended, Carried, Layout, Masked, Positional, Side
 from tomepass.schedule import capped
 from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
 from tomepass.tokens import TokenFlow, attends, follow_tokens
@@ -80,6 +80,19 @@ class PlannedStream:
     inner: frozenset[fx.Node]
     plan: StreamPlan
     padding: fx.Node | None = None
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """What lies beside the tokens inside the stream, a row each."""
+        found: dict[Side, None] = {}
+        for node, outcome in self.flow.outcomes.items():
+            if node not in self.inner:
+                continue
+            if isinstance(outcome, Carried):
+                found.update(dict.fromkeys(outcome.sides))
+            elif isinstance(outcome, Attended) and outcome.bias is not None:
+                found[Side(outcome.bias, "bias")] = None
+        return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -236,13 +236,8 @@ _HOW = {
 def _sides(planned: PlannedStream) -> tuple[str, ...]:
     """The tables and masks that the tokens meet inside the stream."""
     found: dict[str, set[str]] = {}
-    for node, outcome in planned.flow.outcomes.items():
-        if node not in planned.inner:
-            continue
-        for side in getattr(outcome, "sides", ()):
-            found.setdefault(side.how, set()).add(side.node.name)
-        if isinstance(outcome, Attended) and outcome.bias is not None:
-            found.setdefault("bias", set()).add(outcome.bias.name)
+    for side in planned.sides:
+        found.setdefault(side.how, set()).add(side.node.name)
     lines = [f"{_names(found[how])}: {text}" for how, text in _HOW.items() if how in found]
     if planned.padding is not None:
         lines.append(f"{planned.padding.name}: padding, which merges with padding alone")
