@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+CORE_TESTS = tests/test_structure.py tests/test_rewrite.py tests/test_backend.py \
+	-k "every_family or plain_reference"
 ENV = $(VENV)/.installed
 DOCS = $(VENV)/.installed-docs
 
-.PHONY: demo test test-floor lint types docs format clean
+.PHONY: demo test test-floor test-zoo lint types docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/tomepass demo
@@ -33,8 +35,19 @@ test-floor:
 	.venv-floor/bin/pip install -q -c constraints-floor.txt -e ".[dev]"
 	.venv-floor/bin/pytest -n 2
 
+# timm and torchvision with the newest versions (they need a CUDA build of torch to import), and
+# the families of the first releases under transformers 4, which names its modules otherwise.
+test-zoo:
+	$(PYTHON) -m venv .venv-zoo
+	.venv-zoo/bin/pip install -q -c constraints-zoo.txt -e ".[dev]" timm torchvision
+	.venv-zoo/bin/pytest tests/external
+	$(PYTHON) -m venv .venv-transformers-4
+	.venv-transformers-4/bin/pip install -q -r constraints-transformers-4.txt
+	.venv-transformers-4/bin/pip install -q --no-deps -e .
+	.venv-transformers-4/bin/pytest $(CORE_TESTS)
+
 clean:
-	rm -rf .venv .venv-floor site build dist
+	rm -rf .venv .venv-floor .venv-zoo .venv-transformers-4 site build dist
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

@@ -160,6 +160,8 @@ def _union(found: list[Origins], from_input: tuple[bool, ...]) -> Origins:
 
 def _axis_before(node: fx.Node, operand: fx.Node, dim: int) -> int | None:
     """The dimension of ``operand`` that becomes ``dim`` of ``node``, if one does."""
+    if not is_tensor(operand):
+        return None
     shape = shape_of(operand)
     for source, size in enumerate(shape):
         if not same(size, shape_of(node)[dim]):
