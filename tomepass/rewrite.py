@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 
+from tomepass.attention import FUSED
 from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, target_name
 from tomepass.capture import CanonicalGraph, source_line
 from tomepass.config import ToMe
@@ -616,8 +617,10 @@ class _Sweep:
         # A dropped mask leaves its arithmetic behind; what the captured graph already held
         # for its effects (assertions) stays.
         for node in reversed(self.graph.nodes):
-            unused = node.op == "call_function" and not node.users and not node.is_impure()
-            if unused and node is not keep:
+            unused = node.op == "call_function" and not node.users
+            # fx takes a fused attention for impure, as it may draw random numbers.
+            effects = node.is_impure() and node.target is not FUSED
+            if unused and not effects and node is not keep:
                 self.graph.erase_node(node)
 
     def _error(self, node: fx.Node, reason: str) -> TomeError:

@@ -14,6 +14,8 @@ from tomepass import reference
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.padding import padded_size
+from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 
@@ -49,6 +51,11 @@ def sizes(batch: int, tokens: int = TOKENS) -> Tensor:
     return torch.arange(1.0, tokens + 1).repeat(batch, 1)
 
 
+def hides_four(batch: int) -> Tensor:
+    seen = torch.arange(TOKENS) < TOKENS - 4
+    return seen.expand(batch, 1, TOKENS, TOKENS)
+
+
 EXAMPLES = [
     Example(match, lambda b: (keys(b), TOKENS - LEFT, [0])),
     Example(match, lambda b: (keys(b), 3, [2, 13])),
@@ -67,6 +74,14 @@ EXAMPLES = [
     Example(weighted_mean, lambda b: (hidden(b), sizes(b), 1, True)),
     Example(log_size, lambda b: (sizes(b), torch.ones(b, 2, TOKENS, 3))),
     Example(log_size, lambda b: (sizes(b), torch.ones(b, 2, TOKENS, 3, dtype=torch.bfloat16))),
+    Example(match, lambda b: (keys(b), TOKENS - LEFT, [0], padded_size(hides_four(b)))),
+    Example(padded_size, lambda b: (hides_four(b),)),
+    Example(keep, lambda b: (None, assignment(b), LEFT, [0])),
+    Example(keep, lambda b: (assignment(b) + 1, assignment(b), LEFT, [0])),
+    Example(rows, lambda b: (torch.randn(b, 1, TOKENS - 1, 3), assignment(b)[:, 1:], 2, 4, [0])),
+    Example(merge_rows, lambda b: (hidden(b), assignment(b), LEFT)),
+    Example(merge_bias, lambda b: (torch.randn(b, 2, TOKENS, TOKENS), assignment(b), LEFT)),
+    Example(merge_bias, lambda b: (torch.randn(b, 1, TOKENS, 1), assignment(b), LEFT)),
 ]
 every_operator = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 

@@ -34,7 +34,7 @@ def test_the_bias_is_the_logarithm_in_the_dtype_of_the_query(dtype: torch.dtype)
 
 def test_a_token_of_one_gets_no_bias_and_one_of_nothing_is_left_out() -> None:
     bias = log_size(torch.tensor([[1.0, 0.0]]), torch.empty(1, 1, 2, 4))
-    assert bias.flatten().tolist() == [0.0, -torch.inf]
+    assert bias.flatten().tolist() == [0.0, torch.finfo(torch.float32).min]
 
 
 @settings(deadline=None)
@@ -74,3 +74,14 @@ def test_sizes_are_not_rounded_before_the_logarithm() -> None:
 def test_no_gradient_flows_to_sizes_or_query() -> None:
     size = torch.ones(1, 3, requires_grad=True)
     assert not log_size(size, torch.empty(1, 1, 3, 4, requires_grad=True)).requires_grad
+
+
+def test_heads_folded_into_the_batch_repeat_it() -> None:
+    size = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    bias = log_size(size, torch.empty(6, 5, 2), 2, 3)
+    assert bias.shape == (6, 1, 2)
+    assert torch.equal(bias.exp().round()[:, 0], size.repeat_interleave(3, 0))
+
+
+def test_keys_may_stand_on_any_dimension() -> None:
+    assert log_size(torch.ones(2, 7), torch.empty(2, 7, 1), 1).shape == (2, 7, 1)
