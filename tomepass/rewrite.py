@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
 from tomepass.attention import FUSED
@@ -21,10 +21,12 @@ from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, ta
 from tomepass.capture import CanonicalGraph, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
+from tomepass.merges import Merges
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.padding import padded_size
+from tomepass.ops.results import RESULTS
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
@@ -41,7 +43,7 @@ from tomepass.outcomes import (
     Taken,
     Weighed,
 )
-from tomepass.planning import Planned, PlannedStream
+from tomepass.planning import Planned
 from tomepass.structure import Block, Mismatch, is_tensor
 from tomepass.tokens import SIZED
 
@@ -90,54 +92,6 @@ def rewrite(captured: CanonicalGraph, planned: Planned, *, outputs: str = "origi
     return rewritten
 
 
-@dataclass
-class _Merges:
-    """The merges done so far in one stream; epoch e is the sequence after e of them."""
-
-    planned: PlannedStream
-    tokens: list[int] = field(default_factory=list)
-    assigns: list[fx.Node] = field(default_factory=list)
-    sizes: list[fx.Node | None] = field(default_factory=lambda: [None])
-    sources: list[fx.Node | None] = field(default_factory=lambda: [None])
-    kept: list[fx.Node | None] = field(default_factory=lambda: [None])
-    sides: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.tokens.append(self.planned.plan.tokens)
-
-    @property
-    def protected(self) -> tuple[int, ...]:
-        return self.planned.plan.protected
-
-    def held(self, epoch: int) -> tuple[int, ...]:
-        """Where the protected tokens stand in the whole sequence at an epoch."""
-        return self.protected if epoch == 0 else tuple(range(len(self.protected)))
-
-    def removed(self, layout: Layout) -> list[int]:
-        """The protected positions that a value does not cover."""
-        return [p for p in self.protected if p not in layout.positions]
-
-    @property
-    def matches(self) -> tuple[str | None, ...]:
-        assigns = iter(self.assigns)
-        return tuple(next(assigns).name if b.r else None for b in self.planned.plan.blocks)
-
-    def length(self, layout: Layout, epoch: int) -> int:
-        """Tokens a value with this layout holds at an epoch."""
-        gone = self.tokens[0] - len(layout.positions)
-        return self.tokens[epoch] - gone
-
-    def indices(self, positions: tuple[int, ...], epoch: int, within: Layout) -> list[int]:
-        """Where original positions stand in a merged value that covers ``within``."""
-        if epoch == 0:
-            return [within.positions.index(p) for p in positions]
-        held = [p for p in self.protected if p in within.positions]
-        indices = [held.index(p) for p in positions if p in held]
-        if len(indices) < len(positions):
-            indices += range(len(held), self.length(within, epoch))
-        return indices
-
-
 class _Sweep:
     def __init__(self, captured: CanonicalGraph, planned: Planned, *, keep_short: bool) -> None:
         self.captured = captured
@@ -151,16 +105,16 @@ class _Sweep:
         self.unmerged: list[Mismatch] = []
         self.returned: dict[str, str] = {}
         self.block: int | None = None
-        self.streams = [_Merges(p) for p in planned.streams]
-        self.stream_of: dict[fx.Node, _Merges] = {}
+        self.streams = [Merges(p) for p in planned.streams]
+        self.stream_of: dict[fx.Node, Merges] = {}
         self.outcomes: dict[fx.Node, Any] = {}
         self.layouts: dict[fx.Node, Layout] = {}
-        self.merge_points: dict[fx.Node, tuple[_Merges, Block]] = {}
+        self.merge_points: dict[fx.Node, tuple[Merges, Block]] = {}
         self.entries: dict[fx.Node, int] = {}
         for merges in self.streams:
             self._enlist(merges)
 
-    def _enlist(self, merges: _Merges) -> None:
+    def _enlist(self, merges: Merges) -> None:
         flow, stream = merges.planned.flow, merges.planned.stream
         if shared := [node for node in flow.layouts if node in self.layouts]:
             raise self._error(shared[0], "two residual streams meet here")
@@ -247,7 +201,7 @@ class _Sweep:
 
     # ---- one handler an outcome ------------------------------------------------------------
 
-    def _carry(self, node: fx.Node, outcome: Carried, merges: _Merges) -> fx.Node:
+    def _carry(self, node: fx.Node, outcome: Carried, merges: Merges) -> fx.Node:
         holders = [a for a in node.all_input_nodes if a in self.layouts]
         epoch = max(self.epoch[a] for a in holders)
         if node not in merges.planned.inner:
@@ -269,7 +223,7 @@ class _Sweep:
         self._compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
 
-    def _weigh(self, node: fx.Node, outcome: Weighed, merges: _Merges) -> fx.Node:
+    def _weigh(self, node: fx.Node, outcome: Weighed, merges: Merges) -> fx.Node:
         (operand,) = node.all_input_nodes
         epoch, layout = self.epoch[operand], self.layouts[operand]
         scores = self.new[operand]
@@ -289,7 +243,7 @@ class _Sweep:
         epoch = max(self.epoch[a] for a in holders)
         return self._copy_with(node, {a: self._at_epoch(a, epoch) for a in holders})
 
-    def _join(self, node: fx.Node, outcome: Joined, merges: _Merges) -> fx.Node:
+    def _join(self, node: fx.Node, outcome: Joined, merges: Merges) -> fx.Node:
         """Puts the parts together in the order merged sequences have: protected tokens first."""
         dim, operands = outcome.layout.tokens.dim, list(node.args[0])  # type: ignore[arg-type]
         (holder,) = [a for a in operands if a in self.layouts]
@@ -316,7 +270,7 @@ class _Sweep:
         self._compare(node, joined, outcome.layout, merges.length(outcome.layout, epoch))
         return joined
 
-    def _take(self, node: fx.Node, outcome: Taken, merges: _Merges) -> fx.Node:
+    def _take(self, node: fx.Node, outcome: Taken, merges: Merges) -> fx.Node:
         operand = node.all_input_nodes[0]
         epoch = self.epoch[operand]
         indices = merges.indices(outcome.positions, epoch, self.layouts[operand])
@@ -329,7 +283,7 @@ class _Sweep:
             self.epoch[node] = epoch
         return taken
 
-    def _average(self, node: fx.Node, outcome: Averaged, merges: _Merges) -> fx.Node:
+    def _average(self, node: fx.Node, outcome: Averaged, merges: Merges) -> fx.Node:
         operand = node.all_input_nodes[0]
         layout, epoch = self.layouts[operand], self.epoch[operand]
         if not layout.plain:
@@ -443,20 +397,20 @@ class _Sweep:
             return self._emit(node, aten.unflatten.int, keys, 0, [-1, int(layout.batch.after)])
         return keys if heads else self._emit(node, aten.unsqueeze.default, keys, 1)
 
-    def _sizes(self, node: fx.Node, merges: _Merges, layout: Layout, epoch: int) -> fx.Node:
+    def _sizes(self, node: fx.Node, merges: Merges, layout: Layout, epoch: int) -> fx.Node:
         """The sizes of the tokens a value holds."""
         size = merges.sizes[epoch]
         assert size is not None
         return self._among(node, merges, size, layout, epoch)
 
     def _among(
-        self, node: fx.Node, merges: _Merges, x: fx.Node, layout: Layout, epoch: int
+        self, node: fx.Node, merges: Merges, x: fx.Node, layout: Layout, epoch: int
     ) -> fx.Node:
         """Of ``x``, one entry a token of the whole sequence, those of the tokens a value holds."""
         indices = merges.indices(layout.positions, epoch, merges.planned.layout)
         return self._slices(node, x, 1, indices) if len(indices) < merges.tokens[epoch] else x
 
-    def _source(self, node: fx.Node, merges: _Merges, layout: Layout, epoch: int) -> fx.Node:
+    def _source(self, node: fx.Node, merges: Merges, layout: Layout, epoch: int) -> fx.Node:
         """Which token holds each original one, among those that a value covers."""
         source = merges.sources[epoch]
         assert source is not None
@@ -499,7 +453,7 @@ class _Sweep:
         merges.sides[key] = made
         return made
 
-    def _kept(self, node: fx.Node, merges: _Merges, epoch: int) -> fx.Node:
+    def _kept(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         while len(merges.kept) <= epoch:
             e = len(merges.kept) - 1
             tokens, held = merges.tokens[e + 1], list(merges.held(e))
@@ -510,7 +464,7 @@ class _Sweep:
         assert found is not None
         return found
 
-    def merges_at(self, node: fx.Node) -> _Merges:
+    def merges_at(self, node: fx.Node) -> Merges:
         """The stream whose tokens a node reads."""
         return next(self.stream_of[a] for a in node.all_input_nodes if a in self.stream_of)
 
@@ -568,7 +522,7 @@ class _Sweep:
         parts = [self._emit(node, aten.slice.Tensor, x, dim, start, end) for start, end in runs]
         return parts[0] if len(parts) == 1 else self._emit(node, aten.cat.default, parts, dim)
 
-    def _resize(self, copy: fx.Node, outcome: Carried, merges: _Merges, epoch: int) -> None:
+    def _resize(self, copy: fx.Node, outcome: Carried, merges: Merges, epoch: int) -> None:
         at = SIZED[copy.target]  # type: ignore[index]
         sizes = list(copy.args[at])  # type: ignore[arg-type]
         length = merges.length(outcome.layout, epoch)
@@ -594,7 +548,7 @@ class _Sweep:
         if node.op != "call_function":
             raise self._error(node, f"cannot follow tokens through a {node.op}")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
-        run: Callable[..., Any] = _RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
+        run: Callable[..., Any] = RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
         try:
             with self.fake_mode:
                 node.meta["val"] = _on_fakes(run, args, kwargs)
@@ -634,40 +588,6 @@ def _on_fakes(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         # C++ composites stumble over symbolic sizes (torch 2.11) that Python ones, slower, take.
         with enable_python_dispatcher():
             return run(*args, **kwargs)
-
-
-def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
-    tokens = keys.shape[2]
-    even = keys.new_empty((keys.shape[0], tokens + tokens % 2), dtype=torch.int64)
-    return even[:, :tokens]  # an odd sequence is cut from an even one
-
-
-def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
-    return x.new_empty((x.shape[0], tokens, x.shape[2]))
-
-
-def _log_size_result(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
-    shape: list[Any] = [1] * like.ndim
-    shape[0], shape[dim] = size.shape[0] * fold, size.shape[1]
-    return like.new_empty(shape)
-
-
-def _keep_result(kept: Tensor | None, assign: Tensor, tokens: int, protected: list[int]) -> Tensor:
-    return assign.new_empty((assign.shape[0], tokens))
-
-
-def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
-    return assign.new_empty((assign.shape[0], tokens), dtype=torch.float32)
-
-
-# What operators of dozens of others return, known without running these.
-_RESULTS: dict[Any, Callable[..., Tensor]] = {
-    match: _match_result,
-    merge: _merge_result,
-    merge_size: _merge_size_result,
-    keep: _keep_result,
-    log_size: _log_size_result,
-}
 
 
 def _beside(side: Side) -> str:

@@ -424,7 +424,8 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
         return False
     if node.target in (aten.cat.default, aten.stack.default):
         return True
-    if not is_pointwise(node) and node.target is not aten.expand_as.default:
+    aligned = node.target in (aten.expand_as.default, aten.baddbmm.default)
+    if not (is_pointwise(node) or aligned):
         return False
     dims = [value.ndim - (len(shape) - axis.dim) for axis in layout.axes]
     return any(dim >= 0 and not same(value.shape[dim], 1) for dim in dims)

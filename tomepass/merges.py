@@ -1,0 +1,59 @@
+"""The books of one stream while its graph is rewritten: an epoch is the sequence after a merge."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from tomepass.outcomes import Layout
+from tomepass.planning import PlannedStream
+
+
+@dataclass
+class Merges:
+    """The merges done so far in one stream; epoch e is the sequence after e of them."""
+
+    planned: PlannedStream
+    tokens: list[int] = field(default_factory=list)
+    assigns: list[fx.Node] = field(default_factory=list)
+    sizes: list[fx.Node | None] = field(default_factory=lambda: [None])
+    sources: list[fx.Node | None] = field(default_factory=lambda: [None])
+    kept: list[fx.Node | None] = field(default_factory=lambda: [None])
+    sides: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.tokens.append(self.planned.plan.tokens)
+
+    @property
+    def protected(self) -> tuple[int, ...]:
+        return self.planned.plan.protected
+
+    def held(self, epoch: int) -> tuple[int, ...]:
+        """Where the protected tokens stand in the whole sequence at an epoch."""
+        return self.protected if epoch == 0 else tuple(range(len(self.protected)))
+
+    def removed(self, layout: Layout) -> list[int]:
+        """The protected positions that a value does not cover."""
+        return [p for p in self.protected if p not in layout.positions]
+
+    @property
+    def matches(self) -> tuple[str | None, ...]:
+        assigns = iter(self.assigns)
+        return tuple(next(assigns).name if b.r else None for b in self.planned.plan.blocks)
+
+    def length(self, layout: Layout, epoch: int) -> int:
+        """Tokens a value with this layout holds at an epoch."""
+        gone = self.tokens[0] - len(layout.positions)
+        return self.tokens[epoch] - gone
+
+    def indices(self, positions: tuple[int, ...], epoch: int, within: Layout) -> list[int]:
+        """Where original positions stand in a merged value that covers ``within``."""
+        if epoch == 0:
+            return [within.positions.index(p) for p in positions]
+        held = [p for p in self.protected if p in within.positions]
+        indices = [held.index(p) for p in positions if p in held]
+        if len(indices) < len(positions):
+            indices += range(len(held), self.length(within, epoch))
+        return indices
