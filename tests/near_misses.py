@@ -261,7 +261,7 @@ class OneProduct(ByHand):
     """Values that are not projected."""
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
+        batch, tokens, _ = x.shape
         q, k, _ = self.heads(x)
         v = x.view(batch, tokens, HEADS, -1).transpose(1, 2)
         return self.attend(q, k, v).transpose(1, 2).reshape(x.shape)

@@ -42,17 +42,19 @@ def error(ours: Any, theirs: Any) -> float:
     return max(relative_error(a, b) for a, b in zip(left, right, strict=True))
 
 
-def merged_or_refused(model: nn.Module, counts: Sequence[int], x: Tensor) -> MergedModel | None:
+def merged_or_refused(model: nn.Module, counts: Any, x: Tensor) -> MergedModel | None:
     """The merged model; None if it is refused, and that with a reason."""
     try:
-        merged = tomepass.apply(model, ToMe(list(counts)), example_inputs=x)
-    except TomeError as refused:
-        assert refused.reason
-        assert refused.node
-        event(f"refused: {refused.reason[:60]}")
-        return None
-    event("merged")
-    return merged
+        merged = tomepass.apply(model, ToMe(counts), example_inputs=x)
+    except TomeError as error_:
+        refused = error_
+    else:
+        event("merged")
+        return merged
+    assert refused.reason
+    assert refused.node
+    event(f"refused: {refused.reason[:60]}")
+    return None
 
 
 def tokens_after(merged: MergedModel, x: Tensor) -> list[int]:
@@ -294,28 +296,26 @@ def test_a_near_miss_is_exact_or_refused(name: str) -> None:
         assert error(unweighted(x), plain) > 1e-3
 
 
-# What it computes tells duplicates apart before they merge, so merging is no longer exact.
+# It tells duplicates apart before they merge, so merging is no longer exact.
 APART = {"ConvolvedValues"}
 
 
-@examples(12)
+# The first block always merges: what comes later meets merged tokens, or does not change which
+# tokens are alike until the last merge is done.
+@examples(10)
 @given(
     name=st.sampled_from(sorted(set(NEAR_MISSES) - APART)),
     place=st.integers(0, 2),
     readout=st.sampled_from(["class", "mean", "dense"]),
-    first=st.integers(0, 6),
-    then=st.integers(0, 6),
+    first=st.integers(1, 6),
 )
 def test_a_near_miss_is_exact_or_refused_wherever_it_stands(
-    name: str, place: int, readout: str, first: int, then: int
+    name: str, place: int, readout: str, first: int
 ) -> None:
     model, x = with_zero_positions(near_miss(name, place, readout=readout)), duplicates(2)
     with torch.no_grad():
-        for method in ([first], [first, then]):
-            try:
-                merged = merged_or_refused(model, method, x)
-            except ValueError as error_:  # the second block found no place in the stream
-                assert "r lists 2 counts but the model has 1 blocks" in str(error_)
-                continue
+        # A list of counts may be longer than the stream; one count, and falling ones, are not.
+        for r in (first, (first, -1.0)):
+            merged = merged_or_refused(model, r, x)
             if merged is not None:
                 assert error(merged(x), model(x)) < LOSSLESS

@@ -90,7 +90,7 @@ def operands(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 def ignores_first(product: fx.Node) -> bool:
     """Is this a ``baddbmm`` that adds nothing, whose first operand is there for its shape?"""
-    return product.target is aten.baddbmm.default and product.kwargs.get("beta", 1) == 0
+    return bool(product.target is aten.baddbmm.default and product.kwargs.get("beta", 1) == 0)
 
 
 def _fused(node: fx.Node) -> Attention:
