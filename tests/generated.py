@@ -178,11 +178,10 @@ class Rotary(nn.Module):
         if dim == 1:
             angles = angles[:, None]
         cos, sin = angles.cos(), angles.sin()
-        if self.kind.position == "rotary" or not (self.kind.start or self.kind.end):
+        if self.kind.position == "rotary":
             return self.turned(x, cos, sin)
         first, patches, last = self.parted(x, dim)
-        parts = [first, self.turned(patches, cos, sin), last]
-        return torch.cat([p for p in parts if p.shape[dim]], dim=dim)
+        return torch.cat([first, self.turned(patches, cos, sin), last], dim=dim)
 
     def parted(self, x: Tensor, dim: int) -> tuple[Tensor, ...]:
         start, end = self.kind.start, self.kind.end

@@ -67,7 +67,7 @@ def tokens_after(merged: MergedModel, x: Tensor) -> list[int]:
 def test_any_encoder_is_lossless_on_duplicates_or_refused() -> None:
     outcomes: list[bool] = []
 
-    @examples(30)
+    @examples(22)
     @given(kind=kinds(), spelling=spellings(), counts=COUNTS)
     def check(kind: Kind, spelling: Spelling, counts: list[int]) -> None:
         model, x = without_positions(build(kind, spelling)), duplicates(2)
@@ -84,7 +84,7 @@ def test_any_encoder_is_lossless_on_duplicates_or_refused() -> None:
     assert sum(outcomes) >= 0.9 * len(outcomes)
 
 
-@examples(8)
+@examples(6)
 @given(kind=kinds(), spelling=spellings())
 def test_merging_nothing_changes_nothing_to_the_bit(kind: Kind, spelling: Spelling) -> None:
     model, x = build(kind, spelling), pixels(2)
@@ -95,7 +95,7 @@ def test_merging_nothing_changes_nothing_to_the_bit(kind: Kind, spelling: Spelli
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@examples(14)
+@examples(9)
 @given(kind=kinds(), spelling=spellings())
 def test_merged_encoders_agree_however_they_are_written(kind: Kind, spelling: Spelling) -> None:
     """Positions are not zero here, and no two tokens alike."""
@@ -302,7 +302,7 @@ APART = {"ConvolvedValues"}
 
 # The first block always merges: what comes later meets merged tokens, or does not change which
 # tokens are alike until the last merge is done.
-@examples(10)
+@examples(6)
 @given(
     name=st.sampled_from(sorted(set(NEAR_MISSES) - APART)),
     place=st.integers(0, 2),
