@@ -26,6 +26,7 @@ from encoders import (
     pixels,
     with_zero_positions,
 )
+from generated import Kind, Spelling, build, without_positions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from reference_models import (
@@ -482,6 +483,21 @@ def test_a_value_from_before_a_merge_is_merged_as_the_stream_was() -> None:
     merges = calls(module, merge)
     assert len(merges) == 2
     assert merges[0].args[1:] == merges[1].args[1:]
+
+
+def test_the_blank_operand_of_a_product_may_have_the_shape_of_the_scores() -> None:
+    model = build(Kind(depth=3), Spelling(product="baddbmm"))
+    assert_lossless(model, {"pixels": duplicates()}, [8, 6, 4])
+
+
+@pytest.mark.parametrize("parting", ["split", "copy", "slices"])
+@pytest.mark.parametrize("start", [0, 2])
+def test_tokens_of_its_own_that_a_model_does_not_have_may_be_cut_off(
+    start: int, parting: Any
+) -> None:
+    kind = Kind(position="patch rotary", start=start, readout="mean")
+    model = without_positions(build(kind, Spelling(parting=parting)))
+    assert_lossless(model, {"pixels": duplicates()}, [8, 6])
 
 
 class DepthwiseConvolution(Block):

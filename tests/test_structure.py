@@ -310,6 +310,18 @@ class DataMask(Attention):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+class MixedHeads(Attention):
+    """Scores of heads are mixed by a product: its right factor is no key."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.mixing = nn.Parameter(torch.eye(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.einsum("bhnm,gh->bgnm", q @ k.transpose(-1, -2), self.mixing)
+        return scores.softmax(-1) @ v
+
+
 class OnlyPatches(Attention):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([x[:, :1], super().forward(x[:, 1:])], dim=1)
@@ -326,6 +338,7 @@ NEAR_MISSES = {
     DecomposedBias: ("more than one product", "softmax"),
     SmoothedWeights: ("changes what attention weights sum to", "add"),
     DataMask: ("is not provably all true", "scaled_dot_product_attention"),
+    MixedHeads: ("expected keys made from the stream's tokens", "matmul"),
     Windows: ("windowed or hierarchical", "reshape"),
     OnlyPatches: ("some of the", "scaled_dot_product_attention"),
 }

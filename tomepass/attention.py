@@ -17,7 +17,7 @@ FUSED = aten.scaled_dot_product_attention.default
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
 # What may stand between the products besides pointwise operators: other views of the scores.
-_VIEWS = (
+VIEWS = (
     aten.view.default,
     aten.reshape.default,
     aten._unsafe_view.default,
@@ -89,6 +89,11 @@ def operands(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     return factors  # type: ignore[return-value]
 
 
+def ignores_first(product: fx.Node) -> bool:
+    """Is this a ``baddbmm`` that adds nothing, whose first operand is there for its shape?"""
+    return bool(product.target is aten.baddbmm.default and product.kwargs.get("beta", 1) == 0)
+
+
 def _fused(node: fx.Node) -> Attention:
     query, key, value = node.args[:3]
     return Attention(query, key, value, node, node)  # type: ignore[arg-type]
@@ -125,7 +130,7 @@ def _reach(softmax: fx.Node, *, up: bool) -> Iterator[fx.Node]:
     while frontier:
         node = frontier.pop()
         for other in node.all_input_nodes if up else node.users:
-            passes = is_pointwise(other) or other.target in _VIEWS
+            passes = is_pointwise(other) or other.target in VIEWS
             if other not in seen and (passes or other.target in PRODUCTS):
                 seen.add(other)
                 yield other

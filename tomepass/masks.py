@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -40,6 +41,14 @@ def hides_nothing(mask: fx.Node) -> bool:
     if value is None:
         return False
     return bool(value.all()) if value.dtype is torch.bool else not bool(value.any())
+
+
+def hides_all(value: Any) -> bool:
+    """Is an operand one number, finite, that hides whatever score it replaces?"""
+    if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
+        constant = constant_value(value, up_to_broadcast=True)
+        value = constant.item() if constant is not None and constant.numel() == 1 else None
+    return isinstance(value, (int, float)) and -math.inf < value < _HIDING
 
 
 def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:

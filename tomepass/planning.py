@@ -313,6 +313,13 @@ def _check_block(
         return _obstacle(flow, block, ancestry) or Mismatch.at(
             result, "this attention sees only some of the tokens", block=block.index
         )
+    if block.attention.key not in flow.layouts:
+        return Mismatch.at(
+            result,
+            "expected keys made from the stream's tokens; the product nearest this attention's "
+            "softmax takes none (heads mixed by a product are written so)",
+            block=block.index,
+        )
     merged = flow.layouts.get(stream)
     if merged != Layout(Axis(1), Axis(0), layout.positions) or len(shape_of(stream)) != 3:
         return Mismatch.at(

@@ -16,7 +16,7 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from tomepass.attention import FUSED
+from tomepass.attention import FUSED, ignores_first
 from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, target_name
 from tomepass.capture import CanonicalGraph, source_line
 from tomepass.config import ToMe
@@ -215,6 +215,10 @@ class _Sweep:
             return inputs[holders[0]]
         for side in outcome.sides:
             inputs[side.node] = self._side(node, side, outcome.layout, epoch)
+        if ignores_first(node):
+            # It has the shape of the original scores, and is not read.
+            blank = self._emit(node, aten.new_zeros.default, inputs[holders[0]], [1])
+            inputs[node.args[0]] = blank  # type: ignore[index]
         copy = self.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
         if outcome.sizes:
             self._resize(copy, outcome, merges, epoch)
@@ -519,7 +523,7 @@ class _Sweep:
                 runs[-1][1] += 1
             else:
                 runs.append([index, index + 1])
-        parts = [self._emit(node, aten.slice.Tensor, x, dim, start, end) for start, end in runs]
+        parts = [self._emit(node, aten.slice.Tensor, x, dim, *run) for run in runs or [[0, 0]]]
         return parts[0] if len(parts) == 1 else self._emit(node, aten.cat.default, parts, dim)
 
     def _resize(self, copy: fx.Node, outcome: Carried, merges: Merges, epoch: int) -> None:

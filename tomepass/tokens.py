@@ -14,7 +14,15 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, fx
 
-from tomepass.attention import FUSED, PRODUCTS, SOFTMAXES, Attention, operands
+from tomepass.attention import (
+    FUSED,
+    PRODUCTS,
+    SOFTMAXES,
+    VIEWS,
+    Attention,
+    ignores_first,
+    operands,
+)
 from tomepass.axis import (
     Axis,
     Size,
@@ -28,7 +36,7 @@ from tomepass.axis import (
     target_name,
 )
 from tomepass.capture import CanonicalGraph
-from tomepass.masks import hides_nothing, is_padding, is_position_bias
+from tomepass.masks import hides_all, hides_nothing, is_padding, is_position_bias
 from tomepass.outcomes import (
     Attended,
     Averaged,
@@ -65,9 +73,50 @@ _SPLITS = (
     aten.split_with_sizes.default,
     aten.chunk.default,
     aten.tensor_split.sections,
+    aten.tensor_split.indices,
 )
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
 _SCALINGS = (aten.mul.Tensor, aten.div.Tensor)
+# What else gives twice the result for twice the attention weights, along other dimensions.
+_HOMOGENEOUS = frozenset(
+    {
+        *VIEWS,
+        *PRODUCTS,
+        aten.mm.default,
+        aten.neg.default,
+        aten.squeeze.default,
+        aten.squeeze.dims,
+        aten.movedim.int,
+        aten.movedim.intlist,
+        aten.swapaxes.default,
+        aten.swapdims.default,
+        aten.t.default,
+        aten.mT.default,
+        aten.numpy_T.default,
+        aten.expand_as.default,
+        aten.view_as.default,
+        aten.reshape_as.default,
+        aten.alias.default,
+        aten.repeat.default,
+        aten.repeat_interleave.self_int,
+        aten.to.device,
+        aten.to.dtype_layout,
+        aten.slice.Tensor,
+        aten.select.int,
+        aten.unbind.int,
+        aten.narrow.default,
+        aten.index_select.default,
+        aten.flip.default,
+        aten.roll.default,
+        aten.cat.default,
+        aten.stack.default,
+        *_SPLITS,
+        aten.sum.dim_IntList,
+        aten.mean.dim,
+        aten.amax.default,
+        aten.amin.default,
+    }
+)
 _MASKED = (
     "tomepass merges encoders; call the model without a mask, or leave it as it is if not every "
     "token may see every other"
@@ -214,7 +263,8 @@ class _Analysis:
         self, node: fx.Node, layout: Layout, taken: tuple[int, ...], *, drops: bool
     ) -> Outcome:
         rest = set(layout.positions) - self.protected
-        if taken and self.protected.issuperset(taken):
+        # None at all is what a model without tokens of its own cuts off in front.
+        if not taken or self.protected.issuperset(taken):
             return Taken(taken, layout.tokens.dim, None, drops)
         if rest.issubset(taken) and not drops and list(taken) == sorted(taken):
             return Taken(taken, layout.tokens.dim, replace(layout, positions=taken), drops)
@@ -291,7 +341,7 @@ class _Analysis:
         pair = operands(node)
         if pair is None or pair[0] is pair[1]:
             return Positional("a product of more or less than two tensors of tokens")
-        if node.target is aten.baddbmm.default and node.kwargs.get("beta", 1) != 0:
+        if node.target is aten.baddbmm.default and not ignores_first(node):
             return Positional("a product that adds a bias of its own")
         left, right = pair
         a, b = self.flow.layouts.get(left), self.flow.layouts.get(right)
@@ -326,10 +376,13 @@ class _Analysis:
             if isinstance(moved, Positional):
                 return moved
             results.append(moved)
-        weights = [r.weights for r in results]
-        if any(weights) and not (weights.count(True) == 1 and _homogeneous(node)):
+        weights = [h for h, r in zip(holders, results, strict=True) if r.weights]
+        if weights and not (len(weights) == 1 and _homogeneous(node, weights[0])):
             return Positional(f"{target_name(node)} changes what attention weights sum to")
-        layout = replace(results[0], weights=any(weights))
+        layout = replace(results[0], weights=bool(weights))
+        if layout.columns is not None and any(map(hides_all, node.args)):
+            # A row of these alone would forget the sizes: too large to have log(size) added.
+            return _hidden(node)
         if any(replace(r, weights=layout.weights) != layout for r in results):
             return Positional(f"{target_name(node)} combines tokens laid out differently")
         sides = self._sides(node, layout)
@@ -392,13 +445,22 @@ def _softmax(node: fx.Node, layout: Layout) -> Outcome | None:
     return Weighed(replace(layout, weights=True))
 
 
-def _homogeneous(node: fx.Node) -> bool:
-    """Does twice the attention weights give twice the result?"""
+def _homogeneous(node: fx.Node, weights: fx.Node) -> bool:
+    """Do twice the attention weights give twice the result?"""
     if node.target is aten.linear.default:
         return argument(node, 2, "bias") is None
-    if node.target is aten.div.Tensor:
-        return True
-    return node.target in (*_SCALINGS, *PRODUCTS) or not is_pointwise(node)
+    if node.target is aten.baddbmm.default:
+        return ignores_first(node)
+    if node.target in _SCALINGS:
+        above = node.target is aten.mul.Tensor or node.args[0] is weights
+        return above and node.args.count(weights) == 1
+    return node.target in _HOMOGENEOUS and _is_float(node)
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta["val"]
+    first = value[0] if isinstance(value, (tuple, list)) else value
+    return bool(first.is_floating_point())
 
 
 def _hidden(mask: fx.Node) -> Masked:
@@ -424,7 +486,8 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
         return False
     if node.target in (aten.cat.default, aten.stack.default):
         return True
-    aligned = node.target in (aten.expand_as.default, aten.baddbmm.default)
+    aligned = node.target is aten.expand_as.default
+    aligned |= node.target is aten.baddbmm.default and not ignores_first(node)
     if not (is_pointwise(node) or aligned):
         return False
     dims = [value.ndim - (len(shape) - axis.dim) for axis in layout.axes]
