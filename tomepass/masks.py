@@ -26,6 +26,7 @@ _ELEMENTWISE = (
     aten.__and__.Tensor,
     aten.__or__.Tensor,
 )
+_WHERE = (aten.where.self, aten.where.ScalarOther)
 # Below this a bias is there to hide something.
 _HIDING = -1e4
 
@@ -44,7 +45,8 @@ def hides_nothing(mask: fx.Node) -> bool:
 def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
     """Is it made of learned parameters and finite constants alone, the same for every image?
 
-    A mask is not: it is boolean, holds minus infinity, or comes from the input.
+    A mask is not: it is boolean, holds minus infinity, or comes from the input. Nor is a bias that
+    some constant mask has filled with minus infinity.
     """
     if not bias.meta["val"].is_floating_point():
         return False
@@ -65,6 +67,10 @@ def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
                 return False
         elif value.is_floating_point() and is_written(node):
             return False  # what was written is not among its operands
+        elif node.target in _WHERE and hides_nothing(node.args[0]):  # type: ignore[arg-type]
+            frontier.append(node.args[1])  # type: ignore[arg-type]
+        elif value.is_floating_point() and any(map(_hides, (*node.args, *node.kwargs.values()))):
+            return False
         else:
             frontier += node.all_input_nodes
     return True
@@ -81,6 +87,10 @@ def _finite(value: Tensor) -> bool:
     if not value.is_floating_point():
         return True
     return bool((value.isfinite() & (value > _HIDING)).all())
+
+
+def _hides(argument: object) -> bool:
+    return isinstance(argument, float) and not _HIDING < argument < torch.inf
 
 
 def is_padding(mask: fx.Node) -> bool:
