@@ -126,8 +126,8 @@ class Family(NamedTuple):
     Args:
         title: its name in the documentation.
         sides: which tensors of one row a token are carried through the merges beside them.
-        unmerged: why tokens are unmerged before a reader; the start of each reason.
-        refused: why some of its attentions are left alone; part of each reason.
+        unmerged: why tokens are unmerged before a reader; a pattern for each reason.
+        refused: why some of its attentions are left alone; a pattern for each reason.
         output: the field of the output that stands for it.
         pooled: a query of the model's own attends to the tokens at the end.
         rotary: positions are told by rotating keys, so no two tokens are alike.
@@ -357,7 +357,7 @@ def _siglip() -> nn.Module:
 
 
 def _blip_vision() -> nn.Module:
-    return hf.BlipVisionModel(hf.BlipVisionConfig(**_WIDE))
+    return hf.BlipVisionModel(hf.BlipVisionConfig(**_WIDE, initializer_range=0.02))
 
 
 class Llava(nn.Module):
@@ -462,7 +462,7 @@ _GRID = "aten.reshape splits the axis"
 _ONE = "aten.select takes some of the mergeable tokens by position"
 _MIXED = "it combines tokens from before a merge with tokens from after it"
 _OTHERS = "these blocks read tokens of another stream"
-_MASKED = "is not provably all true"
+_MASKED = "may be causal|causal attention"
 _DETECTION = (0, 65, 66, 67, 68, 69)
 
 FAMILIES: dict[str, Family] = {
@@ -731,6 +731,8 @@ REFERENCES: dict[str, Callable[..., reference_models.Result]] = {
     "deit_distilled": reference_models.deit_forward,
     "ijepa": reference_models.ijepa_forward,
     "dinov2_registers": reference_models.dinov2_with_registers_forward,
+    "siglip_vision": reference_models.siglip_vision_forward,
+    "masked_images": reference_models.vit_for_masked_images_forward,
 }
 """Plain eager ToMe of whole models: ``REFERENCES[name](model, pixel_values, r, prop_attn)``."""
 
