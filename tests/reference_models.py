@@ -178,9 +178,7 @@ def dinov3_forward(
         return x * cos + torch.cat([-right, left], dim=-1) * sin
 
     blocks = [
-        Block(
-            b.norm1, _dinov3_attention(b.attention), b.layer_scale1, b.norm2, b.mlp, b.layer_scale2
-        )
+        Block(b.norm1, attention_of(b), b.layer_scale1, b.norm2, mlp_of(b), b.layer_scale2)
         for b in model.model.layer
     ]
     embedded = model.embeddings(pixel_values)
@@ -321,10 +319,6 @@ def _after_nothing(table: Tensor, protected: int, neutral: float) -> Tensor:
 
 def _siglip_attention(a: Any) -> Attention:
     return Attention(a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.head_dim, a.scale)
-
-
-def _dinov3_attention(a: Any) -> Attention:
-    return Attention(a.q_proj, a.k_proj, a.v_proj, a.o_proj, a.head_dim, a.scaling)
 
 
 def _vjepa2_attention(a: Any) -> Attention:

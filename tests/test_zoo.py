@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from encoders import compiled, duplicates, exported, kinds, report_on
 from lossless import LOSSLESS, assert_lossless, calls, errors, rewritten, tensors
 from reference_models import dinov3_forward, vjepa2_forward
@@ -66,7 +67,7 @@ def assert_read_as_told(name: str, report: Report) -> None:
         for mismatch in mismatches:
             assert any(re.search(told, mismatch.reason) for told in told_reasons), mismatch
             assert mismatch.node
-            assert "modeling_" in str(mismatch.source)
+            assert mismatch.source
         assert all(any(re.search(r, m.reason) for m in mismatches) for r in told_reasons)
 
 
@@ -255,7 +256,7 @@ def test_a_padded_batch_is_lossless_on_duplicates() -> None:
 
 # ---- hidden states and attention weights -----------------------------------------------------
 
-# A refusal would do as well; these are known to work.
+# The others do not take the arguments, or have two towers to ask.
 TELLING = [n for n in PLACELESS if n not in ("llava", "clipseg", "clip", "siglip", "bert_padded")]
 
 
@@ -268,11 +269,7 @@ def test_hidden_states_and_attention_weights_are_lossless(name: str) -> None:
     inputs = {**alike(name), "output_hidden_states": True, "output_attentions": True}
     expected = model(**inputs)
     assert expected.hidden_states or expected.attentions
-    try:
-        merged = tomepass.apply(model, r=counts, example_inputs=inputs)(**inputs)
-    except TomeError as refused:
-        assert refused.reason
-        return
+    merged = tomepass.apply(model, r=counts, example_inputs=inputs)(**inputs)
     assert list(merged) == list(expected)
     for field in ("hidden_states", "attentions"):
         assert len(merged.get(field) or ()) == len(expected.get(field) or ())
@@ -368,8 +365,8 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(kept, theirs)
 
 
-@pytest.mark.parametrize("name", ["vit", "beit", "clip_vision"])
-def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(name: str) -> None:
+@pytest.mark.parametrize("name", ["vit", "siglip_vision", "clip_vision"])
+def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     model.train()
 
@@ -382,10 +379,5 @@ def test_gradient_checkpointing_gives_the_same_gradients_or_is_refused(name: str
 
     expected = gradients()
     model.gradient_checkpointing_enable()
-    try:
-        got = gradients()
-    except TomeError as refused:
-        assert refused.reason
-        return
-    for ours, theirs in zip(got, expected, strict=True):
+    for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)

@@ -731,8 +731,6 @@ REFERENCES: dict[str, Callable[..., reference_models.Result]] = {
     "deit_distilled": reference_models.deit_forward,
     "ijepa": reference_models.ijepa_forward,
     "dinov2_registers": reference_models.dinov2_with_registers_forward,
-    "siglip_vision": reference_models.siglip_vision_forward,
-    "masked_images": reference_models.vit_for_masked_images_forward,
 }
 """Plain eager ToMe of whole models: ``REFERENCES[name](model, pixel_values, r, prop_attn)``."""
 
