@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
-from zoo import FAMILIES, make_inputs, make_model
+from zoo import CORE, FAMILIES, make_inputs, make_model
 
 __all__ = ["FAMILIES", "make_inputs", "make_model"]
 
@@ -21,16 +21,24 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.fixture(params=list(FAMILIES))
+@pytest.fixture(params=CORE)
 def family(request: pytest.FixtureRequest) -> str:
-    """Each family in turn, by name."""
+    """Each of the core families in turn, by name."""
     return str(request.param)
 
 
 @pytest.fixture(scope="session")
 def shared_models() -> dict[str, Any]:
     """One model of each family for tests that leave it as it is."""
-    return {name: make_model(name) for name in FAMILIES}
+    return _Models()
+
+
+class _Models(dict[str, Any]):
+    """Made when they are asked for."""
+
+    def __missing__(self, name: str) -> Any:
+        self[name] = make_model(name)
+        return self[name]
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ before the MLP's norm; its attention sees the sizes from before that merge.
 `tomepass.reference.schedule` takes.
 """
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from tomepass import reference
 
 Rate = int | list[int] | tuple[int, float]
+Rotate = Callable[..., Tensor]  # of [B, H, N, D], given places=[B, N]
 
 
 class Result(NamedTuple):
@@ -131,6 +133,79 @@ def dinov2_with_registers_forward(
     return encoded._replace(output=model.classifier(read))
 
 
+def siglip_vision_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`SiglipVisionModel`: a learned query attends to the merged tokens, by their sizes.
+
+    Options: see `encode`.
+    """
+    blocks = [
+        Block(b.layer_norm1, _siglip_attention(b.self_attn), _same, b.layer_norm2, b.mlp, _same)
+        for b in model.encoder.layers
+    ]
+    embedded = model.embeddings(pixel_values)
+    encoded = encode(embedded, blocks, model.post_layernorm, r, 0, prop_attn, **options)
+    head = model.head
+    size = encoded.size if prop_attn else None
+    pooled = _pooled(head.attention, head.probe, encoded.hidden, size)
+    return encoded._replace(output=(pooled + head.mlp(head.layernorm(pooled)))[:, 0])
+
+
+def vit_for_masked_images_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`ViTForMaskedImageModeling`: the decoder reads the grid of unmerged patches.
+
+    Options: see `encode`.
+    """
+    encoded = vit_model_forward(model.vit, pixel_values, r, prop_attn, **options)
+    patches = reference.unmerge(encoded.hidden, encoded.source)[:, 1:]
+    side = int(patches.shape[1] ** 0.5)
+    return encoded._replace(output=model.decoder(patches.mT.unflatten(2, (side, side))))
+
+
+def dinov3_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`DINOv3ViTModel`: patches are rotated, the class token and registers are not."""
+    protected = 1 + model.config.num_register_tokens
+    tables = [_after_nothing(t, protected, neutral) for t, neutral in _tables(model, pixel_values)]
+
+    def rotate(x: Tensor, places: Tensor) -> Tensor:
+        cos, sin = (table[places][:, None] for table in tables)
+        left, right = x.chunk(2, dim=-1)
+        return x * cos + torch.cat([-right, left], dim=-1) * sin
+
+    blocks = [
+        Block(b.norm1, attention_of(b), b.layer_scale1, b.norm2, mlp_of(b), b.layer_scale2)
+        for b in model.model.layer
+    ]
+    embedded = model.embeddings(pixel_values)
+    return encode(embedded, blocks, model.norm, r, protected, prop_attn, rotate=rotate, **options)
+
+
+def vjepa2_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`VJEPA2Model` without its predictor: rotated by frame, row and column."""
+    encoder = model.encoder
+
+    def rotate(x: Tensor, places: Tensor) -> Tensor:
+        attention = encoder.layer[0].attention
+        turned: Tensor = attention.apply_rotary_embeddings(
+            x, attention.get_position_ids(x, masks=places)
+        )
+        return turned
+
+    blocks = [
+        Block(b.norm1, _vjepa2_attention(b.attention), _same, b.norm2, b.mlp, _same)
+        for b in encoder.layer
+    ]
+    embedded = encoder.embeddings(pixel_values)
+    return encode(embedded, blocks, encoder.layernorm, r, 0, prop_attn, rotate=rotate, **options)
+
+
 def encode(
     x: Tensor,
     blocks: Iterable[Block],
@@ -140,19 +215,24 @@ def encode(
     prop_attn: bool = True,
     with_margin: bool = False,
     match_dtype: torch.dtype = torch.float64,
+    rotate: Rotate | None = None,
 ) -> Result:
     """Blocks and final norm over embedded tokens x `[B, N, C]`, of which the first `protected`
     are never merged. `with_margin`: work out `Result.margin` too. `match_dtype`: the arithmetic
-    of the matching."""
+    of the matching. `rotate`: turns queries and keys by their tokens' positions; a merged token
+    has the position of the destination."""
     blocks = list(blocks)
     images, tokens, _ = x.shape
     size = torch.ones(images, tokens, device=x.device)
     source = torch.arange(tokens, device=x.device).repeat(images, 1)
+    places = source
     margin = torch.full((images,), float("inf"), dtype=torch.float64, device=x.device)
     first = tuple(range(protected))
     counts = []
     for block, wanted in zip(blocks, reference.schedule(r, len(blocks)), strict=True):
-        update, keys = _attend(block.attention, block.norm1(x), size if prop_attn else None)
+        turned = None if rotate is None else functools.partial(rotate, places=places)
+        sizes = size if prop_attn else None
+        update, keys = _attend(block.attention, block.norm1(x), sizes, turned)
         x = x + block.scale1(update)
         if with_margin:
             here = reference.match_margin(keys, wanted, first, match_dtype)
@@ -161,6 +241,8 @@ def encode(
         left = x.shape[1] - reference.merge_count(wanted, x.shape[1], first)
         x, size = reference.merge(x, size, assign, left)
         source = reference.compose(assign, source)
+        if left < assign.shape[1]:
+            places = places.gather(1, reference.kept(assign, first, left))
         x = x + block.scale2(block.mlp(block.norm2(x)))
         counts.append(left)
     hidden = norm(x)
@@ -188,7 +270,12 @@ def _forward_of_vit_family(
     return encode(embedded, blocks, base.layernorm, r, protected, prop_attn, **options)
 
 
-def _attend(attention: Attention, x: Tensor, size: Tensor | None) -> tuple[Tensor, Tensor]:
+def _attend(
+    attention: Attention,
+    x: Tensor,
+    size: Tensor | None,
+    turn: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Update of the residual stream `[B, N, C]`, and the keys `[B, H, N, D]`."""
     images, tokens, _ = x.shape
 
@@ -196,9 +283,43 @@ def _attend(attention: Attention, x: Tensor, size: Tensor | None) -> tuple[Tenso
         return projection(x).reshape(images, tokens, -1, attention.head_dim).transpose(1, 2)
 
     q, k, v = heads(attention.query), heads(attention.key), heads(attention.value)
+    if turn is not None:
+        q, k = turn(q), turn(k)
     out = reference.proportional_attention(q, k, v, size, attention.scale)
     return attention.out(out.transpose(1, 2).reshape(images, tokens, -1)), k
 
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _pooled(attention: Any, probe: Tensor, x: Tensor, size: Tensor | None) -> Tensor:
+    """`nn.MultiheadAttention` of a learned query over tokens that count by their sizes."""
+    weights = attention.in_proj_weight.chunk(3)
+    biases = attention.in_proj_bias.chunk(3)
+    inputs = (probe.expand(x.shape[0], -1, -1), x, x)
+    q, k, v = (
+        torch.nn.functional.linear(*each).unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
+        for each in zip(inputs, weights, biases, strict=True)
+    )
+    out = reference.proportional_attention(q, k, v, size)
+    pooled: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
+    return pooled
+
+
+def _tables(model: Any, pixel_values: Tensor) -> list[tuple[Tensor, float]]:
+    """DINOv3's cosines and sines `[patches, D]`, each with what leaves a token as it is."""
+    cos, sin = model.rope_embeddings(pixel_values)
+    return [(cos, 1.0), (sin, 0.0)]
+
+
+def _after_nothing(table: Tensor, protected: int, neutral: float) -> Tensor:
+    return torch.cat([table.new_full((protected, table.shape[-1]), neutral), table])
+
+
+def _siglip_attention(a: Any) -> Attention:
+    return Attention(a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.head_dim, a.scale)
+
+
+def _vjepa2_attention(a: Any) -> Attention:
+    return Attention(a.query, a.key, a.value, a.proj, a.attention_head_size, a.scaling)

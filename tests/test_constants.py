@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 from tracing import capture
-from zoo import FAMILIES, make_inputs, make_model
+from zoo import CORE, make_inputs, make_model
 
 from tomepass.attention import find_attentions
 from tomepass.capture import capture_module
@@ -128,7 +128,7 @@ def test_the_verdict_agrees_with_the_mask_itself() -> None:
         assert not bool(mask.all()) if mask.dtype is torch.bool else bool(mask.any())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", CORE)
 def test_the_masks_of_real_encoders_hide_nothing(name: str) -> None:
     captured = capture_module(make_model(name), make_inputs(name))
     attentions = [a.result for a in find_attentions(captured.graph.graph)[0]]

@@ -29,6 +29,7 @@ from encoders import (
 from generated import Kind, Spelling, build, without_positions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from lossless import LOSSLESS, assert_lossless, calls, errors, rewritten, tensors
 from reference_models import (
     deit_forward,
     dinov2_with_registers_forward,
@@ -40,58 +41,14 @@ from zoo import FAMILIES, make_inputs, make_model, output_of, relative_error, sc
 
 import tomepass
 from tomepass import ToMe, TomeBackend, TomeError, reference
-from tomepass.capture import CanonicalGraph
-from tomepass.module import read_state
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
 from tomepass.ops.unmerge import unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.planning import plan_graph
-from tomepass.rewrite import rewrite
 
-LOSSLESS = 1e-4
 COUNTS = [12, 8, 5]
-
-
-def tensors(outputs: Any) -> list[Tensor]:
-    """The floating-point tensors of an output."""
-    found = pytree.tree_leaves(outputs)
-    return [v for v in found if isinstance(v, Tensor) and v.is_floating_point()]
-
-
-def errors(ours: Any, theirs: Any) -> list[float]:
-    """Relative errors of corresponding tensors, shapes compared."""
-    return [relative_error(a, b) for a, b in zip(tensors(ours), tensors(theirs), strict=True)]
-
-
-def rewritten(graph: CanonicalGraph, method: ToMe, **options: Any) -> fx.GraphModule:
-    """The graph with merges."""
-    planned = plan_graph(graph, method)
-    assert not planned.mismatches, planned.mismatches
-    return rewrite(graph, planned, **options).module
-
-
-def calls(module: fx.GraphModule, target: Any) -> list[fx.Node]:
-    """The nodes that call an operator."""
-    return list(module.graph.find_nodes(op="call_function", target=target))
-
-
-@torch.no_grad()
-def assert_lossless(
-    model: nn.Module, inputs: dict[str, Any], r: list[int], *, control: float = 1e-3
-) -> None:
-    """Merged is unmerged on duplicates; without proportional attention it is not."""
-    with_zero_positions(model)
-    expected = model(**inputs)
-    merged = tomepass.apply(model, r=r, example_inputs=inputs)
-    outputs = merged(**inputs)
-    assert type(outputs) is type(expected)
-    assert max(errors(outputs, expected)) < LOSSLESS
-    capture = merged.captured(inputs).capture
-    unweighted = rewritten(capture.graph, ToMe(r, prop_attn=False))
-    values = [*read_state(model, capture), *pytree.tree_leaves(inputs)]
-    assert max(errors(unweighted(*values), expected)) > control
 
 
 def of_duplicates(family: str) -> dict[str, Any]:

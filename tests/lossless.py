@@ -1,0 +1,62 @@
+"""The oracle of duplicates: where tokens are alike, merging them must change nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from encoders import with_zero_positions
+from torch import Tensor, fx, nn
+from zoo import relative_error
+
+import tomepass
+from tomepass import ToMe
+from tomepass.capture import CanonicalGraph
+from tomepass.module import read_state
+from tomepass.planning import plan_graph
+from tomepass.rewrite import rewrite
+
+LOSSLESS = 1e-4
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """The floating-point tensors of an output."""
+    found = pytree.tree_leaves(outputs)
+    return [v for v in found if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def errors(ours: Any, theirs: Any) -> list[float]:
+    """Relative errors of corresponding tensors, shapes compared."""
+    return [relative_error(a, b) for a, b in zip(tensors(ours), tensors(theirs), strict=True)]
+
+
+def rewritten(
+    graph: CanonicalGraph, method: ToMe, *, partly: bool = False, **options: Any
+) -> fx.GraphModule:
+    """The graph with merges; ``partly``: some of its attentions may be left alone."""
+    planned = plan_graph(graph, method)
+    assert partly or not planned.mismatches, planned.mismatches
+    return rewrite(graph, planned, **options).module
+
+
+def calls(module: fx.GraphModule, target: Any) -> list[fx.Node]:
+    """The nodes that call an operator."""
+    return list(module.graph.find_nodes(op="call_function", target=target))
+
+
+@torch.no_grad()
+def assert_lossless(
+    model: nn.Module, inputs: dict[str, Any], r: list[int], *, control: float = 1e-3
+) -> None:
+    """Merged is unmerged on duplicates; without proportional attention it is not."""
+    with_zero_positions(model)
+    expected = model(**inputs)
+    merged = tomepass.apply(model, r=r, example_inputs=inputs)
+    outputs = merged(**inputs)
+    assert type(outputs) is type(expected)
+    assert max(errors(outputs, expected)) < LOSSLESS
+    capture = merged.captured(inputs).capture
+    unweighted = rewritten(capture.graph, ToMe(r, prop_attn=False), partly=True)
+    values = [*read_state(model, capture), *pytree.tree_leaves(inputs)]
+    assert max(errors(unweighted(*values), expected)) > control
