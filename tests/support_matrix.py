@@ -73,8 +73,6 @@ def _read_out(family: Family) -> list[str]:
     found = [_reader(line) for stream in family.streams for line in stream.readout]
     if family.rotary:  # its attention takes the protected tokens apart: that is no readout
         found = [how for how in found if not how.startswith("tokens")]
-    if family.pooled:
-        found.append("attention pooling, weighted by size")
     if family.unmerged:
         found.append("by position, unmerged first")
     return list(dict.fromkeys(found))
@@ -83,6 +81,8 @@ def _read_out(family: Family) -> list[str]:
 def _reader(line: str) -> str:
     if line.startswith("mean"):
         return "mean, weighted by size"
+    if line.startswith("attention"):
+        return "attention pooling, weighted by size"
     if line.startswith("returned"):
         return "returned unmerged"
     positions = tuple(int(p) for p in line.split("[")[1].rstrip("]").split(","))
@@ -92,7 +92,8 @@ def _reader(line: str) -> str:
 def _result(family: Family) -> str:
     if not family.refused:
         return "merged"
-    rest = "its causal tower" if "causal" in family.refused[0] else "its decoder"
+    towers = {"causal": "its causal tower", "ids": "its text tower"}
+    rest = next((t for word, t in towers.items() if word in family.refused[0]), "its decoder")
     return f"merged; {rest} left alone"
 
 

@@ -39,6 +39,7 @@ _VIDEO_SHAPE = (4, 3, 16, 16)
 CLASS = "reads tokens [0]"
 DISTILLED = "reads tokens [1]"
 MEAN = "mean over tokens, weighted by size"
+POOLED = "attention pooling, keys weighted by size"
 
 
 def returned(tokens: int, start: int | None = None) -> str:
@@ -462,6 +463,7 @@ _GRID = "aten.reshape splits the axis"
 _ONE = "aten.select takes some of the mergeable tokens by position"
 _MIXED = "it combines tokens from before a merge with tokens from after it"
 _OTHERS = "these blocks read tokens of another stream"
+_BY_IDS = "looked up by ids"
 _MASKED = "may be causal|causal attention"
 _DETECTION = (0, 65, 66, 67, 68, 69)
 
@@ -506,7 +508,7 @@ FAMILIES: dict[str, Family] = {
         "image",
         _siglip_vision,
         images,
-        (stream(64, (), returned(64)),),
+        (stream(64, (), POOLED, returned(64)),),
         "pooler_output",
         pooled=True,
     ),
@@ -649,9 +651,9 @@ FAMILIES: dict[str, Family] = {
         "image and text",
         _siglip,
         words_and_images,
-        (stream(64, (), returned(64)), stream(24, (), returned(24))),
+        (stream(64, (), POOLED, returned(64)),),
         "logits_per_image",
-        unmerged=(_ONE,),
+        refused=(_BY_IDS,),
         pooled=True,
     ),
     "blip_vision": Family(
