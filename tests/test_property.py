@@ -67,7 +67,7 @@ def tokens_after(merged: MergedModel, x: Tensor) -> list[int]:
 def test_any_encoder_is_lossless_on_duplicates_or_refused() -> None:
     outcomes: list[bool] = []
 
-    @examples(22)
+    @examples(15)
     @given(kind=kinds(), spelling=spellings(), counts=COUNTS)
     def check(kind: Kind, spelling: Spelling, counts: list[int]) -> None:
         model, x = without_positions(build(kind, spelling)), duplicates(2)
@@ -95,7 +95,7 @@ def test_merging_nothing_changes_nothing_to_the_bit(kind: Kind, spelling: Spelli
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
-@examples(9)
+@examples(6)
 @given(kind=kinds(), spelling=spellings())
 def test_merged_encoders_agree_however_they_are_written(kind: Kind, spelling: Spelling) -> None:
     """Positions are not zero here, and no two tokens alike."""
