@@ -71,8 +71,6 @@ def _positions(positions: tuple[int, ...]) -> str:
 
 def _read_out(family: Family) -> list[str]:
     found = [_reader(line) for stream in family.streams for line in stream.readout]
-    if family.rotary:  # its attention takes the protected tokens apart: that is no readout
-        found = [how for how in found if not how.startswith("tokens")]
     if family.unmerged:
         found.append("by position, unmerged first")
     return list(dict.fromkeys(found))

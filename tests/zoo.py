@@ -520,7 +520,7 @@ FAMILIES: dict[str, Family] = {
         "image",
         _dinov3,
         images,
-        (stream(67, (0, 1, 2), "reads tokens [0, 1, 2]", CLASS, returned(67)),),
+        (stream(67, (0, 1, 2), CLASS, returned(67)),),
         "pooler_output",
         sides=("rotary tables",),
         rotary=True,
