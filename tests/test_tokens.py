@@ -331,6 +331,16 @@ def test_scores_hold_tokens_twice_and_softmax_makes_them_weights() -> None:
     assert attended == Carried(Layout(Axis(1), Axis(0), ALL))
 
 
+def test_a_product_that_adds_rows_of_its_own_needs_the_original_tokens() -> None:
+    # A pooling head's mask, added inside the product of its probe and the keys.
+    def pooled(x: Tensor, probe: Tensor, mask: Tensor) -> Tensor:
+        return torch.baddbmm(mask, probe, x.transpose(1, 2)).softmax(-1)
+
+    probe = torch.randn(BATCH, 1, WIDTH)
+    assert isinstance(outcomes(pooled, probe, torch.zeros(BATCH, 1, TOKENS))[1], Positional)
+    assert isinstance(outcomes(pooled, probe, torch.zeros(BATCH, 1, 1))[-1], Weighed)
+
+
 def test_weights_of_the_tokens_alone_pool_them() -> None:
     assert last(lambda x: x.softmax(1)) == Weighed(Layout(Axis(1), Axis(0), ALL, weights=True))
     assert last(lambda x: (x.softmax(1) * x).sum(1)) == Contracted()

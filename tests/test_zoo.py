@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
+import transformers as hf
 from encoders import compiled, duplicates, exported, kinds, report_on
 from lossless import LOSSLESS, assert_lossless, calls, errors, rewritten, tensors
 from reference_models import dinov3_forward, vjepa2_forward
@@ -32,6 +33,7 @@ from zoo import (
 import tomepass
 from tomepass import Report, ToMe, TomeBackend, TomeError, reference
 from tomepass.ops.log_size import log_size
+from tomepass.ops.match import match
 from tomepass.ops.padding import padded_size
 from tomepass.ops.side import merge_bias, merge_rows, rows
 
@@ -379,3 +381,58 @@ def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     model.gradient_checkpointing_enable()
     for ours, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+# ---- from a graph break on -------------------------------------------------------------------
+
+
+def siglip2() -> tuple[Any, dict[str, Tensor]]:
+    """Its position embeddings are resized image by image in Python: Dynamo breaks behind them."""
+    torch.manual_seed(0)
+    config = hf.Siglip2VisionConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        patch_size=4,
+        num_patches=64,
+    )
+    inputs = {
+        "pixel_values": torch.randn(2, 64, 48),
+        "pixel_attention_mask": torch.ones(2, 64, dtype=torch.int32),
+        "spatial_shapes": torch.tensor([[8, 8], [5, 10]]),
+    }
+    inputs["pixel_attention_mask"][1, 50:] = 0
+    return scaled_up(hf.Siglip2VisionModel(config)), inputs
+
+
+@torch.no_grad()
+def test_siglip2_merges_behind_its_graph_break_where_protected_tokens_are_given() -> None:
+    model, inputs = siglip2()
+    expected = model(**inputs)
+    matches = []
+
+    def inner(gm: fx.GraphModule, example: list[Any]) -> Any:
+        matches.append(len(calls(gm, match)))
+        return gm.forward
+
+    merged = torch.compile(model, backend=TomeBackend(ToMe(COUNTS, protected=()), inner=inner))
+    got = merged(**inputs)
+    assert sum(matches) == 2
+    for name in ("last_hidden_state", "pooler_output"):
+        assert got[name].shape == expected[name].shape
+        assert relative_error(got[name], expected[name]) > 1e-3
+    torch.compiler.reset()
+    whole = torch.compile(model, backend=TomeBackend(ToMe(0, protected=()), inner="eager"))
+    assert torch.equal(whole(**inputs).pooler_output, expected.pooler_output)
+
+
+@torch.no_grad()
+def test_siglip2s_encoder_merges_by_itself() -> None:
+    model, _ = siglip2()
+    x = {"inputs_embeds": torch.randn(2, 64, 32)}
+    report = tomepass.explain(model.encoder, r=COUNTS, example_inputs=x)
+    assert report.protected == ()
+    assert [b.tokens_out for b in report.blocks] == [59, 59, 50]
+    got = tomepass.apply(model.encoder, r=COUNTS, example_inputs=x)(**x)
+    assert got.last_hidden_state.shape == (2, 64, 32)

@@ -487,7 +487,8 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
     if node.target in (aten.cat.default, aten.stack.default):
         return True
     aligned = node.target is aten.expand_as.default
-    aligned |= node.target is aten.baddbmm.default and not ignores_first(node)
+    if node.target is aten.baddbmm.default:  # the factors do not line up with the result
+        aligned = operand is node.args[0] and not ignores_first(node)
     if not (is_pointwise(node) or aligned):
         return False
     dims = [value.ndim - (len(shape) - axis.dim) for axis in layout.axes]
