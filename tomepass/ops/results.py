@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tomepass.ops.library import at_least_float32
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
@@ -25,6 +26,7 @@ def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -
 
 
 def _log_size_result(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
+    at_least_float32(like.dtype)  # raises where nothing wider is known, as the operator would
     shape: list[Any] = [1] * like.ndim
     shape[0], shape[dim] = size.shape[0] * fold, size.shape[1]
     return like.new_empty(shape)
