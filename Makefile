@@ -13,7 +13,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/tomepass demo
 
 test: $(ENV)
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(ENV)
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ docs: $(DOCS)
 test-floor:
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install -q -c constraints-floor.txt -e ".[dev]"
-	.venv-floor/bin/pytest -n 2
+	.venv-floor/bin/pytest -n 2 --dist worksteal
 
 # timm and torchvision with the newest versions (they need a CUDA build of torch to import), and
 # the families of the first releases under transformers 4, which names its modules otherwise.
