@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from zoo import relative_error
 
 import tomepass
-from tomepass import ToMe
+from tomepass import ToMe, TomeBackend
 from tomepass.capture import CanonicalGraph
 from tomepass.module import read_state
 from tomepass.planning import plan_graph
@@ -43,6 +43,16 @@ def rewritten(
 def calls(module: fx.GraphModule, target: Any) -> list[fx.Node]:
     """The nodes that call an operator."""
     return list(module.graph.find_nodes(op="call_function", target=target))
+
+
+def assert_r0_is_the_original(model: nn.Module, inputs: dict[str, Any]) -> None:
+    """Bit for bit, in both doors."""
+    expected = tensors(model(**inputs))
+    merged = tomepass.apply(model, r=0, example_inputs=inputs)
+    backend = torch.compile(model, backend=TomeBackend(ToMe(0), inner="eager"))
+    for outputs in (merged(**inputs), backend(**inputs)):
+        for ours, theirs in zip(tensors(outputs), expected, strict=True):
+            assert torch.equal(ours, theirs)
 
 
 @torch.no_grad()

@@ -29,7 +29,15 @@ from encoders import (
 from generated import Kind, Spelling, build, without_positions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from lossless import LOSSLESS, assert_lossless, calls, errors, rewritten, tensors
+from lossless import (
+    LOSSLESS,
+    assert_lossless,
+    assert_r0_is_the_original,
+    calls,
+    errors,
+    rewritten,
+    tensors,
+)
 from reference_models import (
     deit_forward,
     dinov2_with_registers_forward,
@@ -62,13 +70,7 @@ def of_duplicates(family: str) -> dict[str, Any]:
 
 
 def test_r0_is_the_original_to_the_bit(family: str, shared_models: Any) -> None:
-    model, inputs = shared_models[family], make_inputs(family, batch=3)
-    expected = tensors(model(**inputs))
-    merged = tomepass.apply(model, r=0, example_inputs=inputs)
-    backend = torch.compile(model, backend=TomeBackend(ToMe(0), inner="eager"))
-    for outputs in (merged(**inputs), backend(**inputs)):
-        for ours, theirs in zip(tensors(outputs), expected, strict=True):
-            assert torch.equal(ours, theirs)
+    assert_r0_is_the_original(shared_models[family], make_inputs(family, batch=3))
 
 
 def test_every_family_is_lossless_on_duplicates(family: str) -> None:

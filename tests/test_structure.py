@@ -23,6 +23,7 @@ from encoders import (
     pixels,
     report_on,
 )
+from near_misses import AttentionTwice
 from torch import Tensor, nn
 from zoo import make_inputs
 
@@ -192,15 +193,6 @@ def test_reading_and_rewriting_48_blocks_costs_no_more_than_linear_time() -> Non
 # ---- what must not match ---------------------------------------------------------------------
 
 
-class Twice(Block):
-    """The attention's output is used again, behind the residual sum."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        update = self.attention(self.norm1(x))
-        x = x + update
-        return x + self.mlp(self.norm2(x)) + update
-
-
 class OtherValue(Block):
     """The sum adds something else than what the attention was computed from."""
 
@@ -278,7 +270,7 @@ class OnlyPatches(Attention):
 
 
 NEAR_MISSES = {
-    Twice: ("no residual sum follows this attention", "scaled_dot_product_attention"),
+    AttentionTwice: ("no residual sum follows this attention", "scaled_dot_product_attention"),
     OtherValue: ("this sum adds another value", "add"),
     NoResidual: ("no residual sum follows this attention", "scaled_dot_product_attention"),
     Causal: ("causal attention", "scaled_dot_product_attention"),

@@ -14,7 +14,15 @@ import torch
 import torch.utils._pytree as pytree
 import transformers as hf
 from encoders import compiled, duplicates, exported, kinds, report_on
-from lossless import LOSSLESS, assert_lossless, calls, errors, rewritten, tensors
+from lossless import (
+    LOSSLESS,
+    assert_lossless,
+    assert_r0_is_the_original,
+    calls,
+    errors,
+    rewritten,
+    tensors,
+)
 from reference_models import dinov3_forward, vjepa2_forward
 from torch import Generator, Tensor, fx, nn
 from zoo import (
@@ -126,13 +134,7 @@ def test_of_two_towers_the_causal_one_is_left_alone(shared_models: Any) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("name", OTHERS)
 def test_r0_is_the_original_to_the_bit(name: str, shared_models: Any) -> None:
-    model, inputs = shared_models[name], make_inputs(name, batch=3)
-    expected = tensors(model(**inputs))
-    merged = tomepass.apply(model, r=0, example_inputs=inputs)
-    backend = torch.compile(model, backend=TomeBackend(ToMe(0), inner="eager"))
-    for outputs in (merged(**inputs), backend(**inputs)):
-        for ours, theirs in zip(tensors(outputs), expected, strict=True):
-            assert torch.equal(ours, theirs)
+    assert_r0_is_the_original(shared_models[name], make_inputs(name, batch=3))
 
 
 @torch.no_grad()

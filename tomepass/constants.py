@@ -12,7 +12,6 @@ from tomepass.axis import is_pointwise
 
 aten = torch.ops.aten
 
-
 # They repeat or re-view a value without changing its elements.
 _BROADCASTS = (aten.expand.default, aten.unsqueeze.default, aten.contiguous.default)
 

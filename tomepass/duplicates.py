@@ -56,21 +56,26 @@ def check_duplicates(
     """
     if not method.prop_attn:
         return DuplicatesResult(0.0, 0.0, method.schedule, "proportional attention is off")
-    streams = plan_graph(capture.graph, method).streams
-    if any(side.how == "kept" for stream in streams for side in stream.sides):
+    planned = plan_graph(capture.graph, method)
+    if any(side.how == "kept" for stream in planned.streams for side in stream.sides):
         reason = "tokens are multiplied by position (rotary), so that no two are alike"
         return DuplicatesResult(0.0, 0.0, method.schedule, reason)
     # Bands along one dimension can put all duplicates at positions of one parity.
-    result = _along(model, capture, method, call, -2)
-    return result if result.blind is None else _along(model, capture, method, call, -1)
+    positions = _position_names(capture, planned)
+    result = _along(model, capture, method, call, positions, -2)
+    return result if result.blind is None else _along(model, capture, method, call, positions, -1)
 
 
 def _along(
-    model: nn.Module, capture: Capture, method: ToMe, call: dict[str, Any], dim: int
+    model: nn.Module,
+    capture: Capture,
+    method: ToMe,
+    call: dict[str, Any],
+    positions: set[str],
+    dim: int,
 ) -> DuplicatesResult:
     inputs = pytree.tree_map(lambda value: constant_regions(value, dim), call)
     values = [*read_state(model, capture), *pytree.tree_leaves(inputs)]
-    positions = _position_names(capture, plan_graph(capture.graph, method))
     original = zeroed(capture.graph.module, positions)(*values)
     schedule = method.schedule
     while any(schedule.values[:1] if schedule.kind == "linear" else schedule.values):

@@ -7,6 +7,7 @@ input's tokens. Walking back from the stream to that ``cat`` tells where they st
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import fx
@@ -80,6 +81,10 @@ class _Trace:
         self.graph = graph
         self.dependent = input_dependent(graph, data)
 
+    @cached_property
+    def ancestry(self) -> Ancestry:
+        return Ancestry(self.graph)
+
     def origins(self, node: fx.Node, dim: int) -> Origins:
         count = int(shape_of(node)[dim])
         if node not in self.dependent:
@@ -99,7 +104,7 @@ class _Trace:
             and (source := _axis_before(node, operand, dim)) is not None
         ]
         if not found:
-            mixed = any(self._mixes(above) for above in Ancestry(self.graph).of(node))
+            mixed = any(self._mixes(above) for above in self.ancestry.of(node))
             return Origins((True,) * count, lost_at=node if mixed else None)
         columns = zip(*(f.from_input for f in found), strict=True)
         return _union(found, tuple(any(column) for column in columns))

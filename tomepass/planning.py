@@ -183,12 +183,10 @@ def _plan_stream(
     for attention, mismatch in structure.others.items():
         if ancestry.depends(last, attention) and ancestry.depends(attention, stream.entry):
             return mismatch
-    layout = _token_layout(captured, stream, ancestry, method)
-    if isinstance(layout, Mismatch):
-        return layout
-    protected = _protected(captured, stream, layout, method)
-    if isinstance(protected, Mismatch):
-        return protected
+    read = _token_layout(captured, stream, ancestry, method)
+    if isinstance(read, Mismatch):
+        return read
+    layout, protected = read
     flow = follow_tokens(captured, stream.entry, layout, protected)
     for block in stream.blocks[1:]:
         if block.entry not in flow.layouts:
@@ -205,21 +203,25 @@ def _plan_stream(
 
 def _token_layout(
     captured: CanonicalGraph, stream: Stream, ancestry: Ancestry, method: ToMe
-) -> Layout | Mismatch:
-    """The layout of the stream's entry under which its first attention sees whole sequences."""
+) -> tuple[Layout, tuple[int, ...]] | Mismatch:
+    """The layout of the stream's entry under which its first attention sees whole sequences.
+
+    With it come the protected positions, which it takes to see through splits and cats.
+    """
     block = stream.blocks[0]
     shape = shape_of(block.entry)
     reason = None
     for dim in sorted(range(len(shape)), key=lambda d: (d in (0, len(shape) - 1), d)):
         if _is_batch(shape[dim], captured):  # counting it would fix it
             continue
+        tokens = _count(shape[dim])
+        protected = _protected(captured, stream, dim, tokens, method)
+        known = protected if isinstance(protected, tuple) else ()
         for batch in (b for b in range(len(shape)) if b != dim):
-            layout = Layout(Axis(dim), Axis(batch), tuple(range(_count(shape[dim]))))
-            protected = _protected(captured, stream, layout, method)
-            known = protected if isinstance(protected, tuple) else ()
+            layout = Layout(Axis(dim), Axis(batch), tuple(range(tokens)))
             flow = follow_tokens(captured, block.entry, layout, known, block.attention.result)
             if isinstance(attends(block.attention, flow), (Layout, Masked)):
-                return layout
+                return protected if isinstance(protected, Mismatch) else (layout, protected)
             reason = reason or _obstacle(flow, block, ancestry)
     return reason or Mismatch.at(
         block.attention.result,
@@ -256,17 +258,17 @@ def _count(size: Any) -> int:
 
 
 def _protected(
-    captured: CanonicalGraph, stream: Stream, layout: Layout, method: ToMe
+    captured: CanonicalGraph, stream: Stream, dim: int, tokens: int, method: ToMe
 ) -> tuple[int, ...] | Mismatch:
     if method.protected is not None:
-        if outside := [p for p in method.protected if p >= len(layout.positions)]:
+        if outside := [p for p in method.protected if p >= tokens]:
             return Mismatch.at(
                 stream.entry,
-                f"protected positions {outside} lie outside the {len(layout.positions)} tokens",
+                f"protected positions {outside} lie outside the {tokens} tokens",
                 advice="positions count from 0 in the sequence the first block sees",
             )
         return method.protected
-    origins = trace_origins(stream.entry, layout.tokens.dim, captured.data)
+    origins = trace_origins(stream.entry, dim, captured.data)
     if origins.given and captured.fragment:
         return Mismatch.at(
             stream.entry,

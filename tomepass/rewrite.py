@@ -214,7 +214,7 @@ class _Sweep:
             self.epoch[node] = epoch
             return inputs[holders[0]]
         for side in outcome.sides:
-            inputs[side.node] = self._side(node, side, outcome.layout, epoch)
+            inputs[side.node] = self._side(node, merges, side, outcome.layout, epoch)
         if ignores_first(node):
             # It has the shape of the original scores, and is not read.
             blank = self._emit(node, aten.new_zeros.default, inputs[holders[0]], [1])
@@ -319,7 +319,7 @@ class _Sweep:
             if outcome.bias is not None and epoch:
                 return self._unmerge_first(node, Positional(_beside(Side(outcome.bias, "bias"))))
         q, k, v = (self._at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
-        bias = self._attention_bias(node, outcome, epoch, q)
+        bias = self._attention_bias(node, outcome, merges, epoch, q)
         kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
         copy = self._emit(node, node.target, q, k, v, bias, *node.args[4:], **kwargs)
         if outcome.layout is not None:
@@ -328,7 +328,7 @@ class _Sweep:
         return copy
 
     def _attention_bias(
-        self, node: fx.Node, outcome: Attended, epoch: int, query: fx.Node
+        self, node: fx.Node, outcome: Attended, merges: Merges, epoch: int, query: fx.Node
     ) -> fx.Node | None:
         """What is added to the scores of a fused attention: position bias and log(size)."""
         if epoch == 0 and outcome.padding is not None:
@@ -337,10 +337,10 @@ class _Sweep:
         if outcome.bias is not None:
             scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
             side = Side(outcome.bias, "bias")
-            bias = self._side(node, side, scores, epoch) if epoch else self.new[outcome.bias]
+            bias = self._side(node, merges, side, scores, epoch)
         if not epoch or not (self.method.prop_attn or outcome.padding is not None):
             return bias
-        size = self._sizes(node, self.merges_at(node), outcome.keys, epoch)
+        size = self._sizes(node, merges, outcome.keys, epoch)
         log = self._emit(node, log_size, size, query, 3)
         if not self.method.prop_attn:  # what is left of the sizes hides the padding
             log = self._emit(node, aten.clamp.default, log, None, 0.0)
@@ -426,9 +426,10 @@ class _Sweep:
 
     # ---- what lies beside the tokens -------------------------------------------------------
 
-    def _side(self, node: fx.Node, side: Side, layout: Layout, epoch: int) -> fx.Node:
+    def _side(
+        self, node: fx.Node, merges: Merges, side: Side, layout: Layout, epoch: int
+    ) -> fx.Node:
         """What the tokens there are at an epoch meet instead of a table of original ones."""
-        merges = self.merges_at(node)
         table = self.new[side.node]
         if epoch == 0:
             return table
@@ -467,10 +468,6 @@ class _Sweep:
         found = merges.kept[epoch]
         assert found is not None
         return found
-
-    def merges_at(self, node: fx.Node) -> Merges:
-        """The stream whose tokens a node reads."""
-        return next(self.stream_of[a] for a in node.all_input_nodes if a in self.stream_of)
 
     # ---- merged before, unmerged after -----------------------------------------------------
 

@@ -63,8 +63,6 @@ SIZED = {
     aten.expand.default: 1,
     aten.unflatten.int: 2,
 }
-
-
 # Their second argument gives a dtype alone.
 _DTYPE_DONORS = (aten.to.other, aten.type_as.default)
 _SPLITS = (
@@ -146,7 +144,8 @@ def follow_tokens(
     until: fx.Node | None = None,
 ) -> TokenFlow:
     """Follows the tokens of ``entry`` forward to the outputs, or to ``until``."""
-    analysis = _Analysis(captured, TokenFlow({entry: layout}, {}), frozenset(protected))
+    flow = TokenFlow({entry: layout}, {})
+    analysis = _Analysis(captured, flow, frozenset(protected), {entry})
     node = entry.next
     while node.op != "root":
         if node.op != "output":
@@ -154,7 +153,7 @@ def follow_tokens(
         if node is until:
             break
         node = node.next
-    return analysis.flow
+    return flow
 
 
 def attends(attention: Attention, flow: TokenFlow) -> Layout | Positional | None:
@@ -176,12 +175,13 @@ class _Analysis:
     captured: CanonicalGraph
     flow: TokenFlow
     protected: frozenset[int]
-    reached: set[fx.Node] = field(default_factory=set)
+    reached: set[fx.Node]  # all that depends on the stream, with or without tokens of it
 
     def visit(self, node: fx.Node) -> None:
         flow = self.flow
-        if any(a in self.reached or a in flow.layouts for a in node.all_input_nodes):
-            self.reached.add(node)
+        if not any(a in self.reached for a in node.all_input_nodes):
+            return
+        self.reached.add(node)
         if any(a in flow.layouts for a in node.all_input_nodes):
             outcome = self._outcome(node)
             if outcome is not None:
@@ -215,8 +215,8 @@ class _Analysis:
         if node.target is operator.getitem:
             return self._piece(node, holders[0])
         if node.target is aten.sym_size.int:
-            read = int(node.args[1]) % len(shape_of(holders[0]))  # type: ignore[arg-type]
-            if any(read == axis.dim for axis in layout.axes):
+            asked = int(node.args[1]) % len(shape_of(holders[0]))  # type: ignore[arg-type]
+            if any(asked == axis.dim for axis in layout.axes):
                 return Positional("the number of tokens is read as a number")
             return None
         if node.target in SOFTMAXES and (weighed := _softmax(node, layout)) is not None:
@@ -225,8 +225,8 @@ class _Analysis:
             return joined
         if len(holders) == 2 and node.target in (*PRODUCTS, aten.mm.default):
             return self._product(node)
-        if len(holders) == 1 and (read_ := self._read(node, holders[0], layout)) is not None:
-            return read_
+        if len(holders) == 1 and (read := self._read(node, holders[0], layout)) is not None:
+            return read
         return self._carried(node, holders)
 
     # ---- readers of the token dimension itself ---------------------------------------------
@@ -358,11 +358,10 @@ class _Analysis:
         if a.weights or a.columns is not None:
             return Positional("attention scores are multiplied by something else than values")
         rows, columns = self._moved(node, left, a), self._moved(node, right, b)
-        for moved in (rows, columns):
-            if isinstance(moved, Positional):
-                return moved
-        assert isinstance(rows, Layout)
-        assert isinstance(columns, Layout)
+        if isinstance(rows, Positional):
+            return rows
+        if isinstance(columns, Positional):
+            return columns
         if rows.batch != columns.batch:
             return Positional("a product of tokens of different images")
         return Carried(replace(rows, columns=columns.tokens))

@@ -11,22 +11,18 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from tomepass.structure import is_tensor
+from tomepass.origins import input_dependent
 
 
 def hidden_write(graph: fx.Graph, data: frozenset[str]) -> fx.Node | None:
     """The first operator that writes, unseen by dataflow, where the user's input takes part."""
     nodes: list[fx.Node] = list(graph.nodes)
     order = {node: i for i, node in enumerate(nodes)}
-    dependent: set[fx.Node] = set()
+    dependent = input_dependent(graph, data)
     for node in nodes:
-        if is_tensor(node) and any(a in dependent for a in node.all_input_nodes):
-            dependent.add(node)
-            for target in _written(node):
-                if _is_view(target) or any(order[r] > order[node] for r in _readers(target)):
-                    return node
-        elif node.op == "placeholder" and node.name in data:
-            dependent.add(node)
+        for target in _written(node) if node in dependent else ():
+            if _is_view(target) or any(order[r] > order[node] for r in _readers(target)):
+                return node
     return None
 
 

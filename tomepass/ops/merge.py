@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.positions import sent
 
 
 @register("merge(Tensor x, Tensor? size, Tensor assign, SymInt tokens) -> Tensor")
@@ -38,8 +39,5 @@ def merge_size(size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
 
 def _weights(size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
     # [B, N', N]: row j holds the sizes of the tokens sent to j.
-    index = torch.arange(tokens, device=assign.device)
-    sent = assign.unsqueeze(1) == index[:, None]
-    if size is None:
-        return sent.float()
-    return torch.where(sent, size.unsqueeze(1), 0.0)
+    goes = sent(assign, tokens)
+    return goes.float() if size is None else torch.where(goes, size.unsqueeze(1), 0.0)

@@ -36,6 +36,25 @@ def take(x: Tensor, positions: list[int]) -> Tensor:
     return torch.cat(parts, dim=1) if parts else x.narrow(1, 0, 0)
 
 
+def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
+    """``x``, batch first, at each image's own indices ``[B, N']`` of dimension ``dim``."""
+    narrow, wide = [1] * x.ndim, list(x.shape)
+    narrow[0], narrow[dim] = index.shape
+    wide[0], wide[dim] = index.shape
+    return x.gather(dim, index.reshape(narrow).expand(wide))
+
+
+def without(index: Tensor, removed: list[int]) -> Tensor:
+    """Indices into a sequence, for the sequence that some positions were taken out of."""
+    shift = sum(((index > place).long() for place in removed), start=index.new_zeros(()))
+    return index - shift
+
+
+def sent(assign: Tensor, tokens: int) -> Tensor:
+    """``[B, N]`` indices as ``[B, tokens, N]`` bool: which token goes to which."""
+    return assign.unsqueeze(1) == torch.arange(tokens, device=assign.device)[:, None]
+
+
 def constant(values: list[int], batch: int, device: torch.device) -> Tensor:
     """Ascending ints, the same for each image: ``[B, len(values)]`` int64."""
     parts = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs(values)]

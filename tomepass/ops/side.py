@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.merge import merge
+from tomepass.ops.positions import gather, sent, without
 
 
 @register("keep(Tensor? kept, Tensor assign, SymInt tokens, int[] protected) -> Tensor")
@@ -29,9 +30,7 @@ def keep(kept: Tensor | None, assign: Tensor, tokens: int, protected: list[int])
     for place in protected:
         into = into & (position != place)
     rank = position + before * into.long()
-    index = torch.arange(tokens, device=assign.device)
-    sent = assign.unsqueeze(1) == index[:, None]
-    chosen = torch.where(sent, rank, -1).amax(-1) % before
+    chosen = torch.where(sent(assign, tokens), rank, -1).amax(-1) % before
     return chosen if kept is None else kept.gather(1, chosen)
 
 
@@ -49,14 +48,9 @@ def rows(table: Tensor, kept: Tensor, dim: int, ndim: int, removed: list[int]) -
     Returns:
         the table with N' rows on ``dim``, batch first.
     """
-    shift = sum(((kept > place).long() for place in removed), start=kept.new_zeros(()))
     table = table.reshape([1] * (ndim - table.ndim) + list(table.shape))
-    wide, narrow = list(table.shape), [1] * ndim
-    wide[0], wide[dim] = kept.shape
-    narrow[0], narrow[dim] = kept.shape
-    source = [-1] * ndim
-    source[0] = kept.shape[0]
-    return table.expand(source).gather(dim, (kept - shift).reshape(narrow).expand(wide))
+    own = table.expand(kept.shape[0], *table.shape[1:])  # a table for each image
+    return gather(own, without(kept, removed), dim)
 
 
 @register("merge_rows(Tensor table, Tensor source, SymInt tokens) -> Tensor")
@@ -92,10 +86,9 @@ def merge_bias(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
         ``[B, H or 1, N', N']`` in the dtype of ``bias``.
     """
     with without_autocast(bias.device):
-        index = torch.arange(tokens, device=source.device)
         wide = bias.to(at_least_float32(bias.dtype))
         wide = wide.reshape([1] * (4 - bias.ndim) + list(bias.shape))
-        held = (source.unsqueeze(1) == index[:, None]).to(wide.dtype)
+        held = sent(source, tokens).to(wide.dtype)
         weight = (held / held.sum(-1, keepdim=True)).unsqueeze(1)
         if wide.shape[-1] > 1:
             # The largest of a row stays out of the exponential, or it could overflow.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tomepass.ops.library import register
-from tomepass.ops.positions import take
+from tomepass.ops.positions import gather, take, without
 
 
 @register("unmerge(Tensor x, Tensor source, int dim) -> Tensor")
@@ -20,11 +20,7 @@ def unmerge(x: Tensor, source: Tensor, dim: int) -> Tensor:
     Returns:
         ``x`` with N tokens on ``dim``.
     """
-    shape = [1] * x.ndim
-    shape[0], shape[dim] = source.shape[0], source.shape[1]
-    expanded = list(x.shape)
-    expanded[dim] = source.shape[1]
-    return x.gather(dim, source.reshape(shape).expand(expanded))
+    return gather(x, source, dim)
 
 
 @register("compose(Tensor? source, Tensor assign) -> Tensor")
@@ -45,6 +41,4 @@ def narrow_source(source: Tensor, positions: list[int], removed: list[int]) -> T
     Returns:
         ``[B, len(positions)]``.
     """
-    kept = take(source, positions)
-    shift = sum(((kept > r).long() for r in removed), start=kept.new_zeros(()))
-    return kept - shift
+    return without(take(source, positions), removed)
