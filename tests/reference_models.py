@@ -179,7 +179,7 @@ def dinov3_forward(
 
     blocks = [
         Block(b.norm1, attention_of(b), b.layer_scale1, b.norm2, mlp_of(b), b.layer_scale2)
-        for b in model.model.layer
+        for b in getattr(model, "model", model).layer  # transformers 5.0 has no such level
     ]
     embedded = model.embeddings(pixel_values)
     return encode(embedded, blocks, model.norm, r, protected, prop_attn, rotate=rotate, **options)

@@ -56,6 +56,9 @@ HIDE_NOTHING: dict[str, Mask] = {
     "from-positions": lambda x, p: torch.arange(TOKENS)[:, None] - torch.arange(TOKENS) <= TOKENS,
     "both-triangles": lambda x, p: causal() | every().triu(),
     "not-none": lambda x, p: ~torch.zeros(1, TOKENS, dtype=torch.bool),
+    "first-of-more": lambda x, p: torch.zeros(1, 1, 1, 2 * TOKENS).expand(
+        x.shape[0], -1, TOKENS, -1
+    )[:, :, :, : x.shape[2]],
     "cast": lambda x, p: torch.ones(TOKENS, TOKENS).to(torch.bool),
     "per-head": lambda x, p: every().expand(x.shape[0], HEADS, -1, -1).contiguous(),
     "view": lambda x, p: torch.ones(TOKENS**2, dtype=torch.bool).view(1, 1, TOKENS, TOKENS),
@@ -70,6 +73,13 @@ MAY_HIDE: dict[str, Mask] = {
     "causal": lambda x, p: causal(),
     "causal-added": lambda x, p: torch.zeros(TOKENS, TOKENS).masked_fill(~causal(), -torch.inf),
     "causal-expanded": lambda x, p: causal().expand(x.shape[0], 1, -1, -1),
+    # Rows and columns change places behind a batch of any size.
+    "causal-from-expanded": lambda x, p: (
+        torch.arange(TOKENS)[None].expand(x.shape[0], -1).unsqueeze(-1) >= torch.arange(TOKENS)
+    ).unsqueeze(1),
+    "sliced-to-the-hidden": lambda x, p: (torch.arange(2 * TOKENS) >= TOKENS)[None, None].expand(
+        x.shape[0], TOKENS, -1
+    )[:, :, :TOKENS][:, None],
     "one-false": lambda x, p: torch.arange(TOKENS**2).view(TOKENS, TOKENS) != 17,
     "nothing-seen": lambda x, p: ~every(),
     "window": lambda x, p: (torch.arange(TOKENS)[:, None] - torch.arange(TOKENS)).abs() < 3,

@@ -10,11 +10,13 @@ Most have 64 patch tokens, three blocks of width 32 and, where there is a head, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import reference_models
 import torch
 import transformers as hf
+from packaging.requirements import Requirement
 from torch import Generator, Tensor, nn
 
 BLOCKS = 3
@@ -132,6 +134,7 @@ class Family(NamedTuple):
         output: the field of the output that stands for it.
         pooled: a query of the model's own attends to the tokens at the end.
         rotary: positions are told by rotating keys, so no two tokens are alike.
+        needs: versions without which the table does not hold, as a requirement.
     """
 
     title: str
@@ -145,6 +148,7 @@ class Family(NamedTuple):
     refused: tuple[str, ...] = ()
     rotary: bool = False
     pooled: bool = False
+    needs: str = "transformers"
 
 
 class Refused(NamedTuple):
@@ -609,6 +613,7 @@ FAMILIES: dict[str, Family] = {
         (stream(65, (0,), CLASS, returned(65), returned(65, 60)),),
         unmerged=(_MIXED,),
         refused=(_OTHERS,),
+        needs="transformers>=5.4",  # before, it returned fewer hidden states
     ),
     "dpt": Family(
         "DPT",
@@ -706,6 +711,7 @@ FAMILIES: dict[str, Family] = {
         waves,
         (stream(50, (), returned(50)),),
         "last_hidden_state",
+        needs="torch>=2.13",  # Dynamo of 2.11 breaks the graph within transformers
     ),
 }
 """By name; every one of them must merge without a line of code of its own."""
@@ -735,6 +741,12 @@ REFERENCES: dict[str, Callable[..., reference_models.Result]] = {
     "dinov2_registers": reference_models.dinov2_with_registers_forward,
 }
 """Plain eager ToMe of whole models: ``REFERENCES[name](model, pixel_values, r, prop_attn)``."""
+
+
+def installed(needs: str) -> bool:
+    """Is there a version that meets a requirement?"""
+    requirement = Requirement(needs)
+    return requirement.specifier.contains(version(requirement.name), prereleases=True)
 
 
 def make_model(name: str, seed: int = 0) -> Any:

@@ -12,15 +12,17 @@ from tomepass.axis import is_pointwise
 
 aten = torch.ops.aten
 
-# They repeat or re-view a value without changing its elements.
+# They repeat, re-view or shorten a value without changing its elements.
 _BROADCASTS = (aten.expand.default, aten.unsqueeze.default, aten.contiguous.default)
+_SLICE = aten.slice.Tensor
 
 
 def constant_value(node: fx.Node, *, up_to_broadcast: bool = False) -> Tensor | None:
     """The node's value if it depends on no input, no parameter and no batch size, else None.
 
     Args:
-        up_to_broadcast: also where the value is repeated for a batch of any size: one row of it.
+        up_to_broadcast: also where the value is repeated for a batch of any size: with size 1
+            in place of each symbolic one.
     """
     value = _evaluate(node, _Known(up_to_broadcast))
     return value if isinstance(value, Tensor) else None
@@ -49,9 +51,9 @@ def _value(node: fx.Node, known: _Known) -> Any:
     if node not in known.values:
         if not _pure(node) or is_written(node):
             raise _NotConstant
-        if known.up_to_broadcast and _repeats(node, known):
-            known.values[node] = _value(node.all_input_nodes[0], known)
-            return known.values[node]
+        if known.up_to_broadcast and (row := _row(node, known)) is not None:
+            known.values[node] = row
+            return row
         args, kwargs = fx.node.map_arg(
             (node.args, node.kwargs), lambda argument: _value(argument, known)
         )
@@ -59,21 +61,29 @@ def _value(node: fx.Node, known: _Known) -> Any:
     return known.values[node]
 
 
-def _repeats(node: fx.Node, known: _Known) -> bool:
-    """Is it a repetition over a batch, or an elementwise function of one?"""
-    if node.target is aten.expand.default and len(node.all_input_nodes) > 1:
+def _row(node: fx.Node, known: _Known) -> Tensor | None:
+    """What is repeated over a batch, if the operator as it stands cannot work it out."""
+    operands = node.all_input_nodes
+    if node.target is aten.expand.default and len(operands) > 1:
         known.repeated.add(node)
-        return True
-    for operand in node.all_input_nodes:
+        sizes = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
+        row: Tensor = _value(operands[0], known).expand(sizes)
+        return row
+    for operand in operands:
         if _pure(operand):
             _value(operand, known)
-    if any(operand in known.repeated for operand in node.all_input_nodes):
-        if not (is_pointwise(node) or node.target in _BROADCASTS):
-            raise _NotConstant
-        known.repeated.add(node)
-        # One row of it: a further view of the repeated shape would not fit it.
-        return node.target in _BROADCASTS
-    return False
+    if not any(operand in known.repeated for operand in operands):
+        return None
+    if not (is_pointwise(node) or node.target in (*_BROADCASTS, _SLICE)):
+        raise _NotConstant
+    known.repeated.add(node)
+    over_batch = node.target is _SLICE and not isinstance(_sliced_size(node), int)
+    return _value(operands[0], known) if over_batch else None
+
+
+def _sliced_size(node: fx.Node) -> Any:
+    dim = node.args[1] if len(node.args) > 1 else 0
+    return node.all_input_nodes[0].meta["val"].shape[dim]
 
 
 def _pure(node: fx.Node) -> bool:

@@ -47,8 +47,13 @@ def hides_all(value: Any) -> bool:
     """Is an operand one number, finite, that hides whatever score it replaces?"""
     if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
         constant = constant_value(value, up_to_broadcast=True)
-        value = constant.item() if constant is not None and constant.numel() == 1 else None
+        value = None if constant is None else _only_value(constant)
     return isinstance(value, (int, float)) and -math.inf < value < _HIDING
+
+
+def _only_value(constant: Tensor) -> float | None:
+    first = constant.flatten()[:1]
+    return first.item() if len(first) and bool((constant == first).all()) else None
 
 
 def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
@@ -117,8 +122,6 @@ def _varies(node: fx.Node, dim: int) -> bool:
         return False
     behind = len(shape) - dim
     if (constant := constant_value(node, up_to_broadcast=True)) is not None:
-        if constant.ndim < behind:
-            return False
         return not bool((constant == constant.narrow(-behind, 0, 1)).all())
     operands = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
     if node.target is aten.index.Tensor:
