@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from zoo import make_inputs, make_model
@@ -22,6 +23,7 @@ from tomepass.capture import (
     fix_sizes,
     source_line,
 )
+from tomepass.constants import constant_value
 from tomepass.module import read_state
 
 aten = torch.ops.aten
@@ -325,3 +327,24 @@ def test_the_dump_folder_gets_both_graphs(tmp_path: Any, monkeypatch: Any) -> No
     tomepass.apply(make_model("vit"), r=8)
     before, after = sorted(path.read_text() for path in tmp_path.iterdir())
     assert ("tome.match" in before) != ("tome.match" in after)
+
+
+class WithNumber(nn.Module):
+    """Adds a number that is written as a tensor, where a mask is true: everywhere."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (torch.arange(3) >= 0)[None].expand(x.shape[0], 3)
+        return x + torch.where(mask, torch.tensor(0.5), -torch.inf)
+
+
+def test_a_number_written_as_a_tensor_is_a_number_in_the_graph() -> None:
+    model, x = WithNumber(), torch.randn(4, 3)
+    captured = capture_module(model, {"x": x})
+    graph = captured.graph.graph
+    assert not graph.find_nodes(op="call_function", target=aten.lift_fresh_copy.default)
+    (mask,) = graph.find_nodes(op="call_function", target=aten.where.ScalarOther)
+    value = constant_value(mask, up_to_broadcast=True)
+    assert value is not None
+    assert value.tolist() == [[0.5] * 3]
+    outputs = captured.graph.module(*read_state(model, captured), x)
+    assert torch.equal(pytree.tree_leaves(outputs)[0], model(x))

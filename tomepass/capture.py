@@ -136,9 +136,12 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
         if spec.kind is InputKind.PARAMETER:
             learned.add(node.name)
         if target in constants and not _owns(model, _path(target)):
-            state.append(_constant(cast(Tensor, constants[target])))
+            constant = _constant(cast(Tensor, constants[target]))
+            _spell_out(node, constant)
+            state.append(constant)
         else:
             state.append(_path(target))
+    module.recompile()
     graph = CanonicalGraph(module, frozenset(data), False, frozenset(learned))
     assert program.call_spec.out_spec is not None
     leaves = tuple(pytree.tree_leaves(example))
@@ -322,6 +325,22 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
             taken.replace_all_uses_with(result)
             module.graph.erase_node(taken)
     module.graph.erase_node(region)
+
+
+def _spell_out(literal: fx.Node, value: Tensor) -> None:
+    """Makes a number written ``torch.tensor(0.0)`` a number in the graph, for masks to be read."""
+    if value.ndim or not isinstance(number := value.item(), (bool, int, float)):
+        return
+    for copy in [n for n in literal.users if n.target is aten.lift_fresh_copy.default]:
+        with copy.graph.inserting_before(copy):
+            kwargs: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
+            made = copy.graph.call_function(aten.full.default, ([], number), kwargs)
+        made.meta = dict(copy.meta)
+        for same in [n for n in copy.users if n.target is _DETACH]:
+            same.replace_all_uses_with(copy)
+            copy.graph.erase_node(same)
+        copy.replace_all_uses_with(made)
+        copy.graph.erase_node(copy)
 
 
 def _owns(model: nn.Module, path: str) -> bool:
