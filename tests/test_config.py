@@ -21,9 +21,15 @@ rates = st.one_of(
     st.lists(st.integers(0, 60), max_size=24),
     st.tuples(st.integers(0, 60), st.floats(-1, 1)),
 )
+targets = st.one_of(
+    rates.map(lambda r: {"r": r}),
+    st.floats(0.01, 1).map(lambda share: {"macs": share}),
+    st.floats(1, 9).map(lambda speedup: {"speedup": speedup}),
+)
 methods = st.builds(
-    ToMe,
-    rates,
+    lambda target, **fields: ToMe(**target, **fields),
+    targets,
+    multiple_of=st.integers(1, 32),
     prop_attn=st.booleans(),
     protected=st.one_of(st.none(), st.lists(st.integers(0, 300), max_size=5)),
     trace_source=st.booleans(),
@@ -37,7 +43,9 @@ def test_the_defaults_are_those_of_the_paper() -> None:
     assert (method.prop_attn, method.protected, method.trace_source) == (True, None, False)
 
 
-@pytest.mark.parametrize("field", ["r", "prop_attn", "protected", "trace_source", "new"])
+@pytest.mark.parametrize(
+    "field", ["r", "macs", "prop_attn", "protected", "trace_source", "multiple_of", "new"]
+)
 def test_it_is_frozen(field: str) -> None:
     method = ToMe(8)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -69,6 +77,9 @@ def test_equality_and_hash_follow_the_fields(a: ToMe, b: ToMe) -> None:
         ToMe(8, protected=()),
         ToMe(8, protected=(0,)),
         ToMe(8, trace_source=True),
+        ToMe(8, multiple_of=8),
+        ToMe(macs=0.8),
+        ToMe(speedup=1.25),
     ],
 )
 def test_every_field_tells_two_methods_apart(changed: ToMe) -> None:
@@ -138,7 +149,17 @@ def test_replace_checks_what_it_is_given() -> None:
         ({"r": -1}, ValueError, "expected 0 or more, got -1"),
         ({"r": 8.0}, TypeError, r"expected an int, got 8\.0"),
         ({"r": True}, TypeError, "expected an int, got True"),
-        ({"r": None}, TypeError, "expected an int, got None"),
+        ({"r": 8, "macs": 0.6}, TypeError, "give one of r, macs and speedup, got r and macs"),
+        ({"macs": 0.6, "speedup": 1.5}, TypeError, "got macs and speedup"),
+        ({"macs": 0}, ValueError, "above 0 and at most 1, got 0"),
+        ({"macs": 1.01}, ValueError, "at most 1, got 1.01"),
+        ({"macs": "0.6"}, TypeError, "macs: expected a number, got '0.6'"),
+        ({"macs": float("nan")}, ValueError, "got nan"),
+        ({"speedup": 0.9}, ValueError, "expected 1 or more, got 0.9"),
+        ({"speedup": float("inf")}, ValueError, "got inf"),
+        ({"speedup": True}, TypeError, "speedup: expected a number, got True"),
+        ({"multiple_of": 0}, ValueError, "multiple_of: expected 1 or more, got 0"),
+        ({"multiple_of": 8.0}, TypeError, "multiple_of: expected an int, got 8.0"),
         ({"r": (8, 2)}, ValueError, "inflection"),
         ({"prop_attn": 1}, TypeError, "prop_attn must be True or False, got 1"),
         ({"prop_attn": None}, TypeError, "prop_attn must be True or False, got None"),
@@ -228,3 +249,14 @@ def test_a_method_and_r_together_are_an_error(r: int) -> None:
 def test_a_method_that_is_none_is_refused(method: Any) -> None:
     with pytest.raises(TypeError, match="method must be a tomepass method"):
         resolve_method(method, None)
+
+
+def test_a_target_takes_the_place_of_the_counts() -> None:
+    method = ToMe(macs=0.6, multiple_of=16)
+    assert repr(method) == "ToMe(macs=0.6, multiple_of=16)"
+    assert method.replace(r=8) == ToMe(8, multiple_of=16)
+    assert ToMe(8).replace(speedup=1.5) == ToMe(speedup=1.5)
+    assert ToMe(speedup=2).schedule.macs == ToMe(macs=0.5).schedule.macs == 0.5
+    assert ToMe(8).schedule.macs is None
+    with pytest.raises(ValueError, match="only for a model"):
+        method.counts(12)

@@ -9,10 +9,14 @@ import pytest
 from encoders import exported, make, pixels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from zoo import make_inputs
 
-from tomepass import ToMe, reference
+from tomepass import ToMe, TomeError, reference
 from tomepass.capture import CanonicalGraph
-from tomepass.planning import BlockPlan, Planned, plan_graph
+from tomepass.costs import stream_costs
+from tomepass.counts import BlockPlan, plan_counts
+from tomepass.macs import macs_by_name
+from tomepass.planning import Planned, plan_graph
 
 
 @pytest.fixture(scope="module")
@@ -106,3 +110,87 @@ def test_a_plan_knows_where_merging_is_still_to_come(graph: CanonicalGraph) -> N
     assert {b.entry for b in blocks} <= stream.inner
     assert {b.merge_at for b in blocks[:-1]} <= stream.inner
     assert blocks[-1].merge_at not in stream.inner
+
+
+# ---- token counts that hardware takes --------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("r", "multiple", "left"),
+    [
+        # Without: 181 165 149 133 117 101 85 69 53 37 21 11.
+        # Of 32 tokens, one of them protected, no more than 15 can merge.
+        (16, 16, [176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 17, 11]),
+        (16, 8, [176, 160, 144, 128, 112, 96, 80, 64, 48, 32, 17, 11]),
+        # Without: 189 181 173 165 157 149 141 133 125 117 109 101.
+        (8, 16, [176, 176, 160, 160, 144, 144, 128, 128, 112, 112, 96, 96]),
+        (8, 8, [184, 176, 168, 160, 152, 144, 136, 128, 120, 112, 104, 96]),
+        ([0, 5], 16, [197, 192, *[192] * 10]),
+        (0, 16, [197] * 12),
+    ],
+)
+def test_counts_are_rounded_down_once_something_has_merged(
+    r: Any, multiple: int, left: list[int]
+) -> None:
+    counts = ToMe(r).counts(12)
+    plan = plan_counts(197, (0,), counts, multiple)
+    assert [b.tokens_out for b in plan.blocks] == left
+
+
+@given(
+    tokens=st.integers(3, 300),
+    held=st.integers(0, 3),
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=12),
+    multiple=st.sampled_from([2, 8, 16]),
+)
+def test_rounding_never_leaves_more_tokens(
+    tokens: int, held: int, counts: list[int], multiple: int
+) -> None:
+    protected = tuple(range(min(held, tokens)))
+    plain = plan_counts(tokens, protected, tuple(counts))
+    rounded = plan_counts(tokens, protected, tuple(counts), multiple)
+    for ours, exact in zip(rounded.blocks, plain.blocks, strict=True):
+        assert ours.tokens_out <= exact.tokens_out
+        assert exact.tokens_out - ours.tokens_out < multiple
+
+
+# ---- targets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", [{"macs": 0.6}, {"speedup": 1.3}, {"macs": 1}, {"macs": 0.4}])
+def test_a_target_is_reached_with_the_fewest_merges(
+    graph: CanonicalGraph, target: dict[str, float]
+) -> None:
+    share = ToMe(**target).schedule.macs
+    assert share is not None
+    assert macs_left(graph, ToMe(**target)) <= share
+    (stream,) = plan_graph(graph, ToMe(**target)).streams
+    counts = [block.r for block in stream.plan.blocks]
+    if not any(counts):
+        assert share == 1
+        return
+    # One merge less would be too few.
+    last = max(i for i, count in enumerate(counts) if count == max(counts))
+    counts[last] -= 1
+    assert macs_left(graph, ToMe(counts)) > share
+
+
+def macs_left(graph: CanonicalGraph, method: ToMe) -> float:
+    macs = macs_by_name(graph)
+    streams = plan_graph(graph, method).streams
+    saved = sum(stream_costs(graph, p, macs).saved(p.plan) for p in streams)
+    return 1 - saved / sum(macs.values())
+
+
+def test_a_target_out_of_reach_is_an_error_that_says_what_can_be_reached(
+    graph: CanonicalGraph,
+) -> None:
+    with pytest.raises(TomeError, match=r"macs=0.01 cannot be reached.*leaves 0\.\d+") as caught:
+        plan_graph(graph, ToMe(macs=0.01))
+    reachable = float(str(caught.value.advice).split("macs=")[1].split(" ")[0])
+    assert macs_left(graph, ToMe(macs=reachable)) <= reachable
+
+
+def test_two_streams_share_a_target(shared_models: Any) -> None:
+    captured = exported(shared_models["siglip"], make_inputs("siglip"))
+    assert macs_left(captured, ToMe(macs=0.8)) <= 0.8

@@ -130,7 +130,7 @@ class TomeBackend(_Settings):
             TomeError: on an unknown name; the message lists the valid ones.
         """
         own = [f.name for f in dataclasses.fields(self)]
-        of_method = [f.name for f in dataclasses.fields(self.method)]
+        of_method = [f.name for f in dataclasses.fields(self.method)] + ["macs", "speedup"]
         if unknown := sorted(set(options) - set(own) - set(of_method)):
             raise TomeError(
                 f"unknown options {unknown} of the tome backend; valid: {', '.join(own)}, and "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tomepass.errors import TomeError
-from tomepass.schedule import Schedule, as_int, counts_per_block, parse_schedule
+from tomepass.schedule import Schedule, as_int, counts_per_block, parse_schedule, parse_target
 
 RLike = int | list[int] | tuple[int, float] | Schedule
 
@@ -20,15 +20,22 @@ class ToMe:
     Args:
         r: tokens merged a block. An int is the same count in every block, a list one count a
             block (padded with zeros), a pair ``(r, inflection)`` with inflection in [-1, 1] a
-            linear schedule (-1 from 2r down to 0, 0 constant, +1 from 0 up to 2r).
+            linear schedule (-1 from 2r down to 0, 0 constant, +1 from 0 up to 2r). Default 16.
+        macs: instead of r: the share of the unmerged multiply-accumulates to keep, as in 0.6.
+            The counts are solved for each model, as even over its blocks as they can be.
+        speedup: instead of r: the unmerged multiply-accumulates over the merged ones, as in 1.5.
+        multiple_of: after the first merge, the counts of tokens left are rounded down to
+            multiples of this, at equal or fewer multiply-accumulates: matrix units take 16.
         prop_attn: add log(size) to the attention scores of merged keys (section 3, eq. 1).
         protected: positions never merged. None reads them off the graph: the tokens that do
             not come from the input (class, distillation and register tokens).
         trace_source: keep the map from every original token to its final one.
 
     Raises:
-        TypeError: if ``r`` is a float, a bool, or holds one.
-        ValueError: if a count is negative or an inflection lies outside [-1, 1].
+        TypeError: if ``r`` is a float, a bool, or holds one; if more than one of ``r``, ``macs``
+            and ``speedup`` is given.
+        ValueError: if a count is negative, an inflection lies outside [-1, 1], or a target is out
+            of its range.
     """
 
     name: ClassVar[str] = "tome"
@@ -37,21 +44,26 @@ class ToMe:
     prop_attn: bool = True
     protected: tuple[int, ...] | None = None
     trace_source: bool = False
+    multiple_of: int = 1
 
     def __init__(
         self,
-        r: RLike = 16,
+        r: RLike | None = None,
         *,
+        macs: float | None = None,
+        speedup: float | None = None,
         prop_attn: bool = True,
         protected: tuple[int, ...] | list[int] | None = None,
         trace_source: bool = False,
+        multiple_of: int = 1,
     ) -> None:
         # A frozen dataclass normalises through object.__setattr__, once, here.
         for field, value in (
-            ("r", parse_schedule(r)),
+            ("r", _schedule(r, macs, speedup)),
             ("prop_attn", _flag("prop_attn", prop_attn)),
             ("protected", _positions(protected)),
             ("trace_source", _flag("trace_source", trace_source)),
+            ("multiple_of", _multiple(multiple_of)),
         ):
             object.__setattr__(self, field, value)
 
@@ -77,6 +89,7 @@ class ToMe:
             "prop_attn": self.prop_attn,
             "protected": None if self.protected is None else list(self.protected),
             "trace_source": self.trace_source,
+            "multiple_of": self.multiple_of,
         }
 
     def to_json(self) -> str:
@@ -89,13 +102,15 @@ class ToMe:
         return method_from_dict(json.loads(text))
 
     def replace(self, **changes: Any) -> ToMe:
-        """A copy with some fields changed."""
+        """A copy with some fields changed; ``macs`` or ``speedup`` takes the place of ``r``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if "macs" in changes or "speedup" in changes:
+            del fields["r"]
         return ToMe(**(fields | changes))
 
     def __repr__(self) -> str:
         shown = [repr(self.schedule)]
-        defaults = {"prop_attn": True, "protected": None, "trace_source": False}
+        defaults = {f.name: f.default for f in dataclasses.fields(self) if f.name != "r"}
         for name, default in defaults.items():
             if (value := getattr(self, name)) != default:
                 shown.append(f"{name}={value!r}")
@@ -132,6 +147,23 @@ def resolve_method(method: ToMe | None, r: RLike | None) -> ToMe:
     if not isinstance(method, ToMe):
         raise TypeError(f"method must be a tomepass method such as ToMe(r=16), got {method!r}")
     return method
+
+
+def _schedule(r: RLike | None, macs: float | None, speedup: float | None) -> Schedule:
+    given = {"r": r, "macs": macs, "speedup": speedup}
+    if len(names := [name for name, value in given.items() if value is not None]) > 1:
+        raise TypeError(f"give one of r, macs and speedup, got {' and '.join(names)}")
+    if macs is not None or speedup is not None:
+        return parse_target(names[0], given[names[0]])
+    return parse_schedule(16 if r is None else r)
+
+
+def _multiple(value: object) -> int:
+    if (multiple := as_int(value)) is None:
+        raise TypeError(f"multiple_of: expected an int, got {value!r}")
+    if multiple < 1:
+        raise ValueError(f"multiple_of: expected 1 or more, got {multiple}")
+    return multiple
 
 
 def _flag(name: str, value: object) -> bool:

@@ -36,6 +36,16 @@ def node_macs(node: fx.Node) -> int:
     return 0 if count is None or node.op != "call_function" else count(node)
 
 
+def macs_by_name(captured: CanonicalGraph) -> dict[str, int]:
+    """Multiply-accumulates of each node per image; what no output reads costs nothing."""
+    batch, read = batch_of(captured), set(captured.graph.output_node().all_input_nodes)
+    macs = {}
+    for node in reversed(captured.graph.nodes):
+        macs[node.name] = node_macs(node) // batch if node in read else 0
+        read.update(node.all_input_nodes if node in read else ())
+    return macs
+
+
 def is_overhead(node: fx.Node) -> bool:
     """Is the node one of the pass's own?"""
     return getattr(node.target, "namespace", None) == "tome"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+import bisect
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,9 +14,12 @@ from tomepass.attention import find_attentions
 from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.config import ToMe
+from tomepass.costs import stream_costs
+from tomepass.counts import StreamPlan, plan_counts
+from tomepass.errors import TomeError
+from tomepass.macs import macs_by_name
 from tomepass.origins import input_dependent, trace_origins
 from tomepass.outcomes import Attended, Carried, Layout, Masked, Positional, Side
-from tomepass.schedule import capped
 from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
 from tomepass.tokens import TokenFlow, attends, follow_tokens
 from tomepass.writes import hidden_write
@@ -26,39 +31,6 @@ _TEXT = (
     "merged"
 )
 _TEXT_ADVICE = "apply tomepass to the text model by itself to merge it too"
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What one block does: ``tokens_out = tokens_in - r``."""
-
-    index: int
-    tokens_in: int
-    r: int
-
-    @property
-    def tokens_out(self) -> int:
-        """Tokens left after the block's merge."""
-        return self.tokens_in - self.r
-
-
-@dataclass(frozen=True)
-class StreamPlan:
-    """What one residual stream does.
-
-    Args:
-        tokens: tokens entering it.
-        protected: positions that never merge.
-        blocks: one entry a block.
-    """
-
-    tokens: int
-    protected: tuple[int, ...]
-    blocks: tuple[BlockPlan, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON types."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -109,6 +81,7 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
 
     Raises:
         ValueError: if the method lists more counts than a stream has blocks.
+        TomeError: if it names a share of the multiply-accumulates that cannot be reached.
     """
     if (write := hidden_write(captured.graph, captured.data)) is not None:
         reason = (
@@ -140,6 +113,8 @@ def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
     for text in _texts_beside(captured, planned, structure.ancestry):
         planned.remove(text)
         mismatches.append(Mismatch.at(text.stream.entry, _TEXT, advice=_TEXT_ADVICE))
+    if method.schedule.macs is not None:
+        planned = _to_target(captured, planned, method)
     for attention, mismatch in structure.others.items():
         # What an attention outside a stream reads of it, the token analysis deals with.
         read = any(structure.ancestry.depends(attention, p.stream.entry) for p in planned)
@@ -197,7 +172,10 @@ def _plan_stream(
     padding = _padding(stream, flow)
     if isinstance(padding, Mismatch):
         return padding
-    plan = _schedule(len(layout.positions), protected, method.counts(len(stream.blocks)))
+    solved_later = method.schedule.macs is not None
+    blocks = len(stream.blocks)
+    counts = (0,) * blocks if solved_later else method.counts(blocks)
+    plan = plan_counts(len(layout.positions), protected, counts, method.multiple_of)
     return PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
 
 
@@ -332,13 +310,48 @@ def _check_block(
     return None
 
 
-def _schedule(tokens: int, protected: tuple[int, ...], counts: tuple[int, ...]) -> StreamPlan:
-    blocks = []
-    current, held = tokens, protected
-    for index, asked in enumerate(counts):
-        r = capped(asked, current, held)
-        blocks.append(BlockPlan(index, current, r))
-        if r:
-            current -= r
-            held = tuple(range(len(protected)))
-    return StreamPlan(tokens, protected, tuple(blocks))
+def _to_target(
+    captured: CanonicalGraph, planned: list[PlannedStream], method: ToMe
+) -> list[PlannedStream]:
+    """The streams with the fewest merges that reach the method's share of the MACs.
+
+    A step is one token more in one block: first the blocks at the front, so that the counts of two
+    blocks never differ by more than one.
+
+    Raises:
+        TomeError: if merging half of the tokens in every block is not enough.
+    """
+    share = method.schedule.macs
+    assert share is not None
+    if not planned:
+        return planned
+    macs = macs_by_name(captured)
+    total = sum(macs.values())
+    costs = [stream_costs(captured, p, macs) for p in planned]
+    depth = max(len(p.stream.blocks) for p in planned)
+
+    def plans(step: int) -> list[StreamPlan]:
+        counts = [step // depth + (i < step % depth) for i in range(depth)]
+        return [
+            plan_counts(
+                p.plan.tokens,
+                p.plan.protected,
+                tuple(counts[: len(p.stream.blocks)]),
+                method.multiple_of,
+            )
+            for p in planned
+        ]
+
+    def left(step: int) -> float:
+        saved = sum(c.saved(plan) for c, plan in zip(costs, plans(step), strict=True))
+        return (total - saved) / total
+
+    most = depth * max(p.plan.tokens for p in planned)
+    if left(most) > share:
+        raise TomeError(
+            f"{method.schedule!r} cannot be reached: merging half of the tokens in every block "
+            f"leaves {left(most):.3f} of the {total:,} multiply-accumulates",
+            advice=f"ask for macs={math.ceil(left(most) * 1000) / 1000} or more",
+        )
+    step = bisect.bisect_left(range(most + 1), -share, key=lambda s: -left(s))
+    return [replace(p, plan=plan) for p, plan in zip(planned, plans(step), strict=True)]

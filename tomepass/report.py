@@ -12,7 +12,7 @@ from torch import fx
 from tomepass.capture import CanonicalGraph, describe_inputs, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
-from tomepass.macs import batch_of, is_overhead, node_macs
+from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
 from tomepass.outcomes import Attended, Averaged, Contracted, Taken
 from tomepass.planning import Planned, PlannedStream
 from tomepass.rewrite import Rewritten
@@ -150,7 +150,7 @@ def make_report(
         reason = (refused.reason, refused.block, refused.node, refused.source, refused.advice)
         mismatches.insert(0, Mismatch(*reason))
     batch = batch_of(captured)
-    before = {n.name: node_macs(n) // batch for n in captured.graph.nodes}
+    before = macs_by_name(captured)
     original = merged = sum(before.values())
     overhead = 0
     streams: tuple[StreamReport, ...] = ()

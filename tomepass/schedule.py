@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
+
+_TARGETS = ("macs", "speedup")
 
 
 @dataclass(frozen=True)
@@ -13,16 +16,26 @@ class Schedule:
     """A normalised ``r``: ``[13, 0]`` and ``(13, 0)`` stay different things.
 
     Args:
-        kind: ``"constant"`` (one int), ``"list"`` (a count a block) or ``"linear"``
-            (``(r, inflection)``).
-        values: the int, the list, or the pair, as a tuple.
+        kind: ``"constant"`` (one int), ``"list"`` (a count a block), ``"linear"``
+            (``(r, inflection)``), or a target that the counts are solved for: ``"macs"`` (what is
+            left of the unmerged multiply-accumulates) or ``"speedup"`` (its inverse).
+        values: the int, the list, the pair, or the target, as a tuple.
     """
 
-    kind: Literal["constant", "list", "linear"]
+    kind: Literal["constant", "list", "linear", "macs", "speedup"]
     values: tuple[int | float, ...]
 
+    @property
+    def macs(self) -> float | None:
+        """The share of the unmerged multiply-accumulates to keep; None where counts are given."""
+        if self.kind not in _TARGETS:
+            return None
+        return self.values[0] if self.kind == "macs" else 1.0 / self.values[0]
+
     def to_json(self) -> Any:
-        """An int, a list of ints, or ``{"r": r, "inflection": i}``."""
+        """An int, a list of ints, ``{"r": r, "inflection": i}``, or ``{"macs": share}``."""
+        if self.kind in _TARGETS:
+            return {self.kind: self.values[0]}
         if self.kind == "constant":
             return self.values[0]
         if self.kind == "list":
@@ -33,12 +46,16 @@ class Schedule:
     def from_json(data: Any) -> Schedule:
         """Reads what :meth:`to_json` wrote."""
         if isinstance(data, dict):
+            if len(data) == 1 and (kind := next(iter(data))) in _TARGETS:
+                return parse_target(kind, data[kind])
             if set(data) != {"r", "inflection"}:
                 raise ValueError(f"expected r as {{r, inflection}}, got {data!r}")
             return parse_schedule((data["r"], data["inflection"]))
         return parse_schedule(data)
 
     def __repr__(self) -> str:
+        if self.kind in _TARGETS:
+            return f"{self.kind}={self.values[0]}"
         if self.kind == "constant":
             return f"r={self.values[0]}"
         return f"r={list(self.values) if self.kind == 'list' else self.values}"
@@ -65,6 +82,23 @@ def parse_schedule(r: Any) -> Schedule:
     return Schedule("constant", (_count(r),))
 
 
+def parse_target(kind: str, value: Any) -> Schedule:
+    """A target instead of counts: ``("macs", 0.6)`` or ``("speedup", 1.5)``.
+
+    Raises:
+        TypeError: if the value is not a number.
+        ValueError: if ``macs`` lies outside (0, 1], or ``speedup`` is below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{kind}: expected a number, got {value!r}")
+    target = float(value)
+    if kind == "macs" and not 0 < target <= 1:
+        raise ValueError(f"macs is the share to keep, above 0 and at most 1, got {value}")
+    if kind == "speedup" and not 1 <= target < math.inf:
+        raise ValueError(f"speedup: expected 1 or more, got {value}")
+    return Schedule(kind, (target,))  # type: ignore[arg-type]
+
+
 def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     """Counts asked for in each block, before the cap (ToMe paper, section 4.1 and appendix).
 
@@ -72,8 +106,11 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     the blocks, each truncated.
 
     Raises:
-        ValueError: if a list is longer than ``blocks``.
+        ValueError: if a list is longer than ``blocks``, or the schedule is a target, whose counts
+            depend on the model.
     """
+    if schedule.kind in _TARGETS:
+        raise ValueError(f"{schedule!r} becomes counts only for a model: see explain()")
     if schedule.kind == "constant":
         return (int(schedule.values[0]),) * blocks
     if schedule.kind == "list":

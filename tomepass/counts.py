@@ -1,0 +1,66 @@
+"""What each block of a stream merges: plain integers, worked out before a graph is touched."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tomepass.schedule import capped
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What one block does: ``tokens_out = tokens_in - r``."""
+
+    index: int
+    tokens_in: int
+    r: int
+
+    @property
+    def tokens_out(self) -> int:
+        """Tokens left after the block's merge."""
+        return self.tokens_in - self.r
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What one residual stream does.
+
+    Args:
+        tokens: tokens entering it.
+        protected: positions that never merge.
+        blocks: one entry a block.
+    """
+
+    tokens: int
+    protected: tuple[int, ...]
+    blocks: tuple[BlockPlan, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self)
+
+
+def plan_counts(
+    tokens: int, protected: tuple[int, ...], counts: tuple[int, ...], multiple_of: int = 1
+) -> StreamPlan:
+    """What is really merged in each block: no more than half, rounded if that is asked for.
+
+    Rounded, no block has more tokens than it would have had.
+    """
+    blocks = []
+    current = exact = tokens
+    for index, asked in enumerate(counts):
+        exact -= capped(asked, exact, _held(exact, tokens, protected))
+        goal = exact
+        if exact < tokens and exact >= multiple_of:
+            goal -= exact % multiple_of
+        r = capped(max(current - goal, 0), current, _held(current, tokens, protected))
+        blocks.append(BlockPlan(index, current, r))
+        current -= r
+    return StreamPlan(tokens, protected, tuple(blocks))
+
+
+def _held(current: int, tokens: int, protected: tuple[int, ...]) -> tuple[int, ...]:
+    """Where the protected tokens stand: first, once anything has merged."""
+    return protected if current == tokens else tuple(range(len(protected)))
