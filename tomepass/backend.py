@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from tomepass.attention import has_attention
+from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
@@ -149,6 +150,7 @@ class TomeBackend(_Settings):
             except TomeError as error:
                 refused = error
         if rewritten is not None:
+            take_fastest_attention(rewritten.module, captured.fake_mode)
             return rewritten.module
         report = make_report("the compiled graph", captured, planned, None, refused)
         if self.on_unmatched == "raise":

@@ -6,13 +6,14 @@ import functools
 import inspect
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
 from tomepass.config import RLike, ToMe, resolve_method
 from tomepass.errors import TomeError
@@ -349,6 +350,9 @@ def _analyse(model: nn.Module, method: ToMe, call: dict[str, Any], outputs: Outp
         except TomeError as error:
             refused = error
     report = make_report(type(model).__name__, capture.graph, planned, rewritten, refused)
+    if rewritten is not None:
+        paths = take_fastest_attention(rewritten.module, capture.graph.fake_mode)
+        report = replace(report, paths=paths)
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_output(rewritten.module, rewritten.source)

@@ -73,6 +73,7 @@ class Report:
         macs_original: multiply-accumulates per image as captured.
         macs: the same after merging, without the pass's own operators.
         macs_overhead: matching and merging.
+        paths: how proportional attention is computed on the device it was read with.
     """
 
     model: str
@@ -84,6 +85,7 @@ class Report:
     macs_original: int
     macs: int
     macs_overhead: int
+    paths: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

@@ -63,6 +63,7 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
         ("unmerged", [_reason(m) for m in report.unmerged]),
         ("refused", [_reason(m, blocks) for m, blocks in _alike(report.refused)]),
         ("MACs", _costs(report)),
+        ("paths", list(report.paths)),
         ("inputs", [report.inputs]),
         ("versions", [_versions()]),
     )

@@ -1,0 +1,74 @@
+"""Proportional attention on the fastest exact path of a device: which, where and why.
+
+| device, dtype | path | why |
+|---|---|---|
+| CPU with AMX, bfloat16 | log(size) as a bias, keys padded to a multiple of 16 | tiles of 16 |
+| all others | log(size) as a bias | the bias costs the fused kernels next to nothing |
+
+Padded keys get the lowest bias there is: after the softmax they weigh exactly nothing. The figures
+behind the table, and the paths that lost, are in docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tomepass.attention import FUSED
+from tomepass.axis import argument
+from tomepass.macs import is_overhead
+
+aten = torch.ops.aten
+
+_TILE = 16
+
+
+def padded_to(device: torch.device, dtype: torch.dtype) -> int:
+    """The multiple of keys that fused attention is fastest with; 1 where any number will do."""
+    tiles = device.type == "cpu" and dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    return _TILE if tiles else 1
+
+
+def take_fastest_attention(module: fx.GraphModule, fake_mode: FakeTensorMode) -> tuple[str, ...]:
+    """Puts every proportional attention of a rewritten graph on the fastest path, in place.
+
+    Returns:
+        a line on each path that was taken.
+    """
+    taken: dict[str, int] = {}
+    for node in module.graph.find_nodes(op="call_function", target=FUSED):
+        bias = argument(node, 3, "attn_mask")
+        if bias is None or not any(map(is_overhead, (bias, *bias.all_input_nodes))):
+            continue
+        keys: Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
+        multiple = padded_to(keys.device, keys.dtype)
+        how = "log(size) as a bias"
+        if multiple > 1:
+            how += f", keys padded to a multiple of {multiple}"
+            _pad(node, bias, -int(keys.shape[-2]) % multiple, fake_mode)
+        taken[how] = taken.get(how, 0) + 1
+    module.recompile()
+    return tuple(f"{count} attentions: {how}" for how, count in taken.items())
+
+
+def _pad(node: fx.Node, bias: fx.Node, missing: int, fake_mode: FakeTensorMode) -> None:
+    if not missing:
+        return
+    lowest = torch.finfo(bias.meta["val"].dtype).min
+    args = list(node.args)
+    args += [None] * (4 - len(args))
+    with node.graph.inserting_before(node), fake_mode:
+        for place, edges, value in (
+            (1, [0, 0, 0, missing], 0.0),
+            (2, [0, 0, 0, missing], 0.0),
+            (3, [0, missing], lowest),
+        ):
+            operand = bias if place == 3 else node.args[place]
+            padded = node.graph.call_function(aten.constant_pad_nd.default, (operand, edges, value))
+            padded.meta = {k: node.meta[k] for k in ("stack_trace",) if k in node.meta}
+            held: Tensor = operand.meta["val"]
+            padded.meta["val"] = aten.constant_pad_nd.default(held, edges, value)
+            args[place] = padded
+    node.args = tuple(args)
+    node.kwargs = {name: a for name, a in node.kwargs.items() if name != "attn_mask"}
