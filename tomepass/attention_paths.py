@@ -11,6 +11,8 @@ behind the table, and the paths that lost, are in docs/benchmarks.md.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -41,7 +43,7 @@ def take_fastest_attention(module: fx.GraphModule, fake_mode: FakeTensorMode) ->
         bias = argument(node, 3, "attn_mask")
         if bias is None or not any(map(is_overhead, (bias, *bias.all_input_nodes))):
             continue
-        keys: Tensor = node.args[1].meta["val"]  # type: ignore[union-attr]
+        keys: Tensor = node.args[1].meta["val"]
         multiple = padded_to(keys.device, keys.dtype)
         how = "log(size) as a bias"
         if multiple > 1:
@@ -56,19 +58,17 @@ def _pad(node: fx.Node, bias: fx.Node, missing: int, fake_mode: FakeTensorMode) 
     if not missing:
         return
     lowest = torch.finfo(bias.meta["val"].dtype).min
-    args = list(node.args)
-    args += [None] * (4 - len(args))
+    args: list[Any] = [*node.args, *[None] * (4 - len(node.args))]
     with node.graph.inserting_before(node), fake_mode:
         for place, edges, value in (
             (1, [0, 0, 0, missing], 0.0),
             (2, [0, 0, 0, missing], 0.0),
             (3, [0, missing], lowest),
         ):
-            operand = bias if place == 3 else node.args[place]
+            operand: fx.Node = bias if place == 3 else args[place]
             padded = node.graph.call_function(aten.constant_pad_nd.default, (operand, edges, value))
             padded.meta = {k: node.meta[k] for k in ("stack_trace",) if k in node.meta}
-            held: Tensor = operand.meta["val"]
-            padded.meta["val"] = aten.constant_pad_nd.default(held, edges, value)
+            padded.meta["val"] = aten.constant_pad_nd.default(operand.meta["val"], edges, value)
             args[place] = padded
     node.args = tuple(args)
     node.kwargs = {name: a for name, a in node.kwargs.items() if name != "attn_mask"}

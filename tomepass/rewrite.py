@@ -21,6 +21,7 @@ from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, ta
 from tomepass.capture import CanonicalGraph, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
+from tomepass.macs import is_overhead
 from tomepass.merges import Merges
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
@@ -541,6 +542,8 @@ class _Sweep:
         for name in ("stack_trace", "nn_module_stack"):
             if name in like.meta:
                 node.meta[name] = like.meta[name]
+        if is_overhead(node):  # compilers name their kernels after it
+            node.meta["source_fn_stack"] = [(node.name, f"tome_{target._opname}")]
         self._execute(node)
         return node
 
