@@ -1,0 +1,23 @@
+"""Every benchmark behind one front: ``python -m benchmarks NAME --help``."""
+
+from __future__ import annotations
+
+import typer
+
+from benchmarks import breakdown, capture_time, kernels, scaling, throughput
+from tomepass.options import MultiValueCommand
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Measure tomepass on this machine; the unmerged compiled model is always in the same run.",
+)
+app.command("throughput", cls=MultiValueCommand)(throughput.main)
+app.command("breakdown")(breakdown.main)
+app.command("scaling", cls=MultiValueCommand)(scaling.main)
+app.command("kernels", cls=MultiValueCommand)(kernels.main)
+app.command("capture-time")(capture_time.main)
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,164 @@
+"""Where the time of a compiled ViT goes, unmerged and merged: operator by operator, block by block.
+
+    python -m benchmarks breakdown --r 16 --batch 16 --dtype bf16
+
+Inductor's kernels are named after the operators in them; a kernel that both matches and does
+something else (pads keys, say) counts as matching. Freezing is on. The profiler costs both forms
+some time: take the shares, and the speed-up from ``python -m benchmarks throughput``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from torch import nn
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from benchmarks.throughput import SIZES, make_model
+from tomepass import ToMe, TomeBackend
+from tomepass.benchmarking import environment
+from tomepass.loading import parse_dtype
+from tomepass.options import parse_r
+from tomepass.tables import table
+
+KINDS = ("linear", "attention", "matching", "merging", "glue", "launching")
+LINEARS_A_BLOCK = 6  # query, key, value, output, and two of the MLP
+FORMS = ("unmerged", "merged")
+
+Times = dict[tuple[int, str], float]
+"""Milliseconds of one call by block and kind; block -1 is all that no block holds."""
+
+
+def main(
+    model: Annotated[str, typer.Option(help=f"{', '.join(SIZES)}.")] = "vit_base",
+    r: Annotated[str, typer.Option(help="Tokens merged a block.")] = "16",
+    multiple_of: Annotated[int, typer.Option(help="Round token counts down to these.")] = 1,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 16,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
+    calls: Annotated[int, typer.Option(min=1, help="Calls of each form.")] = 15,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write a Markdown table here.")] = None,
+) -> None:
+    """Profile both forms and print milliseconds a call, by kind and by block."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    width, depth, _ = SIZES[model]
+    subject = make_model(model).to(parse_dtype(dtype))
+    pixels = torch.randn(batch, 3, 224, 224).to(parse_dtype(dtype))
+    method = ToMe(parse_r(r), multiple_of=multiple_of)
+    times = profiled(subject, pixels, method, calls, width)
+    title = f"{model}, {method!r}, batch {batch}, {dtype}: milliseconds a call"
+    shown = table(title, "block", *(f"{kind}" for kind in KINDS), "in all")
+    rows = list(_rows(times, depth))
+    for row in rows:
+        shown.add_row(*row)
+    console = Console()
+    console.print(shown)
+    where = environment()
+    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    if out is not None:
+        out.write_text(_markdown(rows))
+
+
+def profiled(
+    model: nn.Module, pixels: torch.Tensor, method: ToMe, calls: int, width: int
+) -> dict[str, Times]:
+    """Medians over the calls of both forms, one form after the other."""
+    forms: dict[str, Any] = dict(zip(FORMS, ("inductor", TomeBackend(method)), strict=True))
+    found = {}
+    with torch.no_grad(), named_kernels():
+        for name, backend in forms.items():
+            torch.compiler.reset()
+            run: Any = torch.compile(model, backend=backend)
+            for _ in range(3):
+                run(pixels)
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+                for _ in range(calls):
+                    with record_function("one call"):
+                        run(pixels)
+            found[name] = _medians(list(_calls(recorded, width)))
+    return found
+
+
+@contextlib.contextmanager
+def named_kernels() -> Iterator[None]:
+    """Inductor with freezing, whose kernels the profiler sees under their operators' names."""
+    import torch._inductor.config as config
+
+    names = {"cpp.enable_kernel_profile": True, "cpp.descriptive_names": "torch"}
+    with config.patch({"freezing": True, **names}):
+        yield
+
+
+def _calls(recorded: profile, width: int) -> Iterator[Times]:
+    seen: Any = recorded.events()  # type: ignore[no-untyped-call]
+    events = sorted(seen or (), key=lambda event: event.time_range.start)
+    for call in (event for event in events if event.name == "one call"):
+        span = call.time_range
+        times: Times = defaultdict(float)
+        linears, spent = 0, 0.0
+        for event in events:
+            inside = span.start <= event.time_range.start < span.end
+            kind = _kind(event, width) if inside else None
+            if kind is None:
+                continue
+            block = -1 if kind == "embedding" else linears // LINEARS_A_BLOCK
+            linears += kind == "linear"
+            milliseconds = event.self_cpu_time_total / 1000
+            spent += milliseconds
+            times[block, "glue" if kind == "embedding" else kind] += milliseconds
+        times[-1, "launching"] += (span.end - span.start) / 1000 - spent
+        yield times
+
+
+def _kind(event: Any, width: int) -> str | None:
+    """What an event of the profiler is about; None for one that is about nothing of ours."""
+    name = event.name
+    if "cpp_fused" in name:
+        if "tome_match" in name:
+            return "matching"
+        if "tome_merge" in name or "tome_compose" in name:
+            return "merging"
+        return "attention" if "tome_log_size" in name else "glue"
+    if "linear" in name or name in ("aten::addmm", "aten::mm"):
+        return "linear"
+    if "scaled_dot_product" in name:
+        return "attention"
+    if name == "aten::bmm":
+        return "merging" if event.input_shapes[1][-1] == width else "matching"
+    if name == "aten::cumsum":
+        return "matching"
+    return "embedding" if "convolution" in name else None
+
+
+def _medians(samples: list[Times]) -> Times:
+    places = {place for times in samples for place in times}
+    return {place: median(times.get(place, 0.0) for times in samples) for place in places}
+
+
+def _rows(times: dict[str, Times], depth: int) -> Iterator[tuple[str, ...]]:
+    """For each form all blocks in one line, then the merged form block by block."""
+    for form in FORMS:
+        kinds = [sum(v for (_, k), v in times[form].items() if k == kind) for kind in KINDS]
+        yield (form, *(f"{ms:.1f}" for ms in kinds), f"{sum(kinds):.1f}")
+    for block in range(depth):
+        kinds = [times["merged"].get((block, kind), 0.0) for kind in KINDS[:-1]]
+        yield (f"merged, {block}", *(f"{ms:.2f}" for ms in kinds), "", f"{sum(kinds):.2f}")
+
+
+def _markdown(rows: list[tuple[str, ...]]) -> str:
+    head = ("block", *KINDS, "in all")
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+if __name__ == "__main__":
+    typer.run(main)

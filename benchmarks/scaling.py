@@ -1,0 +1,81 @@
+"""From 197 tokens to 4097: the same ViT at larger images, the same share of tokens merged a block.
+
+    python -m benchmarks scaling --sizes 224 384 512
+
+Positions are drawn for each size; speed does not depend on them. Longer sequences spend more of
+their time in attention, which falls with the square of the tokens: merging gains more there.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from transformers import ViTConfig, ViTForImageClassification
+
+from benchmarks.throughput import SIZES
+from tomepass import ToMe
+from tomepass.benchmarking import Measurement, environment, measure
+from tomepass.loading import parse_dtype
+from tomepass.options import MultiValueCommand
+from tomepass.tables import table
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command(cls=MultiValueCommand)
+def main(
+    model: Annotated[str, typer.Option(help=f"{', '.join(SIZES)}.")] = "vit_base",
+    sizes: Annotated[list[int] | None, typer.Option(help="Pixels a side.")] = None,
+    share: Annotated[float, typer.Option(help="Of the tokens, merged in each block.")] = 0.08,
+    images: Annotated[int, typer.Option(min=1, help="A call at 224 pixels; fewer above.")] = 8,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 6,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
+) -> None:
+    """Print speed-up and peak memory, merged against unmerged, at each size."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    title = f"{model}, {dtype}, {share:.0%} of the tokens a block, inductor with freezing"
+    shown = table(title, "tokens", "batch", "r", "speed-up", "ideal", "peak MB")
+    for pixels in sizes or (224, 384, 512, 1024):
+        tokens = (pixels // 16) ** 2 + 1
+        batch = max(1, images * 197 // tokens)
+        found = _measured(model, pixels, round(share * tokens), batch, dtype, rounds)
+        shown.add_row(str(tokens), str(batch), found.settings.method_label, *_figures(found))
+    console = Console()
+    console.print(shown)
+    where = environment()
+    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+
+
+def _measured(name: str, pixels: int, r: int, batch: int, dtype: str, rounds: int) -> Measurement:
+    torch.manual_seed(0)
+    width, blocks, heads = SIZES[name]
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=pixels,
+    )
+    model = ViTForImageClassification(config).eval().to(parse_dtype(dtype))
+    inputs = torch.randn(batch, 3, pixels, pixels).to(parse_dtype(dtype))
+    freezing = {"freezing": True}
+    return measure(model, inputs, ToMe(r), inner_options=freezing, rounds=rounds, label=name)
+
+
+def _figures(found: Measurement) -> tuple[str, str, str]:
+    ratio = found.ratio
+    peaks = (found.original.peak_bytes / 1e6, found.merged.peak_bytes / 1e6)
+    return (
+        f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})",
+        f"{found.ratio_ideal:.2f}x",
+        f"{peaks[0]:.1f} -> {peaks[1]:.1f}",
+    )
+
+
+if __name__ == "__main__":
+    app()
