@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tomepass.equivalence import CheckReport, check
     from tomepass.errors import TomeError
     from tomepass.module import MergedModel, apply, explain
+    from tomepass.plans import Plan, plan
     from tomepass.report import Report
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckReport",
     "MergedModel",
+    "Plan",
     "Report",
     "ToMe",
     "TomeBackend",
@@ -30,12 +32,14 @@ __all__ = [
     "apply",
     "check",
     "explain",
+    "plan",
     "tome_backend",
 ]
 
 _HOME = {
     "CheckReport": "equivalence",
     "MergedModel": "module",
+    "Plan": "plans",
     "Report": "report",
     "ToMe": "config",
     "TomeBackend": "backend",
@@ -43,6 +47,7 @@ _HOME = {
     "apply": "module",
     "check": "equivalence",
     "explain": "module",
+    "plan": "plans",
     "tome_backend": "backend",
 }
 

@@ -1,0 +1,276 @@
+"""Plans chosen by measuring: which schedule is fastest here, or that merging does not pay."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from tomepass.attention_paths import padded_to
+from tomepass.benchmarking import Measurement, environment, measure, steps
+from tomepass.config import RLike, ToMe, method_from_dict
+from tomepass.errors import TomeError
+from tomepass.module import MergedModel, explain
+
+if TYPE_CHECKING:
+    from tomepass.backend import Inner
+
+_ATTEMPTS = 4
+# A goal missed by rounding alone would be tried again with the same counts.
+_MARGIN = 1.01
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One schedule that was measured.
+
+    Args:
+        method: with counts a block, as they were merged.
+        macs: the share of the unmerged multiply-accumulates that is left.
+        speedup: unmerged time over merged time, the median of the rounds.
+        least: of the rounds.
+        greatest: of the rounds.
+    """
+
+    method: ToMe
+    macs: float
+    speedup: float
+    least: float
+    greatest: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What :func:`plan` found: ``tomepass.apply(model, plan.method)`` carries it out.
+
+    Args:
+        method: the fastest of what was tried; ``ToMe(r=0)`` where merging does not pay.
+        speedup: as measured; 1 where nothing is merged.
+        why: in words.
+        tried: all that was measured, in order.
+        inner: the backend that compiled both forms.
+        environment: versions, processor, threads.
+    """
+
+    method: ToMe
+    speedup: float
+    why: str
+    tried: tuple[Tried, ...]
+    inner: str
+    environment: tuple[tuple[str, Any], ...]
+
+    @property
+    def merges(self) -> bool:
+        """Does merging pay here?"""
+        return self.method != ToMe(0)
+
+    def to_json(self) -> str:
+        """One JSON object; :meth:`from_json` reads it back."""
+        data = asdict(self) | {"environment": dict(self.environment)}
+        data["method"] = self.method.to_dict()
+        data["tried"] = [asdict(t) | {"method": t.method.to_dict()} for t in self.tried]
+        return json.dumps(data, indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Plan:
+        """The plan that :meth:`to_json` wrote.
+
+        Raises:
+            TomeError: if it is not a plan.
+        """
+        try:
+            data = json.loads(text)
+            tried = [Tried(**{**t, "method": method_from_dict(t["method"])}) for t in data["tried"]]
+            method = method_from_dict(data["method"])
+            where = tuple(sorted(data["environment"].items()))
+            return Plan(**{**data, "method": method, "tried": tuple(tried), "environment": where})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise TomeError(
+                f"this is no plan: {error}", advice="Plan.save() writes what Plan.load() reads"
+            ) from error
+
+    def save(self, path: str | Path) -> None:
+        """Writes the plan to a JSON file."""
+        Path(path).write_text(self.to_json() + "\n")
+
+    @staticmethod
+    def load(path: str | Path) -> Plan:
+        """The plan in a JSON file."""
+        return Plan.from_json(Path(path).read_text())
+
+    def __str__(self) -> str:
+        lines = [f"{self.method!r}: {self.why}"]
+        for t in self.tried:
+            spread = f"{t.speedup:.2f}x ({t.least:.2f}-{t.greatest:.2f})"
+            lines.append(f"  {spread} with {t.macs:.0%} of the MACs: {t.method!r}")
+        return "\n".join(lines)
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    r: RLike | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
+    inner: Inner = "inductor",
+    inner_options: Mapping[str, Any] | None = None,
+    rounds: int = 5,
+    progress: bool = True,
+) -> Plan:
+    """Measures a few schedules on this machine, merged against unmerged, both compiled alike.
+
+    With ``r`` or ``macs`` it tries that schedule and others of equal or fewer multiply-accumulates
+    (counts rounded for matrix units; twice as many tokens in every second block) and returns the
+    fastest. With ``speedup`` it merges more, step by step, until so much is measured, and returns
+    the gentlest that reached it. Where nothing is faster than the unmerged model it says so:
+    ``ToMe(r=0)``.
+
+    Args:
+        model: in eval mode, on the device to plan for; or an applied one.
+        inputs: as they will come: batch, resolution and dtype all count.
+        r: as in :class:`ToMe`; 16 if none of the three is given.
+        macs: the share of the unmerged multiply-accumulates to keep at most.
+        speedup: what to reach, measured.
+        inner: the backend that compiles both forms.
+        inner_options: its options, for example ``{"freezing": True}``.
+        rounds: interleaved samples of each form, for each schedule.
+        progress: show a bar on standard error.
+
+    Raises:
+        TomeError: if the model cannot be merged.
+        TypeError, ValueError: on a wrong target, or more than one.
+    """
+    asked = ToMe(r, macs=macs, speedup=speedup)
+    if isinstance(model, MergedModel):
+        model = model.original
+
+    with _Bar(progress, rounds) as bar:
+
+        def attempt(method: ToMe) -> Tried:
+            found = measure(
+                model,
+                inputs,
+                method,
+                inner=inner,
+                inner_options=inner_options,
+                rounds=rounds,
+                progress=bar.saying(repr(method)),
+            )
+            return _tried(found)
+
+        counted = _counted(model, inputs)
+        if asked.schedule.kind == "speedup":
+            goal, multiple = asked.schedule.values[0], _multiple(model, inputs)
+            tried = _until_reached(goal, multiple, attempt, counted)
+        else:
+            tried = tuple(attempt(method) for method in _alternatives(asked, counted))
+    return _chosen(asked, tried, inner)
+
+
+def _counted(model: nn.Module, inputs: Any) -> Callable[[ToMe], ToMe]:
+    """A method with the counts a model gets, where it has one stream."""
+
+    def counted(method: ToMe) -> ToMe:
+        report = explain(model, method, example_inputs=inputs)
+        if not report.ok:
+            raise report.refusal()
+        if len(report.streams) > 1:
+            return method
+        return method.replace(r=[block.r for block in report.blocks], multiple_of=1)
+
+    return counted
+
+
+def _alternatives(asked: ToMe, counted: Callable[[ToMe], ToMe]) -> list[ToMe]:
+    """The schedule asked for, and others that leave no more tokens after any second block."""
+    first = counted(asked)
+    found = [first]
+    for multiple in (8, 16):
+        found.append(counted(asked.replace(multiple_of=multiple)))
+    if first.schedule.kind == "list":
+        counts = [int(count) for count in first.schedule.values]
+        pairs = [sum(counts[i : i + 2]) for i in range(0, len(counts), 2)]
+        spread = [count for pair in pairs for count in (pair, 0)][: len(counts)]
+        found.append(counted(first.replace(r=spread)))
+    return list(dict.fromkeys(found))
+
+
+def _until_reached(
+    goal: float,
+    multiple_of: int,
+    attempt: Callable[[ToMe], Tried],
+    counted: Callable[[ToMe], ToMe],
+) -> tuple[Tried, ...]:
+    """Merges more until the goal is measured: what is missing now is asked for next."""
+    tried: list[Tried] = []
+    ideal = goal
+    for _ in range(_ATTEMPTS):
+        try:
+            method = counted(ToMe(speedup=ideal, multiple_of=multiple_of))
+        except TomeError:
+            if not tried:
+                raise
+            break
+        tried.append(attempt(method))
+        if tried[-1].speedup >= goal:
+            break
+        ideal *= max(goal / tried[-1].speedup, 1.0) * _MARGIN
+    return tuple(tried)
+
+
+def _chosen(asked: ToMe, tried: tuple[Tried, ...], inner: Inner) -> Plan:
+    best = max(tried, key=lambda t: t.speedup)
+    where = tuple(sorted(environment().items()))
+    name = inner if isinstance(inner, str) else getattr(inner, "__name__", "callable")
+    if best.speedup <= 1.0:
+        why = f"do not merge: the fastest of {len(tried)} schedules ran at {best.speedup:.2f}x"
+        return Plan(ToMe(0), 1.0, why, tried, name, where)
+    why = f"{best.speedup:.2f}x measured, {1 / best.macs:.2f}x by the arithmetic"
+    if asked.schedule.kind == "speedup" and best.speedup < (goal := asked.schedule.values[0]):
+        why += f"; {goal:g}x was asked for and not reached"
+    return Plan(best.method, best.speedup, why, tried, name, where)
+
+
+def _tried(found: Measurement) -> Tried:
+    ratio = found.ratio
+    method = found.settings.method
+    return Tried(method, 1 / found.ratio_ideal, ratio.median, ratio.low, ratio.high)
+
+
+def _multiple(model: nn.Module, inputs: Any) -> int:
+    """The multiple of tokens that the model's attention is fastest with."""
+    tensors = (v for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor))
+    state = next(model.parameters(), None)
+    leaf = state if state is not None else next(tensors)
+    return padded_to(leaf.device, leaf.dtype)
+
+
+class _Bar:
+    """A progress bar on standard error, or nothing."""
+
+    def __init__(self, shown: bool, rounds: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._steps = steps(rounds)
+
+    def __enter__(self) -> _Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def saying(self, what: str) -> Callable[[str], None]:
+        """What :func:`measure` calls at each step of one schedule."""
+        task = self._bar.add_task(what, total=self._steps)
+        return lambda step: self._bar.update(task, description=f"{what}: {step}", advance=1)
