@@ -29,7 +29,7 @@ from tomepass.loading import parse_dtype
 from tomepass.options import parse_r
 from tomepass.tables import table
 
-KINDS = ("linear", "attention", "matching", "merging", "glue", "launching")
+KINDS = ("linear", "attention", "matching", "merging", "glue", "rest")
 LINEARS_A_BLOCK = 6  # query, key, value, output, and two of the MLP
 FORMS = ("unmerged", "merged")
 
@@ -56,7 +56,7 @@ def main(
     method = ToMe(parse_r(r), multiple_of=multiple_of)
     times = profiled(subject, pixels, method, calls, width)
     title = f"{model}, {method!r}, batch {batch}, {dtype}: milliseconds a call"
-    shown = table(title, "block", *(f"{kind}" for kind in KINDS), "in all")
+    shown = table(title, "", *KINDS, "in all")
     rows = list(_rows(times, depth))
     for row in rows:
         shown.add_row(*row)
@@ -115,7 +115,7 @@ def _calls(recorded: profile, width: int) -> Iterator[Times]:
             milliseconds = event.self_cpu_time_total / 1000
             spent += milliseconds
             times[block, "glue" if kind == "embedding" else kind] += milliseconds
-        times[-1, "launching"] += (span.end - span.start) / 1000 - spent
+        times[-1, "rest"] += (span.end - span.start) / 1000 - spent
         yield times
 
 
@@ -151,11 +151,11 @@ def _rows(times: dict[str, Times], depth: int) -> Iterator[tuple[str, ...]]:
         yield (form, *(f"{ms:.1f}" for ms in kinds), f"{sum(kinds):.1f}")
     for block in range(depth):
         kinds = [times["merged"].get((block, kind), 0.0) for kind in KINDS[:-1]]
-        yield (f"merged, {block}", *(f"{ms:.2f}" for ms in kinds), "", f"{sum(kinds):.2f}")
+        yield (str(block), *(f"{ms:.2f}" for ms in kinds), "", f"{sum(kinds):.2f}")
 
 
 def _markdown(rows: list[tuple[str, ...]]) -> str:
-    head = ("block", *KINDS, "in all")
+    head = ("", *KINDS, "in all")
     lines = [head, tuple("---" for _ in head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

@@ -22,7 +22,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from zoo import REFERENCES, make_inputs, make_model, make_vit, output_of, relative_error
 
 import tomepass
-from tomepass import ToMe, TomeBackend, TomeError, reference, tome_backend
+from tomepass import ToMe, TomeBackend, TomeError, backend, reference, tome_backend
+from tomepass.backend import resolve_inner
 
 MATCH = torch.ops.tome.match.default
 
@@ -261,6 +262,20 @@ def test_an_inner_backend_without_modes_runs_all_the_same(
 ) -> None:
     compiled = torch.compile(model, backend=eager(), mode="reduce-overhead")
     assert relative_error(compiled(images).logits, expected) < 1e-4
+
+
+def test_openvino_is_not_given_what_it_would_silently_run_eagerly(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compiled = []
+    stand_in = lambda gm, inputs, **options: compiled.append(inputs)  # noqa: E731
+    monkeypatch.setattr(backend, "_registered", lambda name: stand_in)
+    compile_graph = resolve_inner("openvino", {})
+    compile_graph(fx.symbolic_trace(nn.Identity()), [torch.ones(2)])
+    assert len(compiled) == 1
+    with pytest.raises(TomeError, match="no bfloat16 tensors.*keep the model in float32"):
+        compile_graph(fx.symbolic_trace(nn.Identity()), [torch.ones(2, dtype=torch.bfloat16)])
+    assert len(compiled) == 1
 
 
 @pytest.mark.parametrize("name", ["openvino", "tensorrt"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
@@ -185,7 +185,24 @@ def resolve_inner(
         keywords["options"] = options
     if mode is not None:
         keywords["mode"] = mode
-    return lambda gm, inputs: compiler(gm, list(inputs), **keywords)
+
+    def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        if inner == "openvino":
+            _refuse_bfloat16(inputs)
+        compiled: Callable[..., Any] = compiler(gm, list(inputs), **keywords)
+        return compiled
+
+    return compile_graph
+
+
+def _refuse_bfloat16(inputs: Sequence[Any]) -> None:
+    """OpenVINO's bridge takes no bfloat16 tensors: without a word it runs the graph eagerly."""
+    if any(isinstance(value, Tensor) and value.dtype is torch.bfloat16 for value in inputs):
+        raise TomeError(
+            "OpenVINO takes no bfloat16 tensors",
+            advice="keep the model in float32: OpenVINO computes in bfloat16 itself where the "
+            "processor can",
+        )
 
 
 def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
