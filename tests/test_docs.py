@@ -21,7 +21,10 @@ def _blocks(page: Path, language: str = "python") -> list[str]:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if _blocks(p)], ids=lambda p: p.name)
-def test_python_examples_run_in_order(page: Path, tmp_path: Path) -> None:
+def test_python_examples_run_in_order(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # an example may write a file
     make_model("vit").save_pretrained(tmp_path / "model")
     names: dict[str, Any] = {"x": torch.randn(2, 3, 32, 32)}
     for block in _blocks(page):
