@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import breakdown, capture_time, kernels, scaling, throughput
+from benchmarks import attention, breakdown, capture_time, kernels, scaling, throughput
 from tomepass.options import MultiValueCommand
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 app.command("throughput", cls=MultiValueCommand)(throughput.main)
 app.command("breakdown")(breakdown.main)
 app.command("scaling", cls=MultiValueCommand)(scaling.main)
+app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
 app.command("capture-time")(capture_time.main)
 

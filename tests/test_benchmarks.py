@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import breakdown, kernels
+from benchmarks import attention, breakdown, kernels
 from benchmarks.__main__ import app
 
 WIDTH = 768
@@ -33,7 +33,7 @@ def profiled(*events: Any) -> Any:
 def test_every_benchmark_stands_behind_the_front() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for name in ("throughput", "breakdown", "scaling", "kernels", "capture-time"):
+    for name in ("throughput", "breakdown", "scaling", "attention", "kernels", "capture-time"):
         assert name in result.output
 
 
@@ -92,3 +92,13 @@ def test_matching_and_merging_are_measured_beside_copies(monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert "copy of" in result.output
     assert all(str(tokens) in result.output for tokens in (9, 12))
+
+
+@pytest.mark.parametrize("path", attention.PATHS[1:], ids=lambda path: path.__name__)
+@pytest.mark.parametrize("tokens", [5, 16, 37])
+def test_every_way_to_write_proportional_attention_is_exact(path: Any, tokens: int) -> None:
+    q, k, v, log = attention.inputs(tokens, 2, torch.float64)
+    weights = ((q @ k.mT) / attention.HEAD**0.5).exp() * log.exp()[:, None, None]
+    expected = (weights @ v) / weights.sum(-1, keepdim=True)
+    torch.testing.assert_close(path(q, k, v, log), expected, rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(attention.without_sizes(q, k, v, log), expected, atol=1e-3)

@@ -1,0 +1,119 @@
+"""The exact ways to write proportional attention, one against the other.
+
+    python -m benchmarks attention --tokens 197 181 165
+
+Each takes queries, keys and values as a projection leaves them, and log(size) of each key, and is
+compiled by Inductor for one shape. What wins on a device stands in ``tomepass/attention_paths.py``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from torch import Tensor
+
+from tomepass.benchmarking import environment
+from tomepass.loading import parse_dtype
+from tomepass.options import MultiValueCommand
+from tomepass.tables import table
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+HEADS, HEAD = 12, 64
+TILE = 16
+
+Path = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Queries, keys, values ``[B, H, N, D]`` and log sizes ``[B, N]`` to ``[B, H, N, D]``."""
+
+
+def without_sizes(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
+    """What it costs where nothing has merged: not exact after a merge."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def bias(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
+    """log(size) broadcast as a bias of the fused kernel."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=log[:, None, None, :])
+
+
+def padded_keys(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
+    """The same, with keys up to the next multiple of a tile that weigh nothing."""
+    missing = -k.shape[2] % TILE
+    k, v = (F.pad(x, (0, 0, 0, missing)) for x in (k, v))
+    log = F.pad(log, (0, missing), value=torch.finfo(log.dtype).min)
+    return bias(q, k, v, log)
+
+
+def extra_channel(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
+    """log(size) as one more channel of the keys, its query the root of the head size."""
+    root = HEAD**0.5
+    q = F.pad(F.pad(q, (0, 1), value=root), (0, TILE - 1))
+    k = F.pad(torch.cat([k, log[:, None, :, None].expand(*k.shape[:3], 1)], -1), (0, TILE - 1))
+    attended = F.scaled_dot_product_attention(q, k, F.pad(v, (0, TILE)), scale=1 / root)
+    return attended[..., :HEAD]
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
+    """Product, softmax with the bias in float32 or wider, product."""
+    scores = (q * HEAD**-0.5) @ k.transpose(-1, -2)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    weights = (scores.to(wide) + log[:, None, None, :]).softmax(-1).to(q.dtype)
+    return weights @ v
+
+
+PATHS: tuple[Path, ...] = (without_sizes, bias, padded_keys, extra_channel, written_out)
+
+
+@app.command(cls=MultiValueCommand)
+def main(
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Default 197 181 165 133 101 69 37.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call.")] = 16,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 11,
+    threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
+) -> None:
+    """Print milliseconds of each path at several token counts."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    title = f"{HEADS} heads of {HEAD}, batch {batch}, {dtype}: milliseconds"
+    shown = table(title, "tokens", *(path.__name__.replace("_", " ") for path in PATHS))
+    for count in tokens or (197, 181, 165, 133, 101, 69, 37):
+        figures = _measured(count, batch, parse_dtype(dtype), rounds)
+        shown.add_row(str(count), *(f"{figure:.2f}" for figure in figures))
+    console = Console()
+    console.print(shown)
+    where = environment()
+    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+
+
+def inputs(tokens: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random operands, laid out as a projection leaves them."""
+    q, k, v = (torch.randn(batch, tokens, HEADS, HEAD).to(dtype).transpose(1, 2) for _ in range(3))
+    return q, k, v, torch.randint(1, 9, (batch, tokens)).log().to(dtype)
+
+
+def _measured(tokens: int, batch: int, dtype: torch.dtype, rounds: int) -> list[float]:
+    operands = inputs(tokens, batch, dtype)
+    torch.compiler.reset()
+    runs: list[Any] = [torch.compile(path, dynamic=False) for path in PATHS]
+    samples: list[list[float]] = [[] for _ in runs]
+    with torch.no_grad():
+        for _ in range(rounds + 2):
+            for run, found in zip(runs, samples, strict=True):
+                started = time.perf_counter()
+                for _ in range(8):
+                    run(*operands)
+                found.append(1000 * (time.perf_counter() - started) / 8)
+    return [median(found[2:]) for found in samples]
+
+
+if __name__ == "__main__":
+    app()
