@@ -64,7 +64,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
     scores = (q * HEAD**-0.5) @ k.transpose(-1, -2)
     wide = torch.promote_types(q.dtype, torch.float32)
     weights = (scores.to(wide) + log[:, None, None, :]).softmax(-1).to(q.dtype)
-    return weights @ v
+    return torch.matmul(weights, v)
 
 
 PATHS: tuple[Path, ...] = (without_sizes, bias, padded_keys, extra_channel, written_out)

@@ -173,8 +173,9 @@ def test_the_table_can_be_pasted() -> None:
     lines = [re.sub(r"py:\d+", "py:LINE", line) for line in text.splitlines()]
     assert [line.rstrip() for line in lines[: len(expected)]] == expected
     assert lines[9].startswith("  MACs       284.816 k an image unmerged, 248.464 k merged: ideal")
-    assert lines[11] == "  inputs     pixels float32[B, 3, 24, 24]"
-    assert lines[12].startswith("  versions   Python")
+    assert lines[11] == "  paths      1 attention: log(size) as a bias"
+    assert lines[12] == "  inputs     pixels float32[B, 3, 24, 24]"
+    assert lines[13].startswith("  versions   Python")
     assert f"torch {torch.__version__}" in lines[12]
 
 

@@ -51,7 +51,7 @@ def take_fastest_attention(module: fx.GraphModule, fake_mode: FakeTensorMode) ->
             _pad(node, bias, -int(keys.shape[-2]) % multiple, fake_mode)
         taken[how] = taken.get(how, 0) + 1
     module.recompile()
-    return tuple(f"{count} attentions: {how}" for how, count in taken.items())
+    return tuple(f"{n} attention{'s' * (n > 1)}: {how}" for how, n in taken.items())
 
 
 def _pad(node: fx.Node, bias: fx.Node, missing: int, fake_mode: FakeTensorMode) -> None:
