@@ -176,7 +176,7 @@ def test_the_table_can_be_pasted() -> None:
     assert lines[11] == "  paths      1 attention: log(size) as a bias"
     assert lines[12] == "  inputs     pixels float32[B, 3, 24, 24]"
     assert lines[13].startswith("  versions   Python")
-    assert f"torch {torch.__version__}" in lines[12]
+    assert f"torch {torch.__version__}" in lines[13]
 
 
 def test_a_refusal_can_be_pasted() -> None:
