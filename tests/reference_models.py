@@ -140,13 +140,14 @@ def siglip_vision_forward(
 
     Options: see `encode`.
     """
+    base = getattr(model, "vision_model", model)  # transformers 5.0 keeps it one level down
     blocks = [
         Block(b.layer_norm1, _siglip_attention(b.self_attn), _same, b.layer_norm2, b.mlp, _same)
-        for b in model.encoder.layers
+        for b in base.encoder.layers
     ]
-    embedded = model.embeddings(pixel_values)
-    encoded = encode(embedded, blocks, model.post_layernorm, r, 0, prop_attn, **options)
-    head = model.head
+    embedded = base.embeddings(pixel_values)
+    encoded = encode(embedded, blocks, base.post_layernorm, r, 0, prop_attn, **options)
+    head = base.head
     size = encoded.size if prop_attn else None
     pooled = _pooled(head.attention, head.probe, encoded.hidden, size)
     return encoded._replace(output=(pooled + head.mlp(head.layernorm(pooled)))[:, 0])

@@ -116,3 +116,28 @@ def test_only_tiles_of_bfloat16_are_worth_padding(
     assert padded_to(cpu, torch.float32) == 1
     assert padded_to(cpu, torch.float16) == 1
     assert padded_to(torch.device("cuda"), torch.bfloat16) == 1
+
+
+@pytest.mark.usefixtures("tiles")
+@pytest.mark.parametrize("name", ["vit", "beit", "bert_padded"])
+def test_the_harness_compares_padded_attention_with_the_reference(name: str) -> None:
+    report = tomepass.check(make_model(name), make_inputs(name, 3), r=[6, 5], inner="eager")
+    assert report.ok, str(report)
+    assert "proportional attentions" in str(report)
+
+
+def test_the_harness_sees_padding_that_weighs_something(
+    tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_paths, "_lowest", lambda dtype: 0.0)
+    report = tomepass.check(make_model("vit"), make_inputs("vit", 3), r=[6, 5], inner="eager")
+    failed = [line.name.strip() for line in report.lines if line.passed is False]
+    assert "attentions against the reference" in failed
+
+
+def test_a_path_is_not_chosen_by_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    cpu = torch.device("cpu")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert padded_to(cpu, torch.bfloat16) == 1
+    assert padded_to(cpu, torch.bfloat16) == 16

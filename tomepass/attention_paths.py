@@ -27,8 +27,12 @@ _TILE = 16
 
 
 def padded_to(device: torch.device, dtype: torch.dtype) -> int:
-    """The multiple of keys that fused attention is fastest with; 1 where any number will do."""
-    tiles = device.type == "cpu" and dtype is torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    """The multiple of keys that fused attention is fastest with; 1 where any number will do.
+
+    Under autocast dtypes are those of one call: what is captured then may run without it.
+    """
+    narrow = dtype is torch.bfloat16 and not torch.is_autocast_enabled(device.type)
+    tiles = device.type == "cpu" and narrow and torch.cpu._is_amx_tile_supported()
     return _TILE if tiles else 1
 
 
@@ -54,10 +58,14 @@ def take_fastest_attention(module: fx.GraphModule, fake_mode: FakeTensorMode) ->
     return tuple(f"{n} attention{'s' * (n > 1)}: {how}" for how, n in taken.items())
 
 
+def _lowest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min
+
+
 def _pad(node: fx.Node, bias: fx.Node, missing: int, fake_mode: FakeTensorMode) -> None:
     if not missing:
         return
-    lowest = torch.finfo(bias.meta["val"].dtype).min
+    lowest = _lowest(bias.meta["val"].dtype)
     args: list[Any] = [*node.args, *[None] * (4 - len(node.args))]
     with node.graph.inserting_before(node), fake_mode:
         for place, edges, value in (
