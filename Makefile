@@ -13,8 +13,9 @@ DOCS = $(VENV)/.installed-docs
 demo: $(VENV)/.installed-demo
 	$(BIN)/tomepass demo
 
+# A thread a worker: two would only wait for each other.
 test: $(ENV)
-	$(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(ENV)
 	$(BIN)/ruff check .

@@ -8,7 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo
+import torch.utils._pytree as pytree
 from zoo import CORE, FAMILIES, installed, make_inputs, make_model
+
+from tomepass import module
+from tomepass.capture import capture_module
 
 __all__ = ["FAMILIES", "make_inputs", "make_model"]
 
@@ -39,6 +43,33 @@ def family(request: pytest.FixtureRequest) -> str:
 def shared_models() -> dict[str, Any]:
     """One model of each family for tests that leave it as it is."""
     return _Models()
+
+
+@pytest.fixture(autouse=True)
+def _captured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared models are captured once for each kind of call: a capture is never changed."""
+    if "shared_models" not in request.fixturenames:
+        return
+
+    def capture(model: Any, call: dict[str, Any]) -> Any:
+        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), model.training)
+        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+        key = (id(model), *modes, attention, _shapes(call))
+        if key not in _CAPTURES:
+            _CAPTURES[key] = (model, capture_module(model, call))  # the model keeps its id
+        return _CAPTURES[key][1]
+
+    monkeypatch.setattr(module, "capture_module", capture)
+
+
+_CAPTURES: dict[Any, Any] = {}
+
+
+def _shapes(value: Any) -> Any:
+    """A call up to its tensors' values; their first dimension tells the batch apart."""
+    leaves, form = pytree.tree_flatten(value)
+    told = [(v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in leaves]
+    return str(form), str(told)
 
 
 class _Models(dict[str, Any]):

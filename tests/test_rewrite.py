@@ -27,8 +27,6 @@ from encoders import (
     with_zero_positions,
 )
 from generated import Kind, Spelling, build, without_positions
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from lossless import (
     LOSSLESS,
     assert_lossless,
@@ -656,41 +654,6 @@ def test_dumped_graphs_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before, after = ((tmp_path / "dump" / name).read_text() for name in files[:2])
     assert "torch.ops.tome.match" not in before
     assert "torch.ops.tome.match.default" in after
-
-
-# ---- any encoder at all ----------------------------------------------------------------------
-
-ENCODERS = st.fixed_dictionaries(
-    {
-        "norm": st.sampled_from(["pre", "post", "parallel"]),
-        "qkv": st.sampled_from(["split", "fused", "chunk"]),
-        "layer_scale": st.booleans(),
-        "drop_path": st.booleans(),
-        "swapped": st.booleans(),
-        "start": st.integers(0, 3),
-        "end": st.integers(0, 3),
-        "readout": st.sampled_from(["class", "last", "mean", "patches", "dense"]),
-        "depth": st.integers(1, 3),
-    }
-)
-
-
-@settings(
-    max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
-)
-@given(choices=ENCODERS, counts=st.lists(st.integers(0, 5), min_size=1, max_size=3))
-def test_any_encoder_is_lossless_on_duplicates_or_refused(
-    choices: dict[str, Any], counts: list[int]
-) -> None:
-    model = with_zero_positions(make(**choices))
-    x = duplicates(2)
-    with torch.no_grad():
-        report = tomepass.explain(model, r=counts[: choices["depth"]], example_inputs=x)
-        if not report.ok:
-            assert all(refused.reason and refused.node for refused in report.refused)
-            return
-        merged = tomepass.apply(model, report.method, example_inputs=x)
-        assert relative_error(merged(x), model(x)) < LOSSLESS
 
 
 def test_families_are_all_here() -> None:
