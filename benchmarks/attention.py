@@ -8,18 +8,16 @@ compiled by Inductor for one shape. What wins on a device stands in ``tomepass/a
 
 from __future__ import annotations
 
-import time
+import functools
 from collections.abc import Callable
-from statistics import median
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
 from torch import Tensor
 
-from tomepass.benchmarking import environment
+from benchmarks.turns import medians_in_turns, show
 from tomepass.loading import parse_dtype
 from tomepass.options import MultiValueCommand
 from tomepass.tables import table
@@ -88,10 +86,7 @@ def main(
     for count in tokens or (197, 181, 165, 133, 101, 69, 37):
         figures = _measured(count, batch, parse_dtype(dtype), rounds)
         shown.add_row(str(count), *(f"{figure:.2f}" for figure in figures))
-    console = Console()
-    console.print(shown)
-    where = environment()
-    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    show(shown)
 
 
 def inputs(tokens: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -103,16 +98,9 @@ def inputs(tokens: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor,
 def _measured(tokens: int, batch: int, dtype: torch.dtype, rounds: int) -> list[float]:
     operands = inputs(tokens, batch, dtype)
     torch.compiler.reset()
-    runs: list[Any] = [torch.compile(path, dynamic=False) for path in PATHS]
-    samples: list[list[float]] = [[] for _ in runs]
-    with torch.no_grad():
-        for _ in range(rounds + 2):
-            for run, found in zip(runs, samples, strict=True):
-                started = time.perf_counter()
-                for _ in range(8):
-                    run(*operands)
-                found.append(1000 * (time.perf_counter() - started) / 8)
-    return [median(found[2:]) for found in samples]
+    compiled: list[Any] = [torch.compile(path, dynamic=False) for path in PATHS]
+    runs = [functools.partial(path, *operands) for path in compiled]
+    return medians_in_turns(runs, rounds, calls=8)
 
 
 if __name__ == "__main__":

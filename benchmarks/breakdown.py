@@ -18,13 +18,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks.throughput import SIZES, make_model
+from benchmarks.turns import show
 from tomepass import ToMe, TomeBackend
-from tomepass.benchmarking import environment
 from tomepass.loading import parse_dtype
 from tomepass.options import parse_r
 from tomepass.tables import table
@@ -60,10 +59,7 @@ def main(
     rows = list(_rows(times, depth))
     for row in rows:
         shown.add_row(*row)
-    console = Console()
-    console.print(shown)
-    where = environment()
-    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    show(shown)
     if out is not None:
         out.write_text(_markdown(rows))
 

@@ -8,17 +8,14 @@ write the tokens; a copy of as many bytes is what the memory allows.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
-from statistics import median
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor
 
-from tomepass.benchmarking import environment
+from benchmarks.turns import medians_in_turns, show
 from tomepass.loading import parse_dtype
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
@@ -45,10 +42,7 @@ def main(
     shown = table(title, "tokens", "copy of the keys", "matching", "copy of tokens", "merging")
     for count in tokens or (197, 133, 69):
         shown.add_row(str(count), *_measured(count, r, batch, parse_dtype(dtype), rounds))
-    console = Console()
-    console.print(shown)
-    where = environment()
-    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    show(shown)
 
 
 def _measured(tokens: int, r: int, batch: int, dtype: torch.dtype, rounds: int) -> list[str]:
@@ -71,25 +65,13 @@ def _measured(tokens: int, r: int, batch: int, dtype: torch.dtype, rounds: int) 
         lambda: x.clone(),
         lambda: compiled[1](x, size, assign),
     ]
-    samples: list[list[float]] = [[] for _ in runs]
-    with torch.no_grad():
-        for _ in range(rounds + 2):
-            for run, found in zip(runs, samples, strict=True):
-                found.append(_milliseconds(run))
-    first, matched, second, merged = (median(found[2:]) for found in samples)
+    first, matched, second, merged = medians_in_turns(runs, rounds, calls=10)
     return [
         f"{first:.2f}",
         f"{matched:.2f} ({matched / first:.1f})",
         f"{second:.2f}",
         f"{merged:.2f} ({merged / second:.1f})",
     ]
-
-
-def _milliseconds(run: Callable[[], Any], calls: int = 10) -> float:
-    started = time.perf_counter()
-    for _ in range(calls):
-        run()
-    return 1000 * (time.perf_counter() - started) / calls
 
 
 if __name__ == "__main__":

@@ -12,12 +12,11 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from transformers import ViTConfig, ViTForImageClassification
 
-from benchmarks.throughput import SIZES
+from benchmarks.throughput import SIZES, make_model
+from benchmarks.turns import show
 from tomepass import ToMe
-from tomepass.benchmarking import Measurement, environment, measure
+from tomepass.benchmarking import Measurement, measure
 from tomepass.loading import parse_dtype
 from tomepass.options import MultiValueCommand
 from tomepass.tables import table
@@ -45,23 +44,11 @@ def main(
         batch = max(1, images * 197 // tokens)
         found = _measured(model, pixels, round(share * tokens), batch, dtype, rounds)
         shown.add_row(str(tokens), str(batch), found.settings.method_label, *_figures(found))
-    console = Console()
-    console.print(shown)
-    where = environment()
-    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")
+    show(shown)
 
 
 def _measured(name: str, pixels: int, r: int, batch: int, dtype: str, rounds: int) -> Measurement:
-    torch.manual_seed(0)
-    width, blocks, heads = SIZES[name]
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=blocks,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        image_size=pixels,
-    )
-    model = ViTForImageClassification(config).eval().to(parse_dtype(dtype))
+    model = make_model(name, pixels=pixels).to(parse_dtype(dtype))
     inputs = torch.randn(batch, 3, pixels, pixels).to(parse_dtype(dtype))
     freezing = {"freezing": True}
     return measure(model, inputs, ToMe(r), inner_options=freezing, rounds=rounds, label=name)

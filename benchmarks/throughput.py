@@ -81,8 +81,11 @@ def main(
     write_bench(measured, out)
 
 
-def make_model(name: str, seed: int = 0) -> nn.Module:
+def make_model(name: str, seed: int = 0, pixels: int = 224) -> nn.Module:
     """A ViT by name, with random weights, or the model in a directory; in eval mode.
+
+    Args:
+        pixels: a side of the images that a ViT by name takes.
 
     Raises:
         TomeError: if the name is neither.
@@ -95,6 +98,7 @@ def make_model(name: str, seed: int = 0) -> nn.Module:
             num_hidden_layers=blocks,
             num_attention_heads=heads,
             intermediate_size=4 * width,
+            image_size=pixels,
             num_labels=1000,
         )
         made: nn.Module = ViTForImageClassification(config)

@@ -66,16 +66,17 @@ def _pad(node: fx.Node, bias: fx.Node, missing: int, fake_mode: FakeTensorMode) 
     if not missing:
         return
     lowest = _lowest(bias.meta["val"].dtype)
-    args: list[Any] = [*node.args, *[None] * (4 - len(node.args))]
+    args: list[Any] = [*node.args[:3], bias, *node.args[4:]]
     with node.graph.inserting_before(node), fake_mode:
         for place, edges, value in (
             (1, [0, 0, 0, missing], 0.0),
             (2, [0, 0, 0, missing], 0.0),
             (3, [0, missing], lowest),
         ):
-            operand: fx.Node = bias if place == 3 else args[place]
+            operand: fx.Node = args[place]
             padded = node.graph.call_function(aten.constant_pad_nd.default, (operand, edges, value))
-            padded.meta = {k: node.meta[k] for k in ("stack_trace",) if k in node.meta}
+            if "stack_trace" in node.meta:
+                padded.meta["stack_trace"] = node.meta["stack_trace"]
             padded.meta["val"] = aten.constant_pad_nd.default(operand.meta["val"], edges, value)
             args[place] = padded
     node.args = tuple(args)

@@ -22,6 +22,7 @@ from tomepass.module import OnUnmatched, Outputs, check_choices
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
 from tomepass.rewrite import rewrite
+from tomepass.schedule import TARGETS
 
 Inner = str | Callable[..., Any]
 InnerOptions = dict[str, Any] | tuple[tuple[str, Any], ...]
@@ -131,7 +132,7 @@ class TomeBackend(_Settings):
             TomeError: on an unknown name; the message lists the valid ones.
         """
         own = [f.name for f in dataclasses.fields(self)]
-        of_method = [f.name for f in dataclasses.fields(self.method)] + ["macs", "speedup"]
+        of_method = [*(f.name for f in dataclasses.fields(self.method)), *TARGETS]
         if unknown := sorted(set(options) - set(own) - set(of_method)):
             raise TomeError(
                 f"unknown options {unknown} of the tome backend; valid: {', '.join(own)}, and "

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from tomepass.benchmarking import (
@@ -23,6 +22,7 @@ from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs
 from tomepass.plots import speed_plot
+from tomepass.tables import progress_bar
 
 if TYPE_CHECKING:
     from tomepass.backend import Inner
@@ -68,8 +68,7 @@ def run_bench(
     Inputs are random, at the model's configured resolution, in its dtype.
     """
     inputs = example_inputs(model, batch)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bar() as progress:
         task = progress.add_task("", total=steps(rounds) * len(methods) * len(options))
 
         def saying(what: str) -> Callable[[str], None]:

@@ -337,7 +337,7 @@ def measure(
             method=method,
             dtype=_dtype_name(model, leaves[0]),
             batch=batch,
-            inner=inner if isinstance(inner, str) else getattr(inner, "__name__", "callable"),
+            inner=inner_name(inner),
             inner_options=tuple(sorted(options.items())),
             device=device.type,
             threads=torch.get_num_threads(),
@@ -351,6 +351,11 @@ def measure(
         ratio_ideal=merged.report(inputs).speedup_ideal,
         apply_seconds=apply_seconds,
     )
+
+
+def inner_name(inner: Inner) -> str:
+    """A backend as tables and files call it."""
+    return inner if isinstance(inner, str) else getattr(inner, "__name__", "callable")
 
 
 def steps(rounds: int) -> int:

@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from tomepass.errors import TomeError
-from tomepass.schedule import Schedule, as_int, counts_per_block, parse_schedule, parse_target
+from tomepass.schedule import (
+    TARGETS,
+    Schedule,
+    as_int,
+    counts_per_block,
+    parse_schedule,
+    parse_target,
+)
 
 RLike = int | list[int] | tuple[int, float] | Schedule
 
@@ -104,7 +111,7 @@ class ToMe:
     def replace(self, **changes: Any) -> ToMe:
         """A copy with some fields changed; ``macs`` or ``speedup`` takes the place of ``r``."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if "macs" in changes or "speedup" in changes:
+        if any(target in changes for target in TARGETS):
             del fields["r"]
         return ToMe(**(fields | changes))
 

@@ -12,10 +12,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.attention_paths import padded_to
-from tomepass.benchmarking import Measurement, environment, measure, steps
+from tomepass.benchmarking import Measurement, environment, inner_name, measure, steps
 from tomepass.config import RLike, ToMe, method_from_dict
 from tomepass.errors import TomeError
 from tomepass.module import MergedModel, explain
+from tomepass.tables import progress_bar
 
 if TYPE_CHECKING:
     from tomepass.backend import Inner
@@ -150,9 +151,11 @@ def plan(
     if isinstance(model, MergedModel):
         model = model.original
 
-    with _Bar(progress, rounds) as bar:
+    with progress_bar(progress) as bar:
 
         def attempt(method: ToMe) -> Tried:
+            what = repr(method)
+            task = bar.add_task(what, total=steps(rounds))
             found = measure(
                 model,
                 inputs,
@@ -160,7 +163,7 @@ def plan(
                 inner=inner,
                 inner_options=inner_options,
                 rounds=rounds,
-                progress=bar.saying(repr(method)),
+                progress=lambda step: bar.update(task, description=f"{what}: {step}", advance=1),
             )
             return _tried(found)
 
@@ -227,7 +230,7 @@ def _until_reached(
 def _chosen(asked: ToMe, tried: tuple[Tried, ...], inner: Inner) -> Plan:
     best = max(tried, key=lambda t: t.speedup)
     where = tuple(sorted(environment().items()))
-    name = inner if isinstance(inner, str) else getattr(inner, "__name__", "callable")
+    name = inner_name(inner)
     if best.speedup <= 1.0:
         why = f"do not merge: the fastest of {len(tried)} schedules ran at {best.speedup:.2f}x"
         return Plan(ToMe(0), 1.0, why, tried, name, where)
@@ -249,28 +252,3 @@ def _multiple(model: nn.Module, inputs: Any) -> int:
     state = next(model.parameters(), None)
     leaf = state if state is not None else next(tensors)
     return padded_to(leaf.device, leaf.dtype)
-
-
-class _Bar:
-    """A progress bar on standard error, or nothing."""
-
-    def __init__(self, shown: bool, rounds: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-        columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
-        self._steps = steps(rounds)
-
-    def __enter__(self) -> _Bar:
-        self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.stop()
-
-    def saying(self, what: str) -> Callable[[str], None]:
-        """What :func:`measure` calls at each step of one schedule."""
-        task = self._bar.add_task(what, total=self._steps)
-        return lambda step: self._bar.update(task, description=f"{what}: {step}", advance=1)

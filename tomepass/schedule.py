@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-_TARGETS = ("macs", "speedup")
+TARGETS = ("macs", "speedup")
+"""What may be asked for instead of counts."""
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Schedule:
     @property
     def macs(self) -> float | None:
         """The share of the unmerged multiply-accumulates to keep; None where counts are given."""
-        if self.kind not in _TARGETS:
+        if self.kind not in TARGETS:
             return None
         return self.values[0] if self.kind == "macs" else 1.0 / self.values[0]
 
     def to_json(self) -> Any:
         """An int, a list of ints, ``{"r": r, "inflection": i}``, or ``{"macs": share}``."""
-        if self.kind in _TARGETS:
+        if self.kind in TARGETS:
             return {self.kind: self.values[0]}
         if self.kind == "constant":
             return self.values[0]
@@ -46,7 +47,7 @@ class Schedule:
     def from_json(data: Any) -> Schedule:
         """Reads what :meth:`to_json` wrote."""
         if isinstance(data, dict):
-            if len(data) == 1 and (kind := next(iter(data))) in _TARGETS:
+            if len(data) == 1 and (kind := next(iter(data))) in TARGETS:
                 return parse_target(kind, data[kind])
             if set(data) != {"r", "inflection"}:
                 raise ValueError(f"expected r as {{r, inflection}}, got {data!r}")
@@ -54,7 +55,7 @@ class Schedule:
         return parse_schedule(data)
 
     def __repr__(self) -> str:
-        if self.kind in _TARGETS:
+        if self.kind in TARGETS:
             return f"{self.kind}={self.values[0]}"
         if self.kind == "constant":
             return f"r={self.values[0]}"
@@ -109,7 +110,7 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
         ValueError: if a list is longer than ``blocks``, or the schedule is a target, whose counts
             depend on the model.
     """
-    if schedule.kind in _TARGETS:
+    if schedule.kind in TARGETS:
         raise ValueError(f"{schedule!r} becomes counts only for a model: see explain()")
     if schedule.kind == "constant":
         return (int(schedule.values[0]),) * blocks

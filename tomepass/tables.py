@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console, RenderableType
 from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -26,6 +27,12 @@ def to_text(renderable: RenderableType, width: int = 100) -> str:
     file = io.StringIO()
     Console(width=width, color_system=None, legacy_windows=False, file=file).print(renderable)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip("\n")
+
+
+def progress_bar(shown: bool = True) -> Progress:
+    """A bar on standard error for work of several steps, gone when it is done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=not shown)
 
 
 def table(title: str, *columns: str, caption: str | None = None) -> Table:
