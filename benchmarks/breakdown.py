@@ -2,14 +2,16 @@
 
     python -m benchmarks breakdown --r 16 --batch 16 --dtype bf16
 
-Inductor's kernels are named after the operators in them; a kernel that both matches and does
-something else (pads keys, say) counts as matching. Freezing is on. The profiler costs both forms
-some time: take the shares, and the speed-up from ``python -m benchmarks throughput``.
+Inductor's kernels are named after the operators in them; a kernel that both weighs keys by
+size and does something else (pads them, say) counts as attention. Freezing is on, and the two
+forms take turns. The profiler costs both some time: take the speed-up from
+``python -m benchmarks throughput``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,21 +69,21 @@ def main(
 def profiled(
     model: nn.Module, pixels: torch.Tensor, method: ToMe, calls: int, width: int
 ) -> dict[str, Times]:
-    """Medians over the calls of both forms, one form after the other."""
-    forms: dict[str, Any] = dict(zip(FORMS, ("inductor", TomeBackend(method)), strict=True))
-    found = {}
+    """Medians over the calls of both forms, which take turns."""
+    backends: tuple[Any, ...] = ("inductor", TomeBackend(method))
     with torch.no_grad(), named_kernels():
-        for name, backend in forms.items():
-            torch.compiler.reset()
-            run: Any = torch.compile(model, backend=backend)
-            for _ in range(3):
-                run(pixels)
-            with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
-                for _ in range(calls):
-                    with record_function("one call"):
+        torch.compiler.reset()
+        runs: list[Any] = [torch.compile(copy.deepcopy(model), backend=b) for b in backends]
+        for run in runs * 3:
+            run(pixels)
+        with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as recorded:
+            for _ in range(calls):
+                for name, run in zip(FORMS, runs, strict=True):
+                    with record_function(name):
                         run(pixels)
-            found[name] = _medians(list(_calls(recorded, width)))
-    return found
+    seen: Any = recorded.events()
+    events = sorted(seen or (), key=lambda event: event.time_range.start)
+    return {name: _medians(list(_calls(events, name, width))) for name in FORMS}
 
 
 @contextlib.contextmanager
@@ -94,10 +96,8 @@ def named_kernels() -> Iterator[None]:
         yield
 
 
-def _calls(recorded: profile, width: int) -> Iterator[Times]:
-    seen: Any = recorded.events()  # type: ignore[no-untyped-call]
-    events = sorted(seen or (), key=lambda event: event.time_range.start)
-    for call in (event for event in events if event.name == "one call"):
+def _calls(events: list[Any], form: str, width: int) -> Iterator[Times]:
+    for call in (event for event in events if event.name == form):
         span = call.time_range
         times: Times = defaultdict(float)
         linears, spent = 0, 0.0
@@ -118,12 +118,14 @@ def _calls(recorded: profile, width: int) -> Iterator[Times]:
 def _kind(event: Any, width: int) -> str | None:
     """What an event of the profiler is about; None for one that is about nothing of ours."""
     name = event.name
+    if name in ("tome::match_cpu", "tome::merge_cpu"):
+        return "matching" if "match" in name else "merging"
     if "cpp_fused" in name:
         if "tome_match" in name:
             return "matching"
-        if "tome_merge" in name or "tome_compose" in name:
-            return "merging"
-        return "attention" if "tome_log_size" in name else "glue"
+        if "tome_log_size" in name:
+            return "attention"
+        return "merging" if "tome_merge" in name or "tome_compose" in name else "glue"
     if "linear" in name or name in ("aten::addmm", "aten::mm"):
         return "linear"
     if "scaled_dot_product" in name:

@@ -17,6 +17,7 @@ from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
+from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
 from tomepass.module import OnUnmatched, Outputs, check_choices
 from tomepass.planning import plan_graph
@@ -55,19 +56,19 @@ def _named_pairs(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Settings:
-    method: ToMe = ToMe()  # noqa: RUF009 - frozen and hashable
+    method: ToMe | None = ToMe()  # noqa: RUF009 - frozen and hashable
     inner: Inner = "inductor"
     inner_options: InnerOptions = ()
     on_unmatched: OnUnmatched = "raise"
     outputs: Outputs = "original"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, ToMe):
+        if not isinstance(self.method, ToMe | None):
             raise TypeError(f"method must be a tomepass method, got {self.method!r}")
         if not isinstance(self.inner, str) and not callable(self.inner):
             raise TypeError(f"inner must be a backend's name or a callable, got {self.inner!r}")
         check_choices(self.on_unmatched, self.outputs)
-        if self.method.trace_source:
+        if self.method is not None and self.method.trace_source:
             raise TomeError(
                 "trace_source is not available under torch.compile's backend: a compiled model "
                 "returns the model's outputs alone",
@@ -85,7 +86,8 @@ class TomeBackend(_Settings):
     ``mode=`` goes to the inner backend.
 
     Args:
-        method: what to do.
+        method: what to do; None for a model that :func:`tomepass.apply` has merged already, which
+            is compiled as :func:`resolve_inner` says.
         inner: who compiles the rewritten graph: a backend name that ``torch.compile`` knows, or
             a callable.
         inner_options: options of the inner backend, a dict.
@@ -113,16 +115,18 @@ class TomeBackend(_Settings):
         if options:
             return self.with_options(options)(gm, example_inputs, mode=mode)
         compile_graph = resolve_inner(self.inner, _as_options(self.inner_options), mode)
+        if self.method is None:
+            return compile_graph(gm, example_inputs)
         captured = capture_dynamo(gm, example_inputs)
         if any(is_overhead(node) for node in captured.graph.nodes):
             raise TomeError(
                 "the model is already merged",
-                advice="compile the applied module with another backend, for example "
-                'torch.compile(merged, backend="inductor")',
+                advice="compile the applied module with TomeBackend(None), or with another "
+                'backend: torch.compile(merged, backend="inductor")',
             )
         if not has_attention(captured.graph):  # a fragment around a graph break
             return compile_graph(gm, example_inputs)
-        merged = self._rewritten(fix_sizes(captured, gm, example_inputs))
+        merged = self._rewritten(fix_sizes(captured, gm, example_inputs), self.method)
         return compile_graph(gm if merged is None else carry_marks(gm, merged), example_inputs)
 
     def with_options(self, options: dict[str, Any]) -> TomeBackend:
@@ -132,7 +136,9 @@ class TomeBackend(_Settings):
             TomeError: on an unknown name; the message lists the valid ones.
         """
         own = [f.name for f in dataclasses.fields(self)]
-        of_method = [*(f.name for f in dataclasses.fields(self.method)), *TARGETS]
+        of_method: list[str] = []
+        if self.method is not None:
+            of_method = [*(f.name for f in dataclasses.fields(self.method)), *TARGETS]
         if unknown := sorted(set(options) - set(own) - set(of_method)):
             raise TomeError(
                 f"unknown options {unknown} of the tome backend; valid: {', '.join(own)}, and "
@@ -140,10 +146,12 @@ class TomeBackend(_Settings):
             )
         mine = dataclasses.replace(self, **{k: v for k, v in options.items() if k in own})
         changed = {k: v for k, v in options.items() if k in of_method}
+        if mine.method is None or not changed:
+            return mine
         return dataclasses.replace(mine, method=mine.method.replace(**changed))
 
-    def _rewritten(self, captured: CanonicalGraph) -> fx.GraphModule | None:
-        planned = plan_graph(captured, self.method)
+    def _rewritten(self, captured: CanonicalGraph, method: ToMe) -> fx.GraphModule | None:
+        planned = plan_graph(captured, method)
         rewritten, refused = None, None
         if planned.streams:
             try:
@@ -168,6 +176,9 @@ def resolve_inner(
     inner: Inner, options: dict[str, Any], mode: str | None = None
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """The compiler behind a name, with its options bound.
+
+    Inductor gets the kernels of :mod:`tomepass.kernels` where no gradients are needed; all other
+    compilers get the composite operators.
 
     Raises:
         TomeError: if the backend is not installed or not known.
@@ -219,10 +230,19 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
                 advice="set TORCHINDUCTOR_FREEZING=1, or compile and call under "
                 "torch._inductor.config.patch(freezing=True) and torch.no_grad()",
             )
+        if not _trains(inputs):
+            take_kernels(gm)
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 
     return compile_graph
+
+
+def _trains(inputs: Sequence[Any]) -> bool:
+    """Whether a graph called with these needs gradients."""
+    return torch.is_grad_enabled() and any(
+        isinstance(value, Tensor) and value.requires_grad for value in inputs
+    )
 
 
 def _registered(name: str) -> Callable[..., Any]:

@@ -26,6 +26,29 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
     return define
 
 
+def register_for(
+    device: str, schema: str, result: Callable[..., Any]
+) -> Callable[[Callable[..., Any]], Any]:
+    """Defines ``tome::<schema>`` with the decorated function as its kernel on one device alone.
+
+    The kernel takes tensors of any strides.
+
+    Args:
+        device: the dispatch key, such as ``"CPU"``.
+        schema: as in :func:`register`.
+        result: what it returns for fake tensors.
+    """
+
+    def define(kernel: Callable[..., Any]) -> Any:
+        name = schema.split("(")[0]
+        _library.define(schema, tags=(torch.Tag.flexible_layout,))  # type: ignore[no-untyped-call]
+        _library.impl(name, kernel, device)  # type: ignore[no-untyped-call]
+        torch.library.register_fake(f"tome::{name}", result, lib=_library)
+        return getattr(torch.ops.tome, name).default
+
+    return define
+
+
 def without_autocast(device: torch.device) -> Any:
     """Matching and sizes are float32 work, whatever the model's autocast says."""
     if not torch.amp.is_autocast_available(device.type):  # a meta device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import groupby
 
 import torch
@@ -37,13 +38,10 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
         ValueError: if ``r`` is more than can merge.
     """
     tokens = keys.shape[2]
-    held = sorted(set(protected))
-    if r != (most := capped(r, tokens, tuple(held))):
-        raise ValueError(f"{most} of {tokens} tokens can merge, {len(held)} protected: got r={r}")
+    even, odd, held = free_positions(tokens, protected)
+    check_r(r, tokens, held)
     if r == 0:
         return torch.arange(tokens, device=keys.device).repeat(keys.shape[0], 1)
-    even = [i for i in range(0, tokens, 2) if i not in held]
-    odd = [i for i in range(1, tokens, 2) if i not in held]
     with without_autocast(keys.device), torch.no_grad():
         wide = keys.to(at_least_float32(keys.dtype))
         metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
@@ -61,6 +59,23 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
         even_index = torch.where(merged, first_odd + partner, len(held) + stays)
         odd_index = constant(list(range(first_odd, tokens - r)), keys.shape[0], keys.device)
         return _in_sequence(even_index, odd_index, held, tokens)
+
+
+def check_r(r: int, tokens: int, protected: Sequence[int]) -> None:
+    """Raises ValueError if ``r`` is more than can merge."""
+    held = tuple(sorted(set(protected)))
+    if r != (most := capped(r, tokens, held)):
+        raise ValueError(f"{most} of {tokens} tokens can merge, {len(held)} protected: got r={r}")
+
+
+def free_positions(
+    tokens: int, protected: Sequence[int]
+) -> tuple[list[int], list[int], list[int]]:
+    """The even positions that may merge, the odd ones they may merge into, the protected ones."""
+    held = sorted(set(protected))
+    even = [i for i in range(0, tokens, 2) if i not in held]
+    odd = [i for i in range(1, tokens, 2) if i not in held]
+    return even, odd, held
 
 
 def rank(similarity: Tensor) -> Tensor:

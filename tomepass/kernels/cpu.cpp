@@ -1,0 +1,245 @@
+// Matching and merging on a CPU. Rows are shared out among threads, and each is worked out by one
+// of them in a fixed order: results depend neither on the number of threads nor on the batch.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+constexpr float PADDED = 1e-6f;  // tomepass/ops/padding.py
+constexpr float LOWEST = -std::numeric_limits<float>::infinity();
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+inline float widen(float value) { return value; }
+
+inline float widen(bfloat16 value) {
+    const uint32_t bits = uint32_t(value.bits) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
+inline void narrow(float value, float& to) { to = value; }
+
+inline void narrow(float value, bfloat16& to) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    to.bits = uint16_t(value == value ? nearest_even : 0x7fc0u);
+}
+
+// The head mean of one token's keys, of length 1 (or 0 where it is too short to say).
+template <class T>
+void metric_of(const T* keys, int64_t head_stride, int64_t heads, int64_t width, float* metric) {
+    std::fill(metric, metric + width, 0.f);
+    for (int64_t h = 0; h < heads; ++h) {
+        const T* head = keys + h * head_stride;
+        for (int64_t d = 0; d < width; ++d) metric[d] += widen(head[d]);
+    }
+    float squares = 0.f;
+    for (int64_t d = 0; d < width; ++d) {
+        metric[d] /= float(heads);
+        squares += metric[d] * metric[d];
+    }
+    const float divisor = std::max(std::sqrt(squares), 1e-12f);
+    for (int64_t d = 0; d < width; ++d) metric[d] /= divisor;
+}
+
+constexpr int64_t ROWS = 4, LANES = 16;  // scores worked out at a time, in registers
+typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+int64_t padded(int64_t columns) { return (columns + LANES - 1) / LANES * LANES; }
+
+// For ROWS even tokens: the most similar odd token, the first of several. A row's and a column's
+// ``apart`` differ where one token is padding and the other is not.
+void best_partners(const float* even, const float* odd, const int32_t* even_apart,
+                   const int32_t* odd_apart, int64_t width, int64_t columns, int64_t rows,
+                   float* similarity, int32_t* partner) {
+    Floats best[ROWS];
+    Ints from[ROWS], column;
+    for (int64_t j = 0; j < LANES; ++j) column[j] = int32_t(j);
+    for (int64_t i = 0; i < ROWS; ++i) best[i] = Floats{} + LOWEST, from[i] = column;
+    for (int64_t first = 0; first < columns; first += LANES, column += int32_t(LANES)) {
+        Floats score[ROWS] = {};
+        for (int64_t d = 0; d < width; ++d) {
+            Floats metrics;
+            std::memcpy(&metrics, odd + d * padded(columns) + first, sizeof metrics);
+            for (int64_t i = 0; i < ROWS; ++i) score[i] += metrics * even[i * width + d];
+        }
+        Ints apart;
+        std::memcpy(&apart, odd_apart + first, sizeof apart);
+        for (int64_t i = 0; i < ROWS; ++i) {
+            const Ints better = (score[i] > best[i]) & (apart == even_apart[i]);
+            best[i] = better ? score[i] : best[i];
+            from[i] = better ? column : from[i];
+        }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        int64_t lane = 0;
+        for (int64_t j = 1; j < LANES; ++j)
+            if (best[i][j] > best[i][lane] ||
+                (best[i][j] == best[i][lane] && from[i][j] < from[i][lane]))
+                lane = j;
+        similarity[i] = best[i][lane];
+        partner[i] = from[i][lane];
+    }
+}
+
+struct Sequence {
+    const int64_t *even, *odd, *held;
+    int64_t evens, odds, helds;
+};
+
+// The r largest edges merge, the first of several equal ones; what stays keeps its order.
+void write_assign(const Sequence& of, int64_t r, const float* similarity, const int32_t* partner,
+                  int64_t* assign) {
+    std::vector<int64_t> edges(of.evens);
+    for (int64_t i = 0; i < of.evens; ++i) edges[i] = i;
+    std::nth_element(edges.begin(), edges.begin() + r, edges.end(), [&](int64_t a, int64_t b) {
+        return similarity[a] != similarity[b] ? similarity[a] > similarity[b] : a < b;
+    });
+    std::vector<bool> merged(of.evens, false);
+    for (int64_t i = 0; i < r; ++i) merged[edges[i]] = true;
+    const int64_t first_odd = of.helds + of.evens - r;
+    int64_t next = of.helds;
+    for (int64_t i = 0; i < of.helds; ++i) assign[of.held[i]] = i;
+    for (int64_t i = 0; i < of.evens; ++i)
+        assign[of.even[i]] = merged[i] ? first_odd + partner[i] : next++;
+    for (int64_t j = 0; j < of.odds; ++j) assign[of.odd[j]] = first_odd + j;
+}
+
+// Whatever lies in the spare rows and columns is left out, but must not be slow to add.
+void clear_spare(float* image, const Sequence& of, int64_t rows, int64_t columns, int64_t width) {
+    std::fill(image + of.evens * width, image + rows * width, 0.f);
+    float* odd = image + rows * width;
+    for (int64_t d = 0; d < width; ++d)
+        std::fill(odd + d * columns + of.odds, odd + (d + 1) * columns, 0.f);
+}
+
+template <class T>
+void match(const T* keys, const int64_t* strides, int64_t batch, int64_t heads, int64_t tokens,
+           int64_t width, int64_t r, const Sequence& of, const float* size, float* scratch,
+           int64_t* assign, int threads) {
+    // A few rows and columns to spare, so that no block of scores needs an edge of its own.
+    const int64_t rows = of.evens + ROWS, columns = padded(of.odds);
+    const int64_t per_image = (rows + columns) * width;
+    std::vector<float> similarity(batch * of.evens);
+    std::vector<int32_t> partner(batch * of.evens);
+    const int64_t free = of.evens + of.odds, blocks = (of.evens + ROWS - 1) / ROWS;
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> metric(width);
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t i = 0; i < free; ++i) {
+                const bool is_even = i < of.evens;
+                const int64_t at = is_even ? of.even[i] : of.odd[i - of.evens];
+                metric_of(keys + b * strides[0] + at * strides[2], strides[1], heads, width,
+                          metric.data());
+                float* image = scratch + b * per_image;
+                if (i == 0) clear_spare(image, of, rows, columns, width);
+                if (is_even) {
+                    std::copy(metric.begin(), metric.end(), image + i * width);
+                } else {  // odd tokens lie in columns
+                    float* column = image + rows * width + (i - of.evens);
+                    for (int64_t d = 0; d < width; ++d) column[d * columns] = metric[d];
+                }
+            }
+        // 0 or 1 for tokens and padding; 2 for what is no token.
+        std::vector<int32_t> odd_apart(columns, 2), even_apart(ROWS, 0);
+        std::fill(odd_apart.begin(), odd_apart.begin() + of.odds, 0);
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t block = 0; block < blocks; ++block) {
+                const int64_t first = block * ROWS, count = std::min(ROWS, of.evens - first);
+                if (size != nullptr) {
+                    const float* sizes = size + b * tokens;
+                    for (int64_t j = 0; j < of.odds; ++j)
+                        odd_apart[j] = sizes[of.odd[j]] < PADDED;
+                    for (int64_t i = 0; i < count; ++i)
+                        even_apart[i] = sizes[of.even[first + i]] < PADDED;
+                }
+                const float* image = scratch + b * per_image;
+                best_partners(image + first * width, image + rows * width, even_apart.data(),
+                              odd_apart.data(), width, of.odds, count,
+                              similarity.data() + b * of.evens + first,
+                              partner.data() + b * of.evens + first);
+            }
+#pragma omp for
+        for (int64_t b = 0; b < batch; ++b)
+            write_assign(of, r, similarity.data() + b * of.evens, partner.data() + b * of.evens,
+                         assign + b * tokens);
+    }
+}
+
+template <class T>
+void merge(const T* x, const int64_t* strides, const float* size, const int64_t* assign,
+           int64_t batch, int64_t tokens, int64_t width, int64_t left, T* out, float* size_out,
+           int threads) {
+    // Which tokens go to each index, as lists: the first one, then each one's successor.
+    std::vector<int32_t> first(batch * left, -1), successor(batch * tokens);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> sum(width);
+#pragma omp for
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t i = tokens - 1; i >= 0; --i) {
+                const int64_t to = assign[b * tokens + i];
+                if (to < 0 || to >= left) continue;  // it goes nowhere
+                int32_t& head = first[b * left + to];
+                successor[b * tokens + i] = head;
+                head = int32_t(i);
+            }
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t j = 0; j < left; ++j) {
+                const int32_t* next = successor.data() + b * tokens;
+                const float* sizes = size == nullptr ? nullptr : size + b * tokens;
+                const int32_t head = first[b * left + j];
+                float total = 0.f;
+                for (int32_t i = head; i >= 0; i = next[i]) total += sizes ? sizes[i] : 1.f;
+                size_out[b * left + j] = total;
+                T* to = out + (b * left + j) * width;
+                if (head >= 0 && next[head] < 0) {
+                    std::memcpy(to, x + b * strides[0] + head * strides[1], width * sizeof(T));
+                    continue;
+                }
+                std::fill(sum.begin(), sum.end(), 0.f);
+                for (int32_t i = head; i >= 0; i = next[i]) {
+                    const T* from = x + b * strides[0] + i * strides[1];
+                    const float weight = (sizes ? sizes[i] : 1.f) / total;
+                    for (int64_t c = 0; c < width; ++c) sum[c] += weight * widen(from[c]);
+                }
+                for (int64_t c = 0; c < width; ++c) narrow(sum[c], to[c]);
+            }
+    }
+}
+
+}  // namespace
+
+#define EXPORTED(T, NAME)                                                                         \
+    extern "C" void match_##NAME(const T* keys, const int64_t* strides, int64_t batch,            \
+                                 int64_t heads, int64_t tokens, int64_t width, int64_t r,         \
+                                 const int64_t* even, int64_t evens, const int64_t* odd,          \
+                                 int64_t odds, const int64_t* held, int64_t helds,                \
+                                 const float* size, float* scratch, int64_t* assign,              \
+                                 int threads) {                                                   \
+        match(keys, strides, batch, heads, tokens, width, r,                                      \
+              Sequence{even, odd, held, evens, odds, helds}, size, scratch, assign, threads);     \
+    }                                                                                             \
+    extern "C" void merge_##NAME(const T* x, const int64_t* strides, const float* size,           \
+                                 const int64_t* assign, int64_t batch, int64_t tokens,            \
+                                 int64_t width, int64_t left, T* out, float* size_out,            \
+                                 int threads) {                                                   \
+        merge(x, strides, size, assign, batch, tokens, width, left, out, size_out, threads);      \
+    }
+
+EXPORTED(float, float32)
+EXPORTED(bfloat16, bfloat16)

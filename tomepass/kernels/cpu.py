@@ -1,0 +1,123 @@
+"""``tome::match_cpu`` and ``tome::merge_cpu``: matching and merging in one pass each.
+
+Compiled once, by the compiler that Inductor found, into Inductor's cache. They have no gradients
+and cannot be exported: the composite operators of :mod:`tomepass.ops` stay what they compute.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import register_for
+from tomepass.ops.match import check_r, free_positions
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""What the kernels are compiled for."""
+
+# As in cpu.cpp: even tokens are compared four at a time, with 32 odd ones.
+_ROWS, _LANES = 4, 16
+
+
+def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
+    return keys.new_empty((keys.shape[0], keys.shape[2]), dtype=torch.int64)
+
+
+@register_for(
+    "CPU",
+    "match_cpu(Tensor keys, SymInt r, int[] protected, Tensor? size=None) -> Tensor",
+    _match_result,
+)
+def match_cpu(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
+    """``tome::match`` for ``r`` above 0 and a dtype of :data:`DTYPES`: see there.
+
+    Raises:
+        ValueError: if ``r`` is more than can merge.
+    """
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+    size = None if size is None else size.contiguous()
+    batch, heads, tokens, width = keys.shape
+    even, odd, held = _sequence(r, tokens, tuple(protected))
+    columns = -(-len(odd) // _LANES) * _LANES
+    scratch = keys.new_empty((len(even) + _ROWS + columns) * width * batch, dtype=torch.float32)
+    assign = _match_result(keys, r, protected)
+    getattr(_library(), f"match_{DTYPES[keys.dtype]}")(
+        keys.data_ptr(),
+        (ctypes.c_int64 * 4)(*keys.stride()),
+        *(batch, heads, tokens, width, r),
+        *(even, len(even), odd, len(odd), held, len(held)),
+        None if size is None else size.data_ptr(),
+        scratch.data_ptr(),
+        assign.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return assign
+
+
+def _merge_result(
+    x: Tensor, size: Tensor | None, assign: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], tokens)
+    return x.new_empty((*shape, x.shape[2])), x.new_empty(shape, dtype=torch.float32)
+
+
+@register_for(
+    "CPU",
+    "merge_cpu(Tensor x, Tensor? size, Tensor assign, SymInt tokens) -> (Tensor, Tensor)",
+    _merge_result,
+)
+def merge_cpu(
+    x: Tensor, size: Tensor | None, assign: Tensor, tokens: int
+) -> tuple[Tensor, Tensor]:
+    """``tome::merge`` and ``tome::merge_size`` at once: see there.
+
+    Summed in float32 and rounded once. A token that nothing merges with is copied bit by bit.
+    """
+    x = x if x.stride(2) == 1 else x.contiguous()
+    size = None if size is None else size.contiguous()
+    assign = assign.contiguous()
+    batch, before, width = x.shape
+    merged, merged_size = _merge_result(x, size, assign, tokens)
+    getattr(_library(), f"merge_{DTYPES[x.dtype]}")(
+        x.data_ptr(),
+        (ctypes.c_int64 * 2)(*x.stride()[:2]),
+        None if size is None else size.data_ptr(),
+        assign.data_ptr(),
+        *(batch, before, width, tokens),
+        merged.data_ptr(),
+        merged_size.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return merged, merged_size
+
+
+@lru_cache
+def _sequence(r: int, tokens: int, protected: tuple[int, ...]) -> tuple[Any, Any, Any]:
+    """The even, odd and protected positions, as C arrays."""
+    check_r(r, tokens, protected)
+    return tuple(
+        (ctypes.c_int64 * len(positions))(*positions)
+        for positions in free_positions(tokens, protected)
+    )  # type: ignore[return-value]
+
+
+@lru_cache
+def _library() -> ctypes.CDLL:
+    from torch._inductor.codecache import CppCodeCache
+
+    # Inductor vectorises its loops itself, and tells the compiler not to.
+    source, flags = Path(__file__).with_suffix(".cpp").read_text(), ("-ftree-loop-vectorize",)
+    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=flags)
+    number, pointer, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
+    sequence = [pointer, number] * 3
+    for dtype in DTYPES.values():
+        match, merge = getattr(library, f"match_{dtype}"), getattr(library, f"merge_{dtype}")
+        match.argtypes = [pointer] * 2 + [number] * 5 + sequence + [pointer] * 3 + [threads]
+        merge.argtypes = [pointer] * 4 + [number] * 4 + [pointer] * 2 + [threads]
+        match.restype = merge.restype = None
+    return library
