@@ -26,10 +26,6 @@ def event(name: str, start: float, milliseconds: float, shapes: Any = ()) -> Any
     )
 
 
-def profiled(*events: Any) -> Any:
-    return SimpleNamespace(events=lambda: events)
-
-
 def test_every_benchmark_stands_behind_the_front() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
@@ -44,7 +40,10 @@ def test_every_benchmark_stands_behind_the_front() -> None:
         ("aten::addmm", (), "linear"),
         ("aten::_scaled_dot_product_flash_attention_for_cpu", (), "attention"),
         ("graph_0_cpp_fused_LayerNorm_tome_log_size_5", (), "attention"),
-        ("graph_0_cpp_fused_Linear_tome_log_size_tome_match_6", (), "matching"),
+        ("graph_0_cpp_fused_tome_log_size_tome_merge_size_view_4", (), "attention"),
+        ("graph_0_cpp_fused_Linear_tome_match_6", (), "matching"),
+        ("tome::match_cpu", (), "matching"),
+        ("tome::merge_cpu", (), "merging"),
         ("aten::bmm", [[16, 98, 64], [16, 64, 98]], "matching"),
         ("aten::bmm", [[16, 181, 197], [16, 197, WIDTH]], "merging"),
         ("graph_0_cpp_fused_tome_merge_7", (), "merging"),
@@ -62,15 +61,18 @@ def test_a_kernel_is_told_by_the_operators_in_its_name(
 def test_a_profile_is_split_by_block_and_kind() -> None:
     linear = "mkldnn::_linear_pointwise"
     events = [
-        event("one call", 0, 20),
+        event("merged", 0, 20),
+        event("unmerged", 25, 5),
         event("mkldnn::_convolution_pointwise", 0, 2),
         *(event(linear, 2 + i, 1) for i in range(6)),
         event("graph_0_cpp_fused_LayerNorm_1", 8, 3),
         event(linear, 11, 1),
-        event("graph_0_cpp_fused_tome_match_2", 12, 4),
-        event(linear, 30, 9),  # outside the call
+        event("tome::match_cpu", 12, 4),
+        event(linear, 26, 3),  # in the other form's call
     ]
-    (times,) = breakdown._calls(profiled(*reversed(events)), WIDTH)
+    (other,) = breakdown._calls(events, "unmerged", WIDTH)
+    assert other == {(0, "linear"): 3.0, (-1, "rest"): 2.0}
+    (times,) = breakdown._calls(events, "merged", WIDTH)
     assert times == {
         (-1, "glue"): 2.0,
         (0, "linear"): 6.0,

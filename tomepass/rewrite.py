@@ -375,9 +375,10 @@ class _Sweep:
         assign = self._emit(node, match, keys, plan.r, list(merges.held(epoch)), *apart)
         merges.assigns.append(assign)
         merges.tokens.append(plan.tokens_out)
+        # Kernels make the sizes together with the tokens, so these come first.
+        merged = self._emit(node, merge, self.new[node], size, assign, plan.tokens_out)
         merges.sizes.append(self._emit(node, merge_size, size, assign, plan.tokens_out))
         merges.sources.append(self._emit(node, compose, merges.sources[epoch], assign))
-        merged = self._emit(node, merge, self.new[node], size, assign, plan.tokens_out)
         self.new[node] = merged
         self.epoch[node] = epoch + 1
         self._compare(node, merged, self.layouts[node], plan.tokens_out)

@@ -50,13 +50,12 @@ def _value(node: fx.Node) -> Any:
 
 def _merge_at_once(node: fx.Node, size: fx.Node | None) -> None:
     """Merged tokens and their sizes from one pass."""
-    graph = node.graph
-    with graph.inserting_before(node):
-        both = graph.call_function(merge_cpu, node.args)
+    found = [(place, old) for place, old in enumerate((node, size)) if old is not None]
+    with node.graph.inserting_before(node):
+        both = node.graph.call_function(merge_cpu, node.args)
         both.meta.update(node.meta)
-        for place, old in enumerate((node, size)):
-            if old is not None:
-                new = graph.call_function(operator.getitem, (both, place))
-                new.meta["val"] = _value(old)
-                old.replace_all_uses_with(new)
-                graph.erase_node(old)
+        taken = [node.graph.call_function(operator.getitem, (both, place)) for place, _ in found]
+    for new, (_, old) in zip(taken, found, strict=True):
+        new.meta["val"] = _value(old)
+        old.replace_all_uses_with(new)
+        node.graph.erase_node(old)

@@ -30,8 +30,8 @@ inline void narrow(float value, float& to) { to = value; }
 inline void narrow(float value, bfloat16& to) {
     uint32_t bits;
     std::memcpy(&bits, &value, sizeof bits);
-    const uint32_t nearest_even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    to.bits = uint16_t(value == value ? nearest_even : 0x7fc0u);
+    // To nearest even. What is not a number came from 16 bits, and stays one in 16.
+    to.bits = uint16_t((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // The head mean of one token's keys, of length 1 (or 0 where it is too short to say).

@@ -71,9 +71,7 @@ def _merge_result(
     "merge_cpu(Tensor x, Tensor? size, Tensor assign, SymInt tokens) -> (Tensor, Tensor)",
     _merge_result,
 )
-def merge_cpu(
-    x: Tensor, size: Tensor | None, assign: Tensor, tokens: int
-) -> tuple[Tensor, Tensor]:
+def merge_cpu(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """``tome::merge`` and ``tome::merge_size`` at once: see there.
 
     Summed in float32 and rounded once. A token that nothing merges with is copied bit by bit.

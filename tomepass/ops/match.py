@@ -68,9 +68,7 @@ def check_r(r: int, tokens: int, protected: Sequence[int]) -> None:
         raise ValueError(f"{most} of {tokens} tokens can merge, {len(held)} protected: got r={r}")
 
 
-def free_positions(
-    tokens: int, protected: Sequence[int]
-) -> tuple[list[int], list[int], list[int]]:
+def free_positions(tokens: int, protected: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """The even positions that may merge, the odd ones they may merge into, the protected ones."""
     held = sorted(set(protected))
     even = [i for i in range(0, tokens, 2) if i not in held]

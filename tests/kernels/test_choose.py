@@ -1,0 +1,109 @@
+"""Who gets kernels: Inductor on a CPU, in a dtype there are some for, where nothing is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch._inductor.compile_fx
+from encoders import make, pixels
+from torch import Tensor, fx, nn
+
+import tomepass
+from tomepass import ToMe, TomeBackend
+from tomepass.kernels.choose import take_kernels
+from tomepass.kernels.cpu import match_cpu, merge_cpu
+from tomepass.ops.match import match
+from tomepass.ops.merge import merge, merge_size
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
+    """The graphs that Inductor is given, which are run as they are."""
+    graphs: list[fx.GraphModule] = []
+
+    def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm
+
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
+    return graphs
+
+
+def count(graph: fx.GraphModule, target: Any) -> int:
+    return len(graph.graph.find_nodes(op="call_function", target=target))
+
+
+def compiled(model: nn.Module, x: Tensor, backend: Any) -> Tensor:
+    torch._dynamo.reset()
+    result: Tensor = torch.compile(model, backend=backend)(x)
+    return result
+
+
+@pytest.mark.parametrize("door", ["backend", "applied"])
+def test_inductor_gets_kernels_that_compute_the_same(
+    door: str, handed: list[fx.GraphModule]
+) -> None:
+    model, x = make(), pixels()
+    merged = tomepass.apply(model, r=3, example_inputs=x)
+    with torch.no_grad():
+        expected = merged(x)
+        subject, method = (model, ToMe(3)) if door == "backend" else (merged, None)
+        got = compiled(subject, x, TomeBackend(method))
+    (graph,) = handed
+    merging = [block for block in merged.report(x).streams[0].blocks if block.r]
+    assert count(graph, match_cpu) == count(graph, merge_cpu) == len(merging) > 1
+    assert not any(count(graph, composite) for composite in (match, merge, merge_size))
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_trained_keeps_its_gradients(handed: list[fx.GraphModule]) -> None:
+    compiled(make().requires_grad_(True), pixels(), TomeBackend(ToMe(3)))
+    (graph,) = handed
+    assert count(graph, match) == count(graph, merge) > 1
+    assert not count(graph, match_cpu)
+
+
+def test_a_dtype_without_kernels_keeps_the_composites(handed: list[fx.GraphModule]) -> None:
+    with torch.no_grad():
+        compiled(make().double(), pixels().double(), TomeBackend(ToMe(3)))
+    (graph,) = handed
+    assert count(graph, match) > 1
+    assert not count(graph, match_cpu) + count(graph, merge_cpu)
+
+
+def test_other_compilers_get_the_composites() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def inner(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm
+
+    with torch.no_grad():
+        compiled(make(), pixels(), TomeBackend(ToMe(3), inner=inner))
+    assert count(graphs[0], match) > 1
+    assert not count(graphs[0], match_cpu)
+
+
+@pytest.mark.parametrize("size_first", [False, True])
+def test_a_size_is_taken_with_its_tokens_where_it_stands_after_them(size_first: bool) -> None:
+    class Merging(nn.Module):
+        def forward(self, x: Tensor, size: Tensor, assign: Tensor) -> tuple[Tensor, Tensor]:
+            if size_first:
+                total = merge_size(size, assign, 5)
+                return merge(x, size, assign, 5) * total.unsqueeze(-1), total
+            return merge(x, size, assign, 5), merge_size(size, assign, 5)
+
+    x, size = torch.randn(2, 7, 4), torch.rand(2, 7) + 1
+    assign = torch.tensor([[0, 1, 2, 3, 4, 4, 1]]).expand(2, -1)
+    graph = torch.fx.symbolic_trace(Merging())
+    torch.fx.passes.fake_tensor_prop.FakeTensorProp(graph).propagate(x, size, assign)
+    expected = graph(x, size, assign)
+    take_kernels(graph)
+    graph.graph.lint()
+    assert count(graph, merge_cpu) == 1
+    assert count(graph, merge_size) == int(size_first)
+    for got, wanted in zip(graph(x, size, assign), expected, strict=True):
+        torch.testing.assert_close(got, wanted)
