@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from benchmarks import attention, breakdown, capture_time, kernels, scaling, throughput
+from benchmarks import (
+    attention,
+    breakdown,
+    capture_time,
+    compile_time,
+    kernels,
+    latency,
+    scaling,
+    throughput,
+)
 from tomepass.options import MultiValueCommand
 
 app = typer.Typer(
@@ -14,10 +23,12 @@ app = typer.Typer(
     help="Measure tomepass on this machine; the unmerged compiled model is always in the same run.",
 )
 app.command("throughput", cls=MultiValueCommand)(throughput.main)
+app.command("latency", cls=MultiValueCommand)(latency.main)
 app.command("breakdown")(breakdown.main)
 app.command("scaling", cls=MultiValueCommand)(scaling.main)
 app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
+app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)
 
 if __name__ == "__main__":

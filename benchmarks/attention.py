@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -17,16 +18,16 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.turns import medians_in_turns, show
+from benchmarks.results import OUT, Results, cell, lines
+from benchmarks.turns import medians_in_turns
 from tomepass.loading import parse_dtype
 from tomepass.options import MultiValueCommand
-from tomepass.tables import table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 HEADS, HEAD = 12, 64
 TILE = 16
 
-Path = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Way = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Queries, keys, values ``[B, H, N, D]`` and log sizes ``[B, N]`` to ``[B, H, N, D]``."""
 
 
@@ -65,7 +66,7 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
     return torch.matmul(weights, v)
 
 
-PATHS: tuple[Path, ...] = (without_sizes, bias, padded_keys, extra_channel, written_out)
+PATHS: tuple[Way, ...] = (without_sizes, bias, padded_keys, extra_channel, written_out)
 
 
 @app.command(cls=MultiValueCommand)
@@ -77,16 +78,30 @@ def main(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 11,
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
 ) -> None:
     """Print milliseconds of each path at several token counts."""
     if threads is not None:
         torch.set_num_threads(threads)
-    title = f"{HEADS} heads of {HEAD}, batch {batch}, {dtype}: milliseconds"
-    shown = table(title, "tokens", *(path.__name__.replace("_", " ") for path in PATHS))
+    names = [path.__name__.replace("_", " ") for path in PATHS]
+    rows = []
     for count in tokens or (197, 181, 165, 133, 101, 69, 37):
         figures = _measured(count, batch, parse_dtype(dtype), rounds)
-        shown.add_row(str(count), *(f"{figure:.2f}" for figure in figures))
-    show(shown)
+        rows.append({"tokens": count} | dict(zip(names, figures, strict=True)))
+
+    def plot(axes: Any, rows: Any) -> None:
+        lines(axes, [row["tokens"] for row in rows], {n: [row[n] for row in rows] for n in names})
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("milliseconds")
+
+    Results(
+        name="attention",
+        title=f"Proportional attention: {HEADS} heads of {HEAD}, batch {batch}, {dtype}, ms",
+        columns={"tokens": cell("tokens")} | {name: cell(name, "{:.2f}") for name in names},
+        rows=rows,
+        settings={"batch": batch, "dtype": dtype, "rounds": rounds},
+        plot=plot,
+    ).publish(out)
 
 
 def inputs(tokens: int, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -23,12 +23,11 @@ import typer
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from benchmarks.results import OUT, Results, cell, stacks
 from benchmarks.throughput import SIZES, make_model
-from benchmarks.turns import show
 from tomepass import ToMe, TomeBackend
 from tomepass.loading import parse_dtype
 from tomepass.options import parse_r
-from tomepass.tables import table
 
 KINDS = ("linear", "attention", "matching", "merging", "glue", "rest")
 LINEARS_A_BLOCK = 6  # query, key, value, output, and two of the MLP
@@ -46,7 +45,7 @@ def main(
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "bf16",
     calls: Annotated[int, typer.Option(min=1, help="Calls of each form.")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write a Markdown table here.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
 ) -> None:
     """Profile both forms and print milliseconds a call, by kind and by block."""
     if threads is not None:
@@ -56,14 +55,23 @@ def main(
     pixels = torch.randn(batch, 3, 224, 224).to(parse_dtype(dtype))
     method = ToMe(parse_r(r), multiple_of=multiple_of)
     times = profiled(subject, pixels, method, calls, width)
-    title = f"{model}, {method!r}, batch {batch}, {dtype}: milliseconds a call"
-    shown = table(title, "", *KINDS, "in all")
-    rows = list(_rows(times, depth))
-    for row in rows:
-        shown.add_row(*row)
-    show(shown)
-    if out is not None:
-        out.write_text(_markdown(rows))
+    Results(
+        name="breakdown",
+        title=f"{model}, {method!r}, batch {batch}, {dtype}: milliseconds a call",
+        columns={"": cell("what")}
+        | {kind: cell(kind, "{:.2f}") for kind in KINDS}
+        | {"in all": lambda row: f"{sum(row[kind] for kind in KINDS):.2f}"},
+        rows=list(_rows(times, depth)),
+        settings={"model": model, "r": r, "batch": batch, "dtype": dtype, "calls": calls},
+        plot=_plot,
+    ).publish(out)
+
+
+def _plot(axes: Any, rows: Any) -> None:
+    """The two forms as stacks of kinds."""
+    both = rows[: len(FORMS)]
+    stacks(axes, FORMS, {kind: [row[kind] for row in both] for kind in KINDS})
+    axes.set_ylabel("milliseconds a call")
 
 
 def profiled(
@@ -142,20 +150,14 @@ def _medians(samples: list[Times]) -> Times:
     return {place: median(times.get(place, 0.0) for times in samples) for place in places}
 
 
-def _rows(times: dict[str, Times], depth: int) -> Iterator[tuple[str, ...]]:
-    """For each form all blocks in one line, then the merged form block by block."""
+def _rows(times: dict[str, Times], depth: int) -> Iterator[dict[str, Any]]:
+    """For each form all blocks in one row, then the merged form block by block."""
     for form in FORMS:
-        kinds = [sum(v for (_, k), v in times[form].items() if k == kind) for kind in KINDS]
-        yield (form, *(f"{ms:.1f}" for ms in kinds), f"{sum(kinds):.1f}")
+        kinds = {kind: sum(v for (_, k), v in times[form].items() if k == kind) for kind in KINDS}
+        yield {"what": form, **kinds}
     for block in range(depth):
-        kinds = [times["merged"].get((block, kind), 0.0) for kind in KINDS[:-1]]
-        yield (str(block), *(f"{ms:.2f}" for ms in kinds), "", f"{sum(kinds):.2f}")
-
-
-def _markdown(rows: list[tuple[str, ...]]) -> str:
-    head = ("", *KINDS, "in all")
-    lines = [head, tuple("---" for _ in head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        kinds = {kind: times["merged"].get((block, kind), 0.0) for kind in KINDS}
+        yield {"what": f"block {block}", **kinds}
 
 
 if __name__ == "__main__":

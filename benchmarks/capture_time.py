@@ -10,20 +10,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 from torch._inductor.utils import fresh_cache
 from transformers import ViTConfig, ViTForImageClassification
 
+from benchmarks.results import OUT, Results, cell, stacks
 from tomepass import ToMe, TomeBackend
 from tomepass.capture import capture_module
 from tomepass.planning import plan_graph
 from tomepass.rewrite import rewrite
-from tomepass.tables import table
+
+STAGES = ("capture", "plan", "rewrite")
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -32,21 +34,39 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 def main(
     r: Annotated[int, typer.Option(help="Tokens merged a block of the 48-block model.")] = 4,
     compiled: Annotated[bool, typer.Option(help="Compile the 12-block model too.")] = True,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
 ) -> None:
     """Prints seconds of each stage for 12 and 48 blocks, and of a cold compile."""
     torch.manual_seed(0)
     _stages(vit(2), r)  # what is imported and built once
-    shown = table("ViT-B/16 224, seconds", "blocks", "capture", "plan", "rewrite", "in all")
-    totals = {}
+    rows: list[dict[str, Any]] = []
     for blocks in (12, 48):
-        seconds = _stages(vit(blocks), r)
-        totals[blocks] = sum(seconds)
-        shown.add_row(str(blocks), *(f"{s:.2f}" for s in (*seconds, totals[blocks])))
-    console = Console()
-    console.print(shown)
-    console.print(f"48 blocks take {totals[48] / totals[12]:.1f} times what 12 take")
+        rows.append({"blocks": blocks} | dict(zip(STAGES, _stages(vit(blocks), r), strict=True)))
+    settings: dict[str, Any] = {"r": r}
     if compiled:
-        _compare(console, totals[12])
+        settings |= _cold_compiles()
+    Results(
+        name="capture_time",
+        title=f"The pass on ViT-B/16 224, r={r}, seconds",
+        columns={"blocks": cell("blocks")}
+        | {stage: cell(stage, "{:.2f}") for stage in STAGES}
+        | {"in all": lambda row: f"{sum(row[stage] for stage in STAGES):.2f}"},
+        rows=rows,
+        settings=settings,
+        plot=_plot,
+    ).publish(out)
+    whole = [sum(row[stage] for stage in STAGES) for row in rows]
+    print(f"48 blocks take {whole[1] / whole[0]:.1f} times what 12 take")
+    if compiled:
+        for form in ("unmerged", "merged"):
+            seconds = settings[f"{form} cold"]
+            print(f"Inductor, {form}: {seconds:.1f} s cold; the pass is {whole[0] / seconds:.0%}")
+
+
+def _plot(axes: Any, rows: Any) -> None:
+    labels = [f"{row['blocks']} blocks" for row in rows]
+    stacks(axes, labels, {stage: [row[stage] for row in rows] for stage in STAGES})
+    axes.set_ylabel("seconds")
 
 
 def vit(blocks: int) -> nn.Module:
@@ -68,13 +88,13 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
     return function(), time.perf_counter() - start
 
 
-def _compare(console: Console, own: float) -> None:
+def _cold_compiles() -> dict[str, float]:
+    """Seconds that Inductor takes for 12 blocks, float32 and batch 2, with empty caches."""
     pixels = torch.randn(2, 3, 224, 224)
-    for name, backend in (("unmerged", "inductor"), ("merged, r=16", TomeBackend(ToMe(16)))):
-        seconds = _cold_compile(vit(12), pixels, backend)
-        console.print(
-            f"Inductor, {name}: {seconds:.1f} s cold; the pass is {own / seconds:.0%} of it"
-        )
+    return {
+        "unmerged cold": _cold_compile(vit(12), pixels, "inductor"),
+        "merged cold": _cold_compile(vit(12), pixels, TomeBackend(ToMe(16))),
+    }
 
 
 def _cold_compile(model: nn.Module, pixels: Tensor, backend: Any) -> float:

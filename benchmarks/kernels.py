@@ -2,28 +2,40 @@
 
     python -m benchmarks kernels --tokens 197 133 69
 
-Each is compiled by Inductor for one shape. Matching must read the keys, merging must read and
-write the tokens; a copy of as many bytes is what the memory allows.
+Both as the composite operators, compiled by Inductor for one shape, and as kernels of their own.
+Matching must read the keys, merging must read and write the tokens; a copy of as many bytes is
+what the memory allows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from torch import Tensor
 
-from benchmarks.turns import medians_in_turns, show
+from benchmarks.results import OUT, Results, bars, cell
+from benchmarks.turns import medians_in_turns
+from tomepass.kernels.cpu import match_cpu, merge_cpu
 from tomepass.loading import parse_dtype
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
 from tomepass.options import MultiValueCommand
-from tomepass.tables import table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 WIDTH, HEADS, PROTECTED = 768, 12, [0]
+# What is measured, and the copy that it stands beside.
+COLUMNS = {
+    "copy of keys": None,
+    "match": "copy of keys",
+    "match_cpu": "copy of keys",
+    "copy of tokens": None,
+    "merge": "copy of tokens",
+    "merge_cpu": "copy of tokens",
+}
 
 
 @app.command(cls=MultiValueCommand)
@@ -34,18 +46,38 @@ def main(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
 ) -> None:
     """Print milliseconds of matching and merging beside those of the copies."""
     if threads is not None:
         torch.set_num_threads(threads)
-    title = f"width {WIDTH}, r={r}, batch {batch}, {dtype}: milliseconds (times the copy's)"
-    shown = table(title, "tokens", "copy of the keys", "matching", "copy of tokens", "merging")
-    for count in tokens or (197, 133, 69):
-        shown.add_row(str(count), *_measured(count, r, batch, parse_dtype(dtype), rounds))
-    show(shown)
+    rows = [
+        {"tokens": count} | _measured(count, r, batch, parse_dtype(dtype), rounds)
+        for count in tokens or (197, 133, 69)
+    ]
+
+    def beside(name: str, copy: str | None) -> Callable[[Any], str]:
+        if copy is None:
+            return cell(name, "{:.2f}")
+        return lambda row: f"{row[name]:.2f} ({row[name] / row[copy]:.1f}x)"
+
+    def plot(axes: Any, rows: Any) -> None:
+        labels = [f"{row['tokens']} tokens" for row in rows]
+        bars(axes, labels, {name: [row[name] for row in rows] for name in COLUMNS})
+        axes.set_ylabel("milliseconds")
+
+    Results(
+        name="kernels",
+        title=f"Kernels: width {WIDTH}, r={r}, batch {batch}, {dtype}, ms (times the copy's)",
+        columns={"tokens": cell("tokens")}
+        | {name: beside(name, copy) for name, copy in COLUMNS.items()},
+        rows=rows,
+        settings={"width": WIDTH, "r": r, "batch": batch, "dtype": dtype, "rounds": rounds},
+        plot=plot,
+    ).publish(out)
 
 
-def _measured(tokens: int, r: int, batch: int, dtype: torch.dtype, rounds: int) -> list[str]:
+def _measured(tokens: int, r: int, batch: int, dtype: torch.dtype, rounds: int) -> dict[str, float]:
     keys = torch.randn(batch, tokens, HEADS, WIDTH // HEADS).to(dtype).transpose(1, 2)
     x = torch.randn(batch, tokens, WIDTH).to(dtype)
     size = torch.ones(batch, tokens)
@@ -62,16 +94,12 @@ def _measured(tokens: int, r: int, batch: int, dtype: torch.dtype, rounds: int) 
     runs: list[Callable[[], Any]] = [
         lambda: keys.clone(),
         lambda: compiled[0](keys),
+        lambda: match_cpu(keys, r, PROTECTED),
         lambda: x.clone(),
         lambda: compiled[1](x, size, assign),
+        lambda: merge_cpu(x, size, assign, tokens - r),
     ]
-    first, matched, second, merged = medians_in_turns(runs, rounds, calls=10)
-    return [
-        f"{first:.2f}",
-        f"{matched:.2f} ({matched / first:.1f})",
-        f"{second:.2f}",
-        f"{merged:.2f} ({merged / second:.1f})",
-    ]
+    return dict(zip(COLUMNS, medians_in_turns(runs, rounds, calls=10), strict=True))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ their time in attention, which falls with the square of the tokens: merging gain
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
 
+from benchmarks.results import COMPARED, OUT, Results, cell, compared, lines
 from benchmarks.throughput import SIZES, make_model
-from benchmarks.turns import show
 from tomepass import ToMe
 from tomepass.benchmarking import Measurement, measure
 from tomepass.loading import parse_dtype
 from tomepass.options import MultiValueCommand
-from tomepass.tables import table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -33,18 +33,33 @@ def main(
     dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 6,
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
 ) -> None:
     """Print speed-up and peak memory, merged against unmerged, at each size."""
     if threads is not None:
         torch.set_num_threads(threads)
-    title = f"{model}, {dtype}, {share:.0%} of the tokens a block, inductor with freezing"
-    shown = table(title, "tokens", "batch", "r", "speed-up", "ideal", "peak MB")
+    rows = []
     for pixels in sizes or (224, 384, 512, 1024):
         tokens = (pixels // 16) ** 2 + 1
-        batch = max(1, images * 197 // tokens)
-        found = _measured(model, pixels, round(share * tokens), batch, dtype, rounds)
-        shown.add_row(str(tokens), str(batch), found.settings.method_label, *_figures(found))
-    show(shown)
+        batch, r = max(1, images * 197 // tokens), round(share * tokens)
+        found = _measured(model, pixels, r, batch, dtype, rounds)
+        rows.append({"tokens": tokens, "batch": batch, "r": r, **compared(found)})
+
+    def plot(axes: Any, rows: Any) -> None:
+        series = {"measured": "speed-up", "ideal, by multiply-accumulates": "ideal"}
+        across = [row["tokens"] for row in rows]
+        lines(axes, across, {name: [row[key] for row in rows] for name, key in series.items()})
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("speed-up over unmerged")
+
+    Results(
+        name="scaling",
+        title=f"{model}, {dtype}, {share:.0%} of the tokens a block, inductor with freezing",
+        columns={name: cell(name) for name in ("tokens", "batch", "r")} | COMPARED,
+        rows=rows,
+        settings={"model": model, "dtype": dtype, "share": share, "rounds": rounds},
+        plot=plot,
+    ).publish(out)
 
 
 def _measured(name: str, pixels: int, r: int, batch: int, dtype: str, rounds: int) -> Measurement:
@@ -52,16 +67,6 @@ def _measured(name: str, pixels: int, r: int, batch: int, dtype: str, rounds: in
     inputs = torch.randn(batch, 3, pixels, pixels).to(parse_dtype(dtype))
     freezing = {"freezing": True}
     return measure(model, inputs, ToMe(r), inner_options=freezing, rounds=rounds, label=name)
-
-
-def _figures(found: Measurement) -> tuple[str, str, str]:
-    ratio = found.ratio
-    peaks = (found.original.peak_bytes / 1e6, found.merged.peak_bytes / 1e6)
-    return (
-        f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})",
-        f"{found.ratio_ideal:.2f}x",
-        f"{peaks[0]:.1f} -> {peaks[1]:.1f}",
-    )
 
 
 if __name__ == "__main__":

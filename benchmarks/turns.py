@@ -1,4 +1,4 @@
-"""What the smaller benchmarks share: functions timed in turns, a table with its machine below."""
+"""Functions timed in turns."""
 
 from __future__ import annotations
 
@@ -8,10 +8,6 @@ from statistics import median
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
-
-from tomepass.benchmarking import environment
 
 _WARM_ROUNDS = 2
 
@@ -27,11 +23,3 @@ def medians_in_turns(runs: Sequence[Callable[[], Any]], rounds: int, calls: int)
                     run()
                 found.append(1000 * (time.perf_counter() - started) / calls)
     return [median(found[_WARM_ROUNDS:]) for found in samples]
-
-
-def show(shown: Table) -> None:
-    """Prints a table and, below it, what its figures were measured with."""
-    console = Console()
-    console.print(shown)
-    where = environment()
-    console.print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}")

@@ -395,7 +395,7 @@ def environment() -> Environment:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cpu_capability": _cpu_capability(),
         "threads": torch.get_num_threads(),
     }
     if torch.cuda.is_available():
@@ -661,6 +661,12 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def _cpu_capability() -> str:
+    """The widest vector instructions there are, and whether there are matrix ones."""
+    widest = torch.backends.cpu.get_cpu_capability()
+    return f"{widest}, AMX" if torch.cpu._is_amx_tile_supported() else widest
 
 
 def _silent(_: str) -> None:

@@ -12,11 +12,11 @@ if TYPE_CHECKING:
 
     from tomepass.benchmarking import Environment, Measurement
 
-_INK = "#1f2933"
+INK = "#1f2933"
 _QUIET = "#7b8794"
 _GRID = "#e4e7eb"
 _DEEP, _SOFT = "#2f74b5", "#a3c5e5"
-_SERIES = (_DEEP, _SOFT, "#e0a458", "#6a4c93")
+SERIES = (_DEEP, _SOFT, "#e0a458", "#6a4c93", "#5b8c5a", "#b8b8b8")
 _SIZE = (7.6, 4.2)  # inches; at 160 dots an inch, 1216 x 672 pixels
 _DOTS = 160
 
@@ -48,14 +48,14 @@ def speed_plot(
     first = measurements[0].settings
     labels = list(dict.fromkeys(m.settings.method_label for m in measurements))
     series = list(dict.fromkeys(m.settings.options_label for m in measurements))
-    figure, axes = _figure(first.title, machine(first, environment or {}))
+    drawn, axes = figure(first.title, machine(first, environment or {}))
     width = min(0.8 / len(series), 0.36)
     for i, options in enumerate(series):
         offset = (i - (len(series) - 1) / 2) * width
         mine = [m for m in measurements if m.settings.options_label == options]
         name = f"measured, {options}" if options else "measured"
         places = [labels.index(m.settings.method_label) + offset for m in mine]
-        _bars(axes, places, mine, width, _SERIES[i % len(_SERIES)], name)
+        _bars(axes, places, mine, width, SERIES[i % len(SERIES)], name)
     _ideals(axes, labels, measurements, max(len(series) * width / 2, 0.18) + 0.05)
     axes.axhline(1.0, color=_QUIET, linewidth=1.0, zorder=1)
     top = max(max(m.ratio.high, m.ratio_ideal) for m in measurements)
@@ -65,8 +65,8 @@ def speed_plot(
     axes.set_xlabel("r, tokens merged a block")
     axes.set_ylabel("speed-up over unmerged")
     axes.yaxis.set_major_formatter("{x:g}x")
-    figure.legend(loc="outside lower center", ncols=len(series) + 1, frameon=False, labelcolor=_INK)
-    figure.savefig(path, dpi=_DOTS)
+    drawn.legend(loc="outside lower center", ncols=len(series) + 1, frameon=False, labelcolor=INK)
+    save(drawn, path)
 
 
 def accuracy_plot(rows: Sequence[Any], path: str | Path, title: str = "") -> None:
@@ -86,7 +86,7 @@ def accuracy_plot(rows: Sequence[Any], path: str | Path, title: str = "") -> Non
     labelled = all(_field(row, "accuracy") is not None for row in rows)
     rates = [float(_field(row, "images_per_second")) for row in rows]
     shares = [float(_field(row, "accuracy" if labelled else "agreement")) for row in rows]
-    figure, axes = _figure(title, "")
+    drawn, axes = figure(title)
     axes.plot(rates, shares, color=_SOFT, linewidth=1.8, zorder=2)
     for row, rate, share in zip(rows, rates, shares, strict=True):
         unmerged = str(_field(row, "r")) == "0"
@@ -96,7 +96,7 @@ def accuracy_plot(rows: Sequence[Any], path: str | Path, title: str = "") -> Non
             marker="o",
             markersize=9,
             color="white" if unmerged else _DEEP,
-            markeredgecolor=_INK if unmerged else _DEEP,
+            markeredgecolor=INK if unmerged else _DEEP,
             markeredgewidth=1.6,
             zorder=3,
         )
@@ -105,23 +105,29 @@ def accuracy_plot(rows: Sequence[Any], path: str | Path, title: str = "") -> Non
             (rate, share),
             xytext=(8, 7),  # a falling line leaves this side free
             textcoords="offset points",
-            color=_INK,
+            color=INK,
         )
     _roomy(axes, rates, shares)
     axes.set_xlabel("images per second")
     axes.set_ylabel("top-1 accuracy (%)" if labelled else "agreement with unmerged (%)")
-    figure.savefig(path, dpi=_DOTS)
+    save(drawn, path)
 
 
-def _figure(title: str, subtitle: str) -> tuple[Figure, Axes]:
+def save(drawn: Figure, path: str | Path) -> None:
+    """Writes a figure as a PNG, 1216 x 672 pixels."""
+    drawn.savefig(path, dpi=_DOTS)
+
+
+def figure(title: str, subtitle: str = "") -> tuple[Figure, Axes]:
+    """An empty plot in the project's style, wide enough for a README."""
     # Not pyplot: it would keep the figure, and choose a backend for the whole process.
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=_SIZE, layout="constrained", facecolor="white")
-    axes = figure.subplots()
+    drawn = Figure(figsize=_SIZE, layout="constrained", facecolor="white")
+    axes = drawn.subplots()
     if title:
         pad = 26 if subtitle else 12
-        axes.set_title(title, loc="left", color=_INK, fontsize=12, fontweight="bold", pad=pad)
+        axes.set_title(title, loc="left", color=INK, fontsize=12, fontweight="bold", pad=pad)
     if subtitle:
         axes.annotate(
             subtitle,
@@ -135,12 +141,12 @@ def _figure(title: str, subtitle: str) -> tuple[Figure, Axes]:
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_QUIET)
-    axes.tick_params(colors=_INK, length=0, labelsize=10)
+    axes.tick_params(colors=INK, length=0, labelsize=10)
     axes.grid(axis="y", color=_GRID, linewidth=0.9)
     axes.set_axisbelow(True)
-    axes.xaxis.label.set_color(_INK)
-    axes.yaxis.label.set_color(_INK)
-    return figure, axes
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
+    return drawn, axes
 
 
 def _bars(
@@ -158,7 +164,7 @@ def _bars(
     ]
     axes.bar(places, heights, 0.92 * width, color=colour, label=name, zorder=2)
     axes.errorbar(
-        places, heights, yerr=spread, fmt="none", ecolor=_INK, elinewidth=1.1, capsize=3, zorder=3
+        places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3, zorder=3
     )
     for place, height in zip(places, heights, strict=True):
         # Inside, at the foot: the head belongs to the whiskers and the ideal.
@@ -168,7 +174,7 @@ def _bars(
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",
-            color=_contrast(colour),
+            color=contrast(colour),
             fontsize=10,
             fontweight="bold",
             zorder=4,
@@ -185,7 +191,7 @@ def _ideals(
         list(ideal.values()),
         [place - reach for place in places],
         [place + reach for place in places],
-        colors=_INK,
+        colors=INK,
         linewidth=1.6,
         linestyles=(0, (4, 2)),
         label="ideal, by multiply-accumulates",
@@ -197,15 +203,15 @@ def _ideals(
             xytext=(0, 4),
             textcoords="offset points",
             ha="center",
-            color=_INK,
+            color=INK,
             fontsize=10,
         )
 
 
-def _contrast(colour: str) -> str:
+def contrast(colour: str) -> str:
     """White on dark, ink on light."""
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return _INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
+    return INK if 0.299 * red + 0.587 * green + 0.114 * blue > 140 else "white"
 
 
 def _roomy(axes: Axes, rates: Sequence[float], shares: Sequence[float]) -> None:

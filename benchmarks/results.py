@@ -1,0 +1,144 @@
+"""What a benchmark leaves behind: a table on screen; JSON, Markdown and a plot in a folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from tomepass.benchmarking import describe, environment
+from tomepass.plots import INK, SERIES, contrast, figure, save
+from tomepass.tables import table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from tomepass.benchmarking import Measurement
+
+Row = Mapping[str, Any]
+OUT = Path("tomepass-bench")
+
+COMPARED: dict[str, Callable[[Any], str]] = {
+    "speed-up": lambda row: f"{row['speed-up']:.2f}x ({row['least']:.2f}-{row['greatest']:.2f})",
+    "ideal": lambda row: f"{row['ideal']:.2f}x",
+    "ms an image": lambda row: f"{row['ms unmerged']:.1f} -> {row['ms merged']:.1f}",
+    "peak MB": lambda row: f"{row['MB unmerged']:.1f} -> {row['MB merged']:.1f}",
+}
+"""Columns for rows of :func:`compared`."""
+
+
+def compared(found: Measurement) -> dict[str, float]:
+    """What a row says of a model measured against its merged form."""
+    return {
+        "speed-up": found.ratio.median,
+        "least": found.ratio.low,
+        "greatest": found.ratio.high,
+        "ideal": found.ratio_ideal,
+        "ms unmerged": found.original.milliseconds.median,
+        "ms merged": found.merged.milliseconds.median,
+        "MB unmerged": found.original.peak_bytes / 1e6,
+        "MB merged": found.merged.peak_bytes / 1e6,
+    }
+
+
+@dataclass(frozen=True)
+class Results:
+    """The figures of one benchmark.
+
+    Args:
+        name: of its files.
+        title: over the table and the plot.
+        columns: a header and what a row shows under it.
+        rows: raw figures, as they go into the JSON.
+        settings: what the rows have in common, for the JSON.
+        plot: draws the rows.
+    """
+
+    name: str
+    title: str
+    columns: Mapping[str, Callable[[Any], str]]
+    rows: Sequence[Row]
+    settings: Row
+    plot: Callable[[Axes, Sequence[Row]], None]
+
+    def cells(self) -> list[list[str]]:
+        return [[show(row) for show in self.columns.values()] for row in self.rows]
+
+    def publish(self, out: Path) -> None:
+        """Prints the table, and writes ``NAME.json``, ``NAME.md`` and ``NAME.png``."""
+        where = environment()
+        shown = table(self.title, *self.columns)
+        for cells in self.cells():
+            shown.add_row(*cells)
+        out.mkdir(parents=True, exist_ok=True)
+        data = {
+            "benchmark": self.name,
+            "settings": self.settings,
+            "environment": where,
+            "rows": self.rows,
+        }
+        (out / f"{self.name}.json").write_text(json.dumps(data, indent=1) + "\n")
+        lines = [list(self.columns), ["---"] * len(self.columns), *self.cells()]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        (out / f"{self.name}.md").write_text(text)
+        drawn, axes = figure(self.title, describe(where).partition("python ")[2].partition(", ")[2])
+        self.plot(axes, self.rows)
+        save(drawn, out / f"{self.name}.png")
+        console = Console()
+        console.print(shown)
+        console.print(describe(where))
+        console.print(f"written: {out / self.name}.json, .md and .png")
+
+
+def cell(name: str, form: str = "{}") -> Callable[[Any], str]:
+    """A column that shows one figure of a row."""
+    return lambda row: form.format(row[name])
+
+
+def bars(axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
+    """A group of bars a label, one for each series, their figures at the foot."""
+    width = 0.8 / len(series)
+    for index, (name, heights) in enumerate(series.items()):
+        colour = SERIES[index % len(SERIES)]
+        places = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
+        axes.bar(places, heights, 0.92 * width, color=colour, label=name, zorder=2)
+        for place, height in zip(places, heights, strict=True):
+            axes.annotate(
+                f"{height:.3g}",
+                (place, 0),
+                xytext=(0, 5),
+                textcoords="offset points",
+                ha="center",
+                color=contrast(colour),
+                fontsize=9,
+                zorder=4,
+            )
+    axes.set_xticks(range(len(labels)), labels)
+    _legend(axes, len(series))
+
+
+def stacks(axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
+    """A bar a label, the series on top of each other."""
+    below = [0.0] * len(labels)
+    for index, (name, heights) in enumerate(series.items()):
+        axes.bar(labels, heights, 0.55, bottom=below, color=SERIES[index], label=name, zorder=2)
+        below = [a + b for a, b in zip(below, heights, strict=True)]
+    _legend(axes, len(series))
+
+
+def lines(axes: Axes, across: Sequence[float], series: Mapping[str, Sequence[float]]) -> None:
+    """A line a series, with a point at each place measured."""
+    for index, (name, heights) in enumerate(series.items()):
+        axes.plot(across, heights, color=SERIES[index], marker="o", linewidth=1.8, label=name)
+    axes.set_xticks(list(across), [f"{place:g}" for place in across])
+    axes.set_ylim(bottom=0)
+    _legend(axes, len(series))
+
+
+def _legend(axes: Axes, columns: int) -> None:
+    drawn = axes.figure
+    drawn.legend(loc="outside lower center", ncols=min(columns, 6), frameon=False, labelcolor=INK)
