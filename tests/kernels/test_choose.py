@@ -14,7 +14,8 @@ from torch import Tensor, fx, nn
 import tomepass
 from tomepass import ToMe, TomeBackend
 from tomepass.kernels.choose import take_kernels
-from tomepass.kernels.cpu import match_cpu, merge_cpu
+from tomepass.kernels.cpu import match_cpu, merge_cpu, pad_keys_cpu
+from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 
@@ -57,6 +58,21 @@ def test_inductor_gets_kernels_that_compute_the_same(
     assert count(graph, match_cpu) == count(graph, merge_cpu) == len(merging) > 1
     assert not any(count(graph, composite) for composite in (match, merge, merge_size))
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_keys_padded_for_matrix_units_take_one_pass(
+    handed: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    model, x = make().bfloat16(), pixels().bfloat16()
+    with torch.no_grad():
+        expected = tomepass.apply(model, r=3, example_inputs=x)(x)
+        got = compiled(model, x, TomeBackend(ToMe(3)))
+    (graph,) = handed
+    graph.graph.lint()
+    assert count(graph, pad_keys_cpu) == 1
+    assert not count(graph, torch.ops.aten.constant_pad_nd.default) + count(graph, log_size)
+    torch.testing.assert_close(got, expected, rtol=0, atol=2**-6 * float(expected.abs().max()))
 
 
 def test_what_is_trained_keeps_its_gradients(handed: list[fx.GraphModule]) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tomepass import reference
-from tomepass.kernels.cpu import match_cpu, merge_cpu
+from tomepass.kernels.cpu import match_cpu, merge_cpu, pad_keys_cpu
+from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge_size
 from tomepass.ops.padding import PADDED
@@ -152,6 +153,27 @@ def test_more_than_can_merge_raises_as_the_composite_does() -> None:
             operator(heads(1, 5), 3, [0])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["projected", "contiguous", "strided"])
+def test_padded_keys_are_the_padded_operands(dtype: torch.dtype, layout: str) -> None:
+    keys, values = heads(3, 13, dtype=dtype), heads(3, 13, 1, dtype=dtype)
+    if layout == "contiguous":
+        keys, values = keys.contiguous(), values.contiguous()
+    if layout == "strided":
+        keys, values = (x.repeat_interleave(2, dim=3)[..., ::2] for x in (keys, values))
+    size = torch.randint(1, 400, (3, 13)).float()
+    size[1, 4] = NEXT_TO_NOTHING
+    pad = torch.nn.functional.pad
+    lowest = torch.finfo(dtype).min
+    got = pad_keys_cpu(keys, values, size, 3)
+    assert torch.equal(got[0], pad(keys, (0, 0, 0, 3)))
+    assert torch.equal(got[1], pad(values, (0, 0, 0, 3)))
+    expected = pad(log_size(size, keys), (0, 3), value=lowest)
+    assert got[2].shape == expected.shape
+    assert (got[2] == lowest).sum() == 3 * 3 + 1
+    torch.testing.assert_close(got[2], expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
 def test_operators_are_registered_as_torch_expects() -> None:
     keys, x = heads(2, 12), torch.randn(2, 12, 7)
     assign = match_cpu(keys, 4, [0])
@@ -159,3 +181,4 @@ def test_operators_are_registered_as_torch_expects() -> None:
     torch.library.opcheck(match_cpu, (keys, 4, [0], torch.ones(2, 12)))
     torch.library.opcheck(merge_cpu, (x, None, assign, 8))
     torch.library.opcheck(merge_cpu, (x, torch.ones(2, 12), assign, 8))
+    torch.library.opcheck(pad_keys_cpu, (keys, keys, torch.ones(2, 12), 4))

@@ -2,7 +2,7 @@
 
 | device | dtype | kernels |
 |---|---|---|
-| CPU | float32, bfloat16 | ``tome::match_cpu``, ``tome::merge_cpu`` |
+| CPU | float32, bfloat16 | ``tome::match_cpu``, ``merge_cpu``, ``pad_keys_cpu`` |
 | all others | | none: the composite operators |
 
 Kernels have no gradients and need Inductor's compiler, so a graph that is trained, exported or
@@ -14,15 +14,20 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx
 
-from tomepass.kernels.cpu import DTYPES, match_cpu, merge_cpu
+from tomepass.attention import FUSED
+from tomepass.kernels.cpu import DTYPES, match_cpu, merge_cpu, pad_keys_cpu
+from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 
+_PAD = torch.ops.aten.constant_pad_nd.default
+
 
 def take_kernels(module: fx.GraphModule) -> None:
-    """Puts the matches and merges of a graph on kernels of their own, in place.
+    """Puts matches, merges and padded keys of a graph on kernels of their own, in place.
 
     Args:
         module: a rewritten graph, or Dynamo's graph of a module that holds one.
@@ -36,6 +41,9 @@ def take_kernels(module: fx.GraphModule) -> None:
             size = sizes.get(node.args[1:])
             together = size is not None and node < size
             _merge_at_once(node, sizes.pop(node.args[1:]) if together else None)
+    for node in module.graph.find_nodes(op="call_function", target=FUSED):
+        if _pads_keys(node):
+            _pad_at_once(node)
     module.recompile()
 
 
@@ -59,3 +67,31 @@ def _merge_at_once(node: fx.Node, size: fx.Node | None) -> None:
         new.meta["val"] = _value(old)
         old.replace_all_uses_with(new)
         node.graph.erase_node(old)
+
+
+def _pads_keys(attention: fx.Node) -> bool:
+    """Whether keys, values and log(size) are padded just before an attention."""
+    operands = attention.args[1:4]
+    if len(operands) < 3 or not all(
+        isinstance(x, fx.Node) and x.target is _PAD and len(x.users) == 1 for x in operands
+    ):
+        return False
+    keys, _, bias = (x.args[0] for x in operands)  # type: ignore[union-attr]
+    return _takes(keys) and bias.target is log_size  # type: ignore[union-attr]
+
+
+def _pad_at_once(attention: fx.Node) -> None:
+    """Keys, values and log(size), padded in one pass."""
+    padded: list[Any] = list(attention.args[1:4])
+    (keys, edges, _), (values, *_), (bias, *_) = (node.args for node in padded)
+    graph = attention.graph
+    with graph.inserting_before(attention):
+        made = graph.call_function(pad_keys_cpu, (keys, values, bias.args[0], edges[-1]))
+        made.meta.update(attention.meta)
+        taken = [graph.call_function(operator.getitem, (made, i)) for i in range(3)]
+    for new, old in zip(taken, padded, strict=True):
+        new.meta["val"] = _value(old)
+        old.replace_all_uses_with(new)
+        graph.erase_node(old)
+    if not bias.users:
+        graph.erase_node(bias)

@@ -1,4 +1,4 @@
-// Matching and merging on a CPU. Rows are shared out among threads, and each is worked out by one
+// Matching, merging and padding keys on a CPU. Rows are shared out among threads, and each is worked out by one
 // of them in a fixed order: results depend neither on the number of threads nor on the batch.
 #include <algorithm>
 #include <cmath>
@@ -222,6 +222,44 @@ void merge(const T* x, const int64_t* strides, const float* size, const int64_t*
     }
 }
 
+// Keys or values of one image, heads within tokens, with zeros after them.
+template <class T>
+void pad(const T* x, const int64_t* strides, int64_t heads, int64_t tokens, int64_t width,
+         int64_t padded_tokens, T* out) {
+    // As a projection leaves them, all is one run.
+    const bool whole = strides[1] == width && strides[2] == heads * width;
+    const int64_t rows = whole ? 1 : tokens, columns = whole ? 1 : heads;
+    const int64_t run = whole ? tokens * heads * width : width;
+    for (int64_t n = 0; n < rows; ++n)
+        for (int64_t h = 0; h < columns; ++h)
+            std::memcpy(out + (n * heads + h) * width, x + h * strides[1] + n * strides[2],
+                        run * sizeof(T));
+    std::fill(out + tokens * heads * width, out + padded_tokens * heads * width, T{});
+}
+
+template <class T>
+void pad_keys(const T* keys, const int64_t* key_strides, const T* values,
+              const int64_t* value_strides, const float* size, int64_t batch, int64_t heads,
+              int64_t tokens, int64_t width, int64_t padded_tokens, float lowest, T* keys_out,
+              T* values_out, T* bias, int threads) {
+    const int64_t per_image = padded_tokens * heads * width;
+#pragma omp parallel for num_threads(threads)
+    for (int64_t image = 0; image < 2 * batch; ++image) {
+        const int64_t b = image / 2;
+        if (image % 2) {
+            pad(values + b * value_strides[0], value_strides, heads, tokens, width, padded_tokens,
+                values_out + b * per_image);
+            continue;
+        }
+        pad(keys + b * key_strides[0], key_strides, heads, tokens, width, padded_tokens,
+            keys_out + b * per_image);
+        for (int64_t n = 0; n < padded_tokens; ++n) {
+            const float weight = n < tokens ? size[b * tokens + n] : 0.f;
+            narrow(weight < PADDED ? lowest : std::log(weight), bias[b * padded_tokens + n]);
+        }
+    }
+}
+
 }  // namespace
 
 #define EXPORTED(T, NAME)                                                                         \
@@ -239,6 +277,14 @@ void merge(const T* x, const int64_t* strides, const float* size, const int64_t*
                                  int64_t width, int64_t left, T* out, float* size_out,            \
                                  int threads) {                                                   \
         merge(x, strides, size, assign, batch, tokens, width, left, out, size_out, threads);      \
+    }                                                                                             \
+    extern "C" void pad_keys_##NAME(const T* keys, const int64_t* key_strides, const T* values,   \
+                                    const int64_t* value_strides, const float* size,              \
+                                    int64_t batch, int64_t heads, int64_t tokens, int64_t width,  \
+                                    int64_t padded_tokens, float lowest, T* keys_out,             \
+                                    T* values_out, T* bias, int threads) {                        \
+        pad_keys(keys, key_strides, values, value_strides, size, batch, heads, tokens, width,     \
+                 padded_tokens, lowest, keys_out, values_out, bias, threads);                     \
     }
 
 EXPORTED(float, float32)

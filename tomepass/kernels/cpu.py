@@ -1,4 +1,4 @@
-"""``tome::match_cpu`` and ``tome::merge_cpu``: matching and merging in one pass each.
+"""``tome::match_cpu``, ``merge_cpu`` and ``pad_keys_cpu``: one pass over memory each.
 
 Compiled once, by the compiler that Inductor found, into Inductor's cache. They have no gradients
 and cannot be exported: the composite operators of :mod:`tomepass.ops` stay what they compute.
@@ -94,6 +94,52 @@ def merge_cpu(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> tu
     return merged, merged_size
 
 
+def _pad_keys_result(
+    keys: Tensor, values: Tensor, size: Tensor, missing: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, heads, tokens, width = keys.shape
+    padded = tokens + missing
+    made = (x.new_empty(batch, padded, heads, width).transpose(1, 2) for x in (keys, values))
+    return (*made, keys.new_empty(batch, 1, 1, padded))  # type: ignore[return-value]
+
+
+@register_for(
+    "CPU",
+    "pad_keys_cpu(Tensor keys, Tensor values, Tensor size, int missing)"
+    " -> (Tensor, Tensor, Tensor)",
+    _pad_keys_result,
+)
+def pad_keys_cpu(
+    keys: Tensor, values: Tensor, size: Tensor, missing: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys, values and ``tome::log_size`` for tokens of which the last ``missing`` weigh nothing.
+
+    Args:
+        keys: ``[B, H, N, D]``.
+        values: ``[B, H, N, D]``.
+        size: ``[B, N]`` float32.
+        missing: tokens to add.
+
+    Returns:
+        keys and values ``[B, H, N + missing, D]``, zeros at the end, and the bias of attention
+        ``[B, 1, 1, N + missing]``, the lowest number there is at the end.
+    """
+    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (keys, values))
+    size = size.contiguous()
+    batch, heads, tokens, width = keys.shape
+    made = _pad_keys_result(keys, values, size, missing)
+    getattr(_library(), f"pad_keys_{DTYPES[keys.dtype]}")(
+        *(keys.data_ptr(), (ctypes.c_int64 * 4)(*keys.stride())),
+        *(values.data_ptr(), (ctypes.c_int64 * 4)(*values.stride())),
+        size.data_ptr(),
+        *(batch, heads, tokens, width, tokens + missing),
+        torch.finfo(keys.dtype).min,
+        *(x.data_ptr() for x in made),
+        torch.get_num_threads(),
+    )
+    return made
+
+
 @lru_cache
 def _sequence(r: int, tokens: int, protected: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """The even, odd and protected positions, as C arrays."""
@@ -114,8 +160,13 @@ def _library() -> ctypes.CDLL:
     number, pointer, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     sequence = [pointer, number] * 3
     for dtype in DTYPES.values():
-        match, merge = getattr(library, f"match_{dtype}"), getattr(library, f"merge_{dtype}")
+        match, merge, pad_keys = (
+            getattr(library, f"{name}_{dtype}") for name in ("match", "merge", "pad_keys")
+        )
         match.argtypes = [pointer] * 2 + [number] * 5 + sequence + [pointer] * 3 + [threads]
         merge.argtypes = [pointer] * 4 + [number] * 4 + [pointer] * 2 + [threads]
-        match.restype = merge.restype = None
+        pad_keys.argtypes = (
+            [pointer] * 5 + [number] * 5 + [ctypes.c_float] + [pointer] * 3 + [threads]
+        )
+        match.restype = merge.restype = pad_keys.restype = None
     return library
