@@ -10,14 +10,16 @@ import torch
 import torch._inductor.compile_fx
 from encoders import make, pixels
 from torch import Tensor, fx, nn
+from zoo import make_inputs, make_model, output_of, relative_error
 
 import tomepass
 from tomepass import ToMe, TomeBackend
 from tomepass.kernels.choose import take_kernels
-from tomepass.kernels.cpu import match_cpu, merge_cpu, pad_keys_cpu
+from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.side import merge_bias
 
 
 @pytest.fixture
@@ -73,6 +75,18 @@ def test_keys_padded_for_matrix_units_take_one_pass(
     assert count(graph, pad_keys_cpu) == 1
     assert not count(graph, torch.ops.aten.constant_pad_nd.default) + count(graph, log_size)
     torch.testing.assert_close(got, expected, rtol=0, atol=2**-6 * float(expected.abs().max()))
+
+
+def test_position_biases_take_a_kernel(handed: list[fx.GraphModule]) -> None:
+    model, inputs = make_model("beit"), make_inputs("beit")
+    with torch.no_grad():
+        expected = output_of(tomepass.apply(model, r=4)(**inputs))
+        torch._dynamo.reset()
+        got = output_of(torch.compile(model, backend=TomeBackend(ToMe(4)))(**inputs))
+    (graph,) = handed
+    assert count(graph, merge_bias_cpu) == count(graph, match_cpu) - 1
+    assert not count(graph, merge_bias)
+    assert relative_error(got, expected) < 1e-5
 
 
 def test_what_is_trained_keeps_its_gradients(handed: list[fx.GraphModule]) -> None:

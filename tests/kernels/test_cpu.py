@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tomepass import reference
-from tomepass.kernels.cpu import match_cpu, merge_cpu, pad_keys_cpu
+from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge_size
 from tomepass.ops.padding import PADDED
+from tomepass.ops.side import merge_bias
 from tomepass.schedule import capped
 
 NEXT_TO_NOTHING = PADDED * 1e-24
@@ -174,6 +175,43 @@ def test_padded_keys_are_the_padded_operands(dtype: torch.dtype, layout: str) ->
     torch.testing.assert_close(got[2], expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_merged_biases_equal_the_composite_s(data: st.DataObject) -> None:
+    tokens = data.draw(st.integers(2, 40), label="tokens")
+    left = data.draw(st.integers(1, tokens), label="left")
+    shape = data.draw(st.sampled_from([(3,), (1, 3), (1, 1)]), label="heads")
+    spread = data.draw(st.sampled_from([0.1, 3.0, 40.0]), label="spread")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), label="dtype")
+    torch.manual_seed(data.draw(st.integers(0, 2**30), label="seed"))
+    bias = (spread * torch.randn(*shape, tokens, tokens)).to(dtype)
+    every, rest = torch.arange(left).expand(2, -1), torch.randint(0, left, (2, tokens - left))
+    source = torch.cat([every, rest], 1)[:, torch.randperm(tokens)]
+    got = merge_bias_cpu(bias, source, left)
+    expected = merge_bias(bias.double(), source, left)
+    assert got.dtype == dtype
+    assert got.shape == expected.shape
+    finite = expected > expected.amax() - 80  # below it exp is 0 in float32
+    error = (got.double() - expected).abs()[finite].max() / bias.double().abs().max()
+    assert error <= {torch.float32: 4e-6, torch.bfloat16: 2**-8}[dtype]
+
+
+def test_a_bias_of_tokens_by_themselves_stays_bit_by_bit() -> None:
+    bias = torch.randn(1, 2, 5, 5)
+    source = torch.tensor([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])
+    got = merge_bias_cpu(bias, source, 5)
+    assert torch.equal(got[:1], bias)
+    assert torch.equal(got[1:], bias.flip(2, 3))
+
+
+def test_keys_that_a_bias_shuts_out_stay_shut_out() -> None:
+    bias = torch.zeros(1, 1, 3, 3)
+    bias[..., 1:] = -torch.inf
+    got = merge_bias_cpu(bias, torch.tensor([[0, 1, 1]]), 2)
+    assert torch.equal(got, merge_bias(bias, torch.tensor([[0, 1, 1]]), 2))
+    assert got[0, 0].tolist() == [[0.0, -torch.inf], [0.0, -torch.inf]]
+
+
 def test_operators_are_registered_as_torch_expects() -> None:
     keys, x = heads(2, 12), torch.randn(2, 12, 7)
     assign = match_cpu(keys, 4, [0])
@@ -181,4 +219,5 @@ def test_operators_are_registered_as_torch_expects() -> None:
     torch.library.opcheck(match_cpu, (keys, 4, [0], torch.ones(2, 12)))
     torch.library.opcheck(merge_cpu, (x, None, assign, 8))
     torch.library.opcheck(merge_cpu, (x, torch.ones(2, 12), assign, 8))
+    torch.library.opcheck(merge_bias_cpu, (torch.randn(1, 3, 12, 12), assign, 8))
     torch.library.opcheck(pad_keys_cpu, (keys, keys, torch.ones(2, 12), 4))

@@ -2,7 +2,7 @@
 
 | device | dtype | kernels |
 |---|---|---|
-| CPU | float32, bfloat16 | ``tome::match_cpu``, ``merge_cpu``, ``pad_keys_cpu`` |
+| CPU | float32, bfloat16 | those of :mod:`tomepass.kernels.cpu` |
 | all others | | none: the composite operators |
 
 Kernels have no gradients and need Inductor's compiler, so a graph that is trained, exported or
@@ -18,10 +18,11 @@ import torch
 from torch import fx
 
 from tomepass.attention import FUSED
-from tomepass.kernels.cpu import DTYPES, match_cpu, merge_cpu, pad_keys_cpu
+from tomepass.kernels.cpu import DTYPES, match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.side import merge_bias
 
 _PAD = torch.ops.aten.constant_pad_nd.default
 
@@ -41,6 +42,12 @@ def take_kernels(module: fx.GraphModule) -> None:
             size = sizes.get(node.args[1:])
             together = size is not None and node < size
             _merge_at_once(node, sizes.pop(node.args[1:]) if together else None)
+    for node in module.graph.find_nodes(op="call_function", target=merge_bias):
+        bias = node.args[0]
+        # One for all images, from all queries to all keys.
+        shape = list(_value(bias).shape)
+        if _takes(bias) and shape[-1] == shape[-2] > 1 and shape[:-3] in ([], [1]):
+            node.target = merge_bias_cpu
     for node in module.graph.find_nodes(op="call_function", target=FUSED):
         if _pads_keys(node):
             _pad_at_once(node)

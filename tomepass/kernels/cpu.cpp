@@ -1,4 +1,4 @@
-// Matching, merging and padding keys on a CPU. Rows are shared out among threads, and each is worked out by one
+// Matching, merging, biases and padded keys on a CPU. Rows are shared out among threads, and each is worked out by one
 // of them in a fixed order: results depend neither on the number of threads nor on the batch.
 #include <algorithm>
 #include <cmath>
@@ -179,24 +179,30 @@ void match(const T* keys, const int64_t* strides, int64_t batch, int64_t heads, 
     }
 }
 
+// Which tokens of an image go to each index, as lists in ascending order: the first one, then
+// each one's successor.
+void lists_of(const int64_t* assign, int64_t tokens, int64_t left, int32_t* first,
+              int32_t* successor) {
+    std::fill(first, first + left, -1);
+    for (int64_t i = tokens - 1; i >= 0; --i) {
+        if (assign[i] < 0 || assign[i] >= left) continue;  // it goes nowhere
+        successor[i] = first[assign[i]];
+        first[assign[i]] = int32_t(i);
+    }
+}
+
 template <class T>
 void merge(const T* x, const int64_t* strides, const float* size, const int64_t* assign,
            int64_t batch, int64_t tokens, int64_t width, int64_t left, T* out, float* size_out,
            int threads) {
-    // Which tokens go to each index, as lists: the first one, then each one's successor.
-    std::vector<int32_t> first(batch * left, -1), successor(batch * tokens);
+    std::vector<int32_t> first(batch * left), successor(batch * tokens);
 #pragma omp parallel num_threads(threads)
     {
         std::vector<float> sum(width);
 #pragma omp for
         for (int64_t b = 0; b < batch; ++b)
-            for (int64_t i = tokens - 1; i >= 0; --i) {
-                const int64_t to = assign[b * tokens + i];
-                if (to < 0 || to >= left) continue;  // it goes nowhere
-                int32_t& head = first[b * left + to];
-                successor[b * tokens + i] = head;
-                head = int32_t(i);
-            }
+            lists_of(assign + b * tokens, tokens, left, first.data() + b * left,
+                     successor.data() + b * tokens);
 #pragma omp for collapse(2)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t j = 0; j < left; ++j) {
@@ -219,6 +225,90 @@ void merge(const T* x, const int64_t* strides, const float* size, const int64_t*
                 }
                 for (int64_t c = 0; c < width; ++c) narrow(sum[c], to[c]);
             }
+    }
+}
+
+// log(x) for x from 0, in a form that vectorises: x = m 2^e with m near 1, and
+// log(m) = 2 artanh(s) = 2 (s + s^3 / 3 + ...) where s = (m - 1) / (m + 1), at most 0.172.
+inline float logarithm(float x) {
+    int32_t bits;
+    std::memcpy(&bits, &x, sizeof bits);
+    const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // m is between sqrt(1/2) and sqrt(2)
+    bits -= exponent * (1 << 23);
+    float m;
+    std::memcpy(&m, &bits, sizeof m);
+    const float s = (m - 1.f) / (m + 1.f), t = s * s;
+    const float series = 1.f + t * (1.f / 3 + t * (1.f / 5 + t * (1.f / 7 + t * (1.f / 9))));
+    const float found = float(exponent) * 0.693147181f + 2.f * s * series;
+    return x > 0.f ? found : x == 0.f ? LOWEST : x;
+}
+
+// A head's bias turned, [key][query], and its exponential, the largest of a row kept out of it.
+template <class T>
+void turn(const T* bias, int64_t tokens, float* plain, float* exponential, float* largest) {
+    for (int64_t i = 0; i < tokens; ++i) {
+        const T* row = bias + i * tokens;
+        largest[i] = widen(row[0]);
+        for (int64_t j = 1; j < tokens; ++j) largest[i] = std::max(largest[i], widen(row[j]));
+        for (int64_t j = 0; j < tokens; ++j) {
+            plain[j * tokens + i] = widen(row[j]);
+            exponential[j * tokens + i] = std::exp(widen(row[j]) - largest[i]);
+        }
+    }
+}
+
+// One image's head: over the keys of an index the log-mean-exp, then over its queries the mean.
+template <class T>
+void merge_head(const float* plain, const float* exponential, const float* largest,
+                const int32_t* first, const int32_t* successor, int64_t tokens, int64_t left,
+                float* sum, float* columns, T* out) {
+    for (int64_t j = 0; j < left; ++j) {
+        const bool single = successor[first[j]] < 0;
+        std::fill(sum, sum + tokens, 0.f);
+        int64_t count = 0;
+        for (int32_t i = first[j]; i >= 0; i = successor[i], ++count) {
+            const float* key = (single ? plain : exponential) + i * tokens;
+            for (int64_t q = 0; q < tokens; ++q) sum[q] += key[q];
+        }
+        if (!single)
+            for (int64_t q = 0; q < tokens; ++q)
+                sum[q] = logarithm(sum[q] / float(count)) + largest[q];
+        for (int64_t q = 0; q < tokens; ++q) columns[q * left + j] = sum[q];
+    }
+    for (int64_t i = 0; i < left; ++i) {
+        std::fill(sum, sum + left, 0.f);
+        int64_t count = 0;
+        for (int32_t q = first[i]; q >= 0; q = successor[q], ++count)
+            for (int64_t j = 0; j < left; ++j) sum[j] += columns[q * left + j];
+        for (int64_t j = 0; j < left; ++j) narrow(sum[j] / float(count), out[i * left + j]);
+    }
+}
+
+// An index that no token goes to is left out: there is none in a source map.
+template <class T>
+void merge_bias(const T* bias, const int64_t* source, int64_t batch, int64_t heads, int64_t tokens,
+                int64_t left, float* scratch, T* out, int threads) {
+    const int64_t square = tokens * tokens;
+    float *plain = scratch, *exponential = plain + heads * square;
+    float* largest = exponential + heads * square;
+    std::vector<int32_t> first(batch * left), successor(batch * tokens);
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for
+        for (int64_t b = 0; b < batch; ++b)
+            lists_of(source + b * tokens, tokens, left, first.data() + b * left,
+                     successor.data() + b * tokens);
+#pragma omp for
+        for (int64_t h = 0; h < heads; ++h)
+            turn(bias + h * square, tokens, plain + h * square, exponential + h * square,
+                 largest + h * tokens);
+        std::vector<float> sum(tokens), columns(tokens * left);
+#pragma omp for collapse(2)
+        for (int64_t b = 0; b < batch; ++b)
+            for (int64_t h = 0; h < heads; ++h)
+                merge_head(plain + h * square, exponential + h * square, largest + h * tokens,
+                           first.data() + b * left, successor.data() + b * tokens, tokens, left,
+                           sum.data(), columns.data(), out + (b * heads + h) * left * left);
     }
 }
 
@@ -277,6 +367,11 @@ void pad_keys(const T* keys, const int64_t* key_strides, const T* values,
                                  int64_t width, int64_t left, T* out, float* size_out,            \
                                  int threads) {                                                   \
         merge(x, strides, size, assign, batch, tokens, width, left, out, size_out, threads);      \
+    }                                                                                             \
+    extern "C" void merge_bias_##NAME(const T* bias, const int64_t* source, int64_t batch,        \
+                                      int64_t heads, int64_t tokens, int64_t left,                \
+                                      float* scratch, T* out, int threads) {                      \
+        merge_bias(bias, source, batch, heads, tokens, left, scratch, out, threads);              \
     }                                                                                             \
     extern "C" void pad_keys_##NAME(const T* keys, const int64_t* key_strides, const T* values,   \
                                     const int64_t* value_strides, const float* size,              \

@@ -1,4 +1,4 @@
-"""``tome::match_cpu``, ``merge_cpu`` and ``pad_keys_cpu``: one pass over memory each.
+"""``tome::match_cpu``, ``merge_cpu``, ``merge_bias_cpu`` and ``pad_keys_cpu``: one pass each.
 
 Compiled once, by the compiler that Inductor found, into Inductor's cache. They have no gradients
 and cannot be exported: the composite operators of :mod:`tomepass.ops` stay what they compute.
@@ -94,6 +94,35 @@ def merge_cpu(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> tu
     return merged, merged_size
 
 
+def _merge_bias_result(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
+    return bias.new_empty(source.shape[0], bias.shape[-3], tokens, tokens)
+
+
+@register_for(
+    "CPU",
+    "merge_bias_cpu(Tensor bias, Tensor source, SymInt tokens) -> Tensor",
+    _merge_bias_result,
+)
+def merge_bias_cpu(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
+    """``tome::merge_bias`` of one bias for all images, ``[H, N, N]`` or ``[1, H, N, N]``.
+
+    A sum a key instead of a product with ``[N, N']``: see there for what it computes.
+    """
+    bias, source = bias.contiguous(), source.contiguous()
+    heads, before = bias.shape[-3], bias.shape[-1]
+    made = _merge_bias_result(bias, source, tokens)
+    scratch = bias.new_empty(heads * before * (2 * before + 1), dtype=torch.float32)
+    getattr(_library(), f"merge_bias_{DTYPES[bias.dtype]}")(
+        bias.data_ptr(),
+        source.data_ptr(),
+        *(source.shape[0], heads, before, tokens),
+        scratch.data_ptr(),
+        made.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return made
+
+
 def _pad_keys_result(
     keys: Tensor, values: Tensor, size: Tensor, missing: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -160,13 +189,16 @@ def _library() -> ctypes.CDLL:
     number, pointer, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     sequence = [pointer, number] * 3
     for dtype in DTYPES.values():
-        match, merge, pad_keys = (
-            getattr(library, f"{name}_{dtype}") for name in ("match", "merge", "pad_keys")
+        match, merge, merge_bias, pad_keys = (
+            getattr(library, f"{name}_{dtype}")
+            for name in ("match", "merge", "merge_bias", "pad_keys")
         )
         match.argtypes = [pointer] * 2 + [number] * 5 + sequence + [pointer] * 3 + [threads]
         merge.argtypes = [pointer] * 4 + [number] * 4 + [pointer] * 2 + [threads]
         pad_keys.argtypes = (
             [pointer] * 5 + [number] * 5 + [ctypes.c_float] + [pointer] * 3 + [threads]
         )
-        match.restype = merge.restype = pad_keys.restype = None
+        merge_bias.argtypes = [pointer] * 2 + [number] * 4 + [pointer] * 2 + [threads]
+        for kernel in (match, merge, merge_bias, pad_keys):
+            kernel.restype = None
     return library
