@@ -80,9 +80,9 @@ def test_keys_padded_for_matrix_units_take_one_pass(
 def test_position_biases_take_a_kernel(handed: list[fx.GraphModule]) -> None:
     model, inputs = make_model("beit"), make_inputs("beit")
     with torch.no_grad():
-        expected = output_of(tomepass.apply(model, r=4)(**inputs))
+        expected = output_of("beit", tomepass.apply(model, r=4)(**inputs))
         torch._dynamo.reset()
-        got = output_of(torch.compile(model, backend=TomeBackend(ToMe(4)))(**inputs))
+        got = output_of("beit", torch.compile(model, backend=TomeBackend(ToMe(4)))(**inputs))
     (graph,) = handed
     assert count(graph, merge_bias_cpu) == count(graph, match_cpu) - 1
     assert not count(graph, merge_bias)

@@ -233,6 +233,7 @@ void merge(const T* x, const int64_t* strides, const float* size, const int64_t*
 inline float logarithm(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
+    const int32_t nothing = -int32_t(bits == 0);
     const int32_t exponent = (bits - 0x3f3504f3) >> 23;  // m is between sqrt(1/2) and sqrt(2)
     bits -= exponent * (1 << 23);
     float m;
@@ -240,7 +241,8 @@ inline float logarithm(float x) {
     const float s = (m - 1.f) / (m + 1.f), t = s * s;
     const float series = 1.f + t * (1.f / 3 + t * (1.f / 5 + t * (1.f / 7 + t * (1.f / 9))));
     const float found = float(exponent) * 0.693147181f + 2.f * s * series;
-    return x > 0.f ? found : x == 0.f ? LOWEST : x;
+    // log(0) is -inf, and what is not a number stays none.
+    return found + (x - x) + float(nothing) * std::numeric_limits<float>::max() * 2.f;
 }
 
 // A head's bias turned, [key][query], and its exponential, the largest of a row kept out of it.
