@@ -11,6 +11,7 @@ from benchmarks import (
     compile_time,
     kernels,
     latency,
+    linear,
     scaling,
     throughput,
 )
@@ -28,6 +29,7 @@ app.command("breakdown")(breakdown.main)
 app.command("scaling", cls=MultiValueCommand)(scaling.main)
 app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
+app.command("linear", cls=MultiValueCommand)(linear.main)
 app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)
 

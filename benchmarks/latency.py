@@ -8,6 +8,7 @@ Tensor memory is what a call holds beyond weights and inputs, convolution scratc
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,18 +44,16 @@ def main(
     rows = []
     for images in batch or (1, 2, 4):
         inputs = example_inputs(subject, images)
-        for method in (
-            ToMe(parse_r(text), multiple_of=multiple)
-            for text in r or ("16",)
-            for multiple in multiple_of or (1, 16)
-        ):
+        for text, multiple in itertools.product(r or ("16",), multiple_of or (1, 16)):
+            method = ToMe(parse_r(text), multiple_of=multiple)
             options = {"freezing": True} if freezing else {}
             found = measure(subject, inputs, method, inner_options=options, rounds=rounds)
-            rows.append({"batch": images, "method": repr(method), **compared(found)})
+            row = {"batch": images, "r": text, "multiple_of": multiple}
+            rows.append(row | compared(found))
     Results(
         name="latency",
         title=f"{model}, {dtype}, inductor{' with freezing' * freezing}",
-        columns={"batch": cell("batch"), "": cell("method")} | COMPARED,
+        columns={name: cell(name) for name in ("batch", "r", "multiple_of")} | COMPARED,
         rows=rows,
         settings={"model": model, "dtype": dtype, "freezing": freezing, "rounds": rounds},
         plot=_plot,
@@ -62,7 +61,7 @@ def main(
 
 
 def _plot(axes: Any, rows: Any) -> None:
-    labels = [f"batch {row['batch']}\n{row['method']}" for row in rows]
+    labels = [f"batch {row['batch']}\nr={row['r']}\nby {row['multiple_of']}" for row in rows]
     series = {"unmerged": "ms unmerged", "merged": "ms merged"}
     bars(axes, labels, {name: [row[key] for row in rows] for name, key in series.items()})
     axes.set_ylabel("milliseconds an image")

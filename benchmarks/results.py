@@ -85,7 +85,8 @@ class Results:
         lines = [list(self.columns), ["---"] * len(self.columns), *self.cells()]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         (out / f"{self.name}.md").write_text(text)
-        drawn, axes = figure(self.title, describe(where).partition("python ")[2].partition(", ")[2])
+        machine = f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads"
+        drawn, axes = figure(self.title, f"{machine}, torch {where['torch']}")
         self.plot(axes, self.rows)
         save(drawn, out / f"{self.name}.png")
         console = Console()
@@ -100,13 +101,15 @@ def cell(name: str, form: str = "{}") -> Callable[[Any], str]:
 
 
 def bars(axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
-    """A group of bars a label, one for each series, their figures at the foot."""
+    """A group of bars a label, one for each series; where they are few, figures at the foot."""
     width = 0.8 / len(series)
     for index, (name, heights) in enumerate(series.items()):
         colour = SERIES[index % len(SERIES)]
         places = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
         axes.bar(places, heights, 0.92 * width, color=colour, label=name, zorder=2)
         for place, height in zip(places, heights, strict=True):
+            if len(series) * len(labels) > 12:
+                break
             axes.annotate(
                 f"{height:.3g}",
                 (place, 0),
@@ -141,4 +144,4 @@ def lines(axes: Axes, across: Sequence[float], series: Mapping[str, Sequence[flo
 
 def _legend(axes: Axes, columns: int) -> None:
     drawn = axes.figure
-    drawn.legend(loc="outside lower center", ncols=min(columns, 6), frameon=False, labelcolor=INK)
+    drawn.legend(loc="outside lower center", ncols=min(columns, 3), frameon=False, labelcolor=INK)

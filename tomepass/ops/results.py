@@ -40,10 +40,28 @@ def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tens
     return assign.new_empty((assign.shape[0], tokens), dtype=torch.float32)
 
 
+def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    plain = x.is_contiguous() and x.dtype is weight.dtype and x.shape[-1] == weight.shape[-1]
+    if not plain or torch.is_autocast_enabled(x.device.type):
+        result: Tensor = torch.ops.aten.linear.default(x, weight, bias)
+        return result
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _layer_norm_result(x: Tensor, shape: list[int], *rest: Any) -> Tensor:
+    plain = x.is_contiguous() and x.shape[-len(shape) :] == tuple(shape)
+    if not plain or torch.is_autocast_enabled(x.device.type):
+        result: Tensor = torch.ops.aten.layer_norm.default(x, shape, *rest)
+        return result
+    return x.new_empty(x.shape)
+
+
 RESULTS: dict[Any, Callable[..., Tensor]] = {
     match: _match_result,
     merge: _merge_result,
     merge_size: _merge_size_result,
     keep: _keep_result,
     log_size: _log_size_result,
+    torch.ops.aten.linear.default: _linear_result,
+    torch.ops.aten.layer_norm.default: _layer_norm_result,
 }
