@@ -69,7 +69,10 @@ def _first_call(form: str, freezing: bool, cache: str, *of: Any) -> float:
         "TORCHINDUCTOR_FREEZING": str(int(freezing)),
     }
     command = [sys.executable, "-m", "benchmarks.compile_time", form, *map(str, of)]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    root = Path(__file__).parents[1]
+    run = subprocess.run(
+        command, env=environment, cwd=root, capture_output=True, text=True, check=False
+    )
     if run.returncode:
         raise RuntimeError(f"{form} could not be compiled: {run.stderr}")
     return float(run.stdout.split()[-1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,10 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import attention, breakdown, kernels
+from benchmarks import attention, breakdown, compile_time, kernels, linear, results
 from benchmarks.__main__ import app
+from benchmarks.results import Results, cell
 
 WIDTH = 768
+NAMES = {
+    *("throughput", "latency", "breakdown", "scaling", "attention", "kernels", "linear"),
+    *("compile-time", "capture-time"),
+}
 
 
 def event(name: str, start: float, milliseconds: float, shapes: Any = ()) -> Any:
@@ -29,8 +36,9 @@ def event(name: str, start: float, milliseconds: float, shapes: Any = ()) -> Any
 def test_every_benchmark_stands_behind_the_front() -> None:
     result = CliRunner().invoke(app, ["--help"])
     assert result.exit_code == 0
-    for name in ("throughput", "breakdown", "scaling", "attention", "kernels", "capture-time"):
-        assert name in result.output
+    assert set(result.output.split()) >= NAMES
+    for name in NAMES:
+        assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -82,18 +90,71 @@ def test_a_profile_is_split_by_block_and_kind() -> None:
         (-1, "rest"): 4.0,
     }
     rows = list(breakdown._rows({"unmerged": times, "merged": times}, depth=2))
-    assert rows[0] == ("unmerged", "7.0", "0.0", "4.0", "0.0", "5.0", "4.0", "20.0")
-    assert [row[0] for row in rows] == ["unmerged", "merged", "0", "1"]
-    assert rows[3][-1] == "8.00"
+    assert [row["what"] for row in rows] == ["unmerged", "merged", "block 0", "block 1"]
+    kinds = {"linear": 7.0, "attention": 0.0, "matching": 4.0, "merging": 0.0}
+    assert rows[0] == {"what": "unmerged", **kinds, "glue": 5.0, "rest": 4.0}
+    assert sum(rows[3][kind] for kind in breakdown.KINDS) == 8.0
 
 
-def test_matching_and_merging_are_measured_beside_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_matching_and_merging_are_measured_beside_copies(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     words = ["--tokens", "9", "12", "--r", "2", "--batch", "2", "--rounds", "1", "--dtype", "fp32"]
-    result = CliRunner().invoke(kernels.app, words)
+    result = CliRunner().invoke(kernels.app, [*words, "--out", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "copy of" in result.output
-    assert all(str(tokens) in result.output for tokens in (9, 12))
+    found = json.loads((tmp_path / "kernels.json").read_text())
+    assert [row["tokens"] for row in found["rows"]] == [9, 12]
+    assert all(row[name] > 0 for row in found["rows"] for name in kernels.COLUMNS)
+
+
+@pytest.mark.skipif(
+    not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="oneDNN has no bfloat16 here"
+)
+def test_linear_layers_are_measured_at_several_rows(tmp_path: Path) -> None:
+    words = ["linear", "--rows", "5", "8", "--rounds", "1", "--out", str(tmp_path)]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "linear.json").read_text())
+    assert [row["rows"] for row in found["rows"]] == [5, 8]
+    assert all(row[name] > 0 for row in found["rows"] for name in linear.SHAPES)
+
+
+@pytest.mark.parametrize("draw", [results.bars, results.stacks, results.lines])
+def test_results_leave_a_table_and_its_figures_behind(
+    draw: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def plot(axes: Any, rows: Any) -> None:
+        names = [1.0, 2.0] if draw is results.lines else ["a", "b"]
+        draw(axes, names, {"one": [r["x"] for r in rows], "two": [r["y"] for r in rows]})
+
+    Results(
+        name="made_up",
+        title="Made up",
+        columns={"x": cell("x"), "sum": lambda row: f"{row['x'] + row['y']:.1f}"},
+        rows=[{"x": 1, "y": 2}, {"x": 3, "y": 0.25}],
+        settings={"of": "a test"},
+        plot=plot,
+    ).publish(tmp_path)
+    shown = capsys.readouterr().out
+    assert "Made up" in shown
+    assert "3.2" in shown
+    assert torch.__version__ in shown
+    table = "| x | sum |\n| --- | --- |\n| 1 | 3.0 |\n| 3 | 3.2 |\n"
+    assert (tmp_path / "made_up.md").read_text() == table
+    data = json.loads((tmp_path / "made_up.json").read_text())
+    assert data["rows"] == [{"x": 1, "y": 2}, {"x": 3, "y": 0.25}]
+    assert (data["benchmark"], data["settings"]) == ("made_up", {"of": "a test"})
+    assert data["environment"]["torch"] == torch.__version__
+    assert (tmp_path / "made_up.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_first_call_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
+    """Not the compile itself: one layer, and a model that is not there."""
+    assert compile_time._first_call("start-up", False, str(tmp_path), "none", 4, 2, "fp32") > 0
+    with pytest.raises(RuntimeError, match="(?s)merged could not be compiled: .*no model 'none'"):
+        compile_time._first_call("merged", False, str(tmp_path), "none", 4, 2, "fp32")
 
 
 @pytest.mark.parametrize("path", attention.PATHS[1:], ids=lambda path: path.__name__)
