@@ -153,7 +153,7 @@ def test_results_leave_a_table_and_its_figures_behind(
 def test_a_first_call_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Not the compile itself: one layer, and a model that is not there."""
     assert compile_time._first_call("start-up", False, str(tmp_path), "none", 4, 2, "fp32") > 0
-    with pytest.raises(RuntimeError, match="(?s)merged could not be compiled: .*no model 'none'"):
+    with pytest.raises(RuntimeError, match=r"(?s)merged could not be compiled: .*no model 'none'"):
         compile_time._first_call("merged", False, str(tmp_path), "none", 4, 2, "fp32")
 
 
