@@ -12,6 +12,7 @@ from benchmarks import (
     kernels,
     latency,
     linear,
+    openvino_layers,
     scaling,
     throughput,
 )
@@ -30,6 +31,7 @@ app.command("scaling", cls=MultiValueCommand)(scaling.main)
 app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
 app.command("linear", cls=MultiValueCommand)(linear.main)
+app.command("openvino-layers")(openvino_layers.main)
 app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)
 

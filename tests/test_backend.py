@@ -433,6 +433,27 @@ def test_merging_twice_is_refused(model: Any, images: Tensor) -> None:
 
 
 @torch.no_grad()
+def test_without_a_method_graphs_are_handed_over_as_they_are(
+    model: Any, images: Tensor, inner: Inner
+) -> None:
+    merged = tomepass.apply(model, r=8)
+    for subject, matches in ((merged, 3), (model, 0)):
+        torch._dynamo.reset()
+        got = torch.compile(subject, backend=TomeBackend(None, inner=inner))(images).logits
+        assert torch.equal(got, subject(images).logits)
+        assert inner.merges[-1] == matches
+
+
+def test_without_a_method_there_is_none_to_change() -> None:
+    with pytest.raises(TomeError, match=r"unknown options \['r'\].*it has no method to change"):
+        TomeBackend(None).with_options({"r": 4})
+    with pytest.raises(TomeError, match="it has no method to change"):
+        TomeBackend().with_options({"method": None, "r": 4})
+    assert TomeBackend(None).with_options({"method": ToMe(3), "r": 4}).method == ToMe(4)
+    assert TomeBackend(None).with_options({"inner": "eager"}) == TomeBackend(None, inner="eager")
+
+
+@torch.no_grad()
 def test_written_out_attention_merges_as_fused_attention_does(vit: Any, images: Tensor) -> None:
     fused = torch.compile(vit, backend=eager())(images).logits
     vit.set_attn_implementation("eager")

@@ -136,19 +136,20 @@ class TomeBackend(_Settings):
             TomeError: on an unknown name; the message lists the valid ones.
         """
         own = [f.name for f in dataclasses.fields(self)]
-        of_method: list[str] = []
-        if self.method is not None:
-            of_method = [*(f.name for f in dataclasses.fields(self.method)), *TARGETS]
-        if unknown := sorted(set(options) - set(own) - set(of_method)):
-            raise TomeError(
-                f"unknown options {unknown} of the tome backend; valid: {', '.join(own)}, and "
-                f"of the method: {', '.join(of_method)}"
-            )
         mine = dataclasses.replace(self, **{k: v for k, v in options.items() if k in own})
-        changed = {k: v for k, v in options.items() if k in of_method}
-        if mine.method is None or not changed:
+        others = {k: v for k, v in options.items() if k not in own}
+        if mine.method is None:
+            of_method, known = [], "it has no method to change"
+        else:
+            of_method = [*(f.name for f in dataclasses.fields(mine.method)), *TARGETS]
+            known = f"and of the method: {', '.join(of_method)}"
+        if unknown := sorted(set(others) - set(of_method)):
+            raise TomeError(
+                f"unknown options {unknown} of the tome backend; valid: {', '.join(own)}, {known}"
+            )
+        if mine.method is None or not others:
             return mine
-        return dataclasses.replace(mine, method=mine.method.replace(**changed))
+        return dataclasses.replace(mine, method=mine.method.replace(**others))
 
     def _rewritten(self, captured: CanonicalGraph, method: ToMe) -> fx.GraphModule | None:
         planned = plan_graph(captured, method)
