@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.results import OUT, Results, cell, lines
 from benchmarks.turns import medians_in_turns
@@ -58,6 +59,25 @@ def extra_channel(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
     return attended[..., :HEAD]
 
 
+def scaled_values(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
+    """Values times sizes, and the sizes themselves as a column that gives the denominator."""
+    size = log.exp()[:, None, :, None]
+    v = torch.cat([v * size, size.expand(*v.shape[:3], 1)], -1)
+    q, k, v = (F.pad(x, (0, HEAD + TILE - x.shape[-1])) for x in (q, k, v))
+    attended = F.scaled_dot_product_attention(q, k, v, scale=HEAD**-0.5)
+    return attended[..., :HEAD] / attended[..., HEAD : HEAD + 1]
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
+    """FlexAttention, log(size) added to each score."""
+
+    def weighed(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score + log[b, j]
+
+    attended: Tensor = flex_attention(q, k, v, score_mod=weighed)
+    return attended
+
+
 def written_out(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
     """Product, softmax with the bias in float32 or wider, product."""
     scores = (q * HEAD**-0.5) @ k.transpose(-1, -2)
@@ -66,7 +86,15 @@ def written_out(q: Tensor, k: Tensor, v: Tensor, log: Tensor) -> Tensor:
     return torch.matmul(weights, v)
 
 
-PATHS: tuple[Way, ...] = (without_sizes, bias, padded_keys, extra_channel, written_out)
+PATHS: tuple[Way, ...] = (
+    without_sizes,
+    bias,
+    padded_keys,
+    extra_channel,
+    scaled_values,
+    flex,
+    written_out,
+)
 
 
 @app.command(cls=MultiValueCommand)

@@ -16,7 +16,7 @@ INK = "#1f2933"
 _QUIET = "#7b8794"
 _GRID = "#e4e7eb"
 _DEEP, _SOFT = "#2f74b5", "#a3c5e5"
-SERIES = (_DEEP, _SOFT, "#e0a458", "#6a4c93", "#5b8c5a", "#b8b8b8")
+SERIES = (_DEEP, _SOFT, "#e0a458", "#6a4c93", "#5b8c5a", "#b8b8b8", "#b8574f")
 _SIZE = (7.6, 4.2)  # inches; at 160 dots an inch, 1216 x 672 pixels
 _DOTS = 160
 
