@@ -61,7 +61,11 @@ def main(
 
 
 def _plot(axes: Any, rows: Any) -> None:
-    labels = [f"batch {row['batch']}\nr={row['r']}\nby {row['multiple_of']}" for row in rows]
+    labels = [f"batch {row['batch']}\nr={row['r']}\n{_rounded(row['multiple_of'])}" for row in rows]
     series = {"unmerged": "ms unmerged", "merged": "ms merged"}
     bars(axes, labels, {name: [row[key] for row in rows] for name, key in series.items()})
     axes.set_ylabel("milliseconds an image")
+
+
+def _rounded(multiple: int) -> str:
+    return "plain" if multiple == 1 else f"rounded to {multiple}"

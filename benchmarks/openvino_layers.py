@@ -81,7 +81,7 @@ def _request(form: nn.Module, inputs: dict[str, torch.Tensor], threads: int) -> 
     import openvino
 
     with torch.no_grad():
-        program = torch.export.export(form, (), inputs).run_decompositions()
+        program = torch.export.export(form, (), inputs)
     hints = {"PERF_COUNT": "YES", "INFERENCE_NUM_THREADS": threads}
     compiled = openvino.Core().compile_model(openvino.convert_model(program), "CPU", hints)
     return compiled.create_infer_request()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from tomepass.benchmarking import describe, environment
-from tomepass.plots import INK, SERIES, contrast, figure, save
+from tomepass.plots import INK, SERIES, at_foot, figure, save
 from tomepass.tables import table
 
 if TYPE_CHECKING:
@@ -103,23 +104,11 @@ def cell(name: str, form: str = "{}") -> Callable[[Any], str]:
 def bars(axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
     """A group of bars a label, one for each series; where they are few, figures at the foot."""
     width = 0.8 / len(series)
-    for index, (name, heights) in enumerate(series.items()):
-        colour = SERIES[index % len(SERIES)]
+    for index, (name, heights, colour) in enumerate(_coloured(series)):
         places = [i + (index - (len(series) - 1) / 2) * width for i in range(len(labels))]
         axes.bar(places, heights, 0.92 * width, color=colour, label=name, zorder=2)
-        for place, height in zip(places, heights, strict=True):
-            if len(series) * len(labels) > 12:
-                break
-            axes.annotate(
-                f"{height:.3g}",
-                (place, 0),
-                xytext=(0, 5),
-                textcoords="offset points",
-                ha="center",
-                color=contrast(colour),
-                fontsize=9,
-                zorder=4,
-            )
+        if len(series) * len(labels) <= 12:
+            at_foot(axes, places, [f"{height:.3g}" for height in heights], colour, fontsize=9)
     axes.set_xticks(range(len(labels)), labels)
     _legend(axes, len(series))
 
@@ -127,19 +116,26 @@ def bars(axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]
 def stacks(axes: Axes, labels: Sequence[str], series: Mapping[str, Sequence[float]]) -> None:
     """A bar a label, the series on top of each other."""
     below = [0.0] * len(labels)
-    for index, (name, heights) in enumerate(series.items()):
-        axes.bar(labels, heights, 0.55, bottom=below, color=SERIES[index], label=name, zorder=2)
+    for name, heights, colour in _coloured(series):
+        axes.bar(labels, heights, 0.55, bottom=below, color=colour, label=name, zorder=2)
         below = [a + b for a, b in zip(below, heights, strict=True)]
     _legend(axes, len(series))
 
 
 def lines(axes: Axes, across: Sequence[float], series: Mapping[str, Sequence[float]]) -> None:
     """A line a series, with a point at each place measured."""
-    for index, (name, heights) in enumerate(series.items()):
-        axes.plot(across, heights, color=SERIES[index], marker="o", linewidth=1.8, label=name)
+    for name, heights, colour in _coloured(series):
+        axes.plot(across, heights, color=colour, marker="o", linewidth=1.8, label=name)
     axes.set_xticks(list(across), [f"{place:g}" for place in across])
     axes.set_ylim(bottom=0)
     _legend(axes, len(series))
+
+
+def _coloured(
+    series: Mapping[str, Sequence[float]],
+) -> Iterator[tuple[str, Sequence[float], str]]:
+    for (name, heights), colour in zip(series.items(), itertools.cycle(SERIES), strict=False):
+        yield name, heights, colour
 
 
 def _legend(axes: Axes, columns: int) -> None:

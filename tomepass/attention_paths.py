@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tomepass.attention import FUSED
 from tomepass.axis import argument
+from tomepass.capture import carry_origin
 from tomepass.macs import is_overhead
 
 aten = torch.ops.aten
@@ -75,8 +76,7 @@ def _pad(node: fx.Node, bias: fx.Node, missing: int, fake_mode: FakeTensorMode) 
         ):
             operand: fx.Node = args[place]
             padded = node.graph.call_function(aten.constant_pad_nd.default, (operand, edges, value))
-            if "stack_trace" in node.meta:
-                padded.meta["stack_trace"] = node.meta["stack_trace"]
+            carry_origin(padded, node)
             padded.meta["val"] = aten.constant_pad_nd.default(operand.meta["val"], edges, value)
             args[place] = padded
     node.args = tuple(args)

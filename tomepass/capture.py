@@ -27,8 +27,10 @@ from tomepass.masks import drop_idle_masks
 
 aten = torch.ops.aten
 
+# Where a node comes from.
+_ORIGIN = ("stack_trace", "nn_module_stack")
 # What Dynamo leaves on a placeholder and Inductor needs: static inputs, CUDA graphs, names.
-_CARRIED_META = ("tensor_dict", "grapharg", "stack_trace", "nn_module_stack")
+_CARRIED_META = ("tensor_dict", "grapharg", *_ORIGIN)
 # Where a line of code is not the model's.
 _NOT_THE_MODEL = tuple(f'"{Path(file).parent}/' for file in (torch.__file__, __file__))
 # Checks on the input's metadata: our captures are keyed by what they check.
@@ -218,6 +220,11 @@ def _described(value: Any) -> str:
     if isinstance(value, (tuple, list)):
         return f"({', '.join(map(_described, value))})"
     return f"{{{describe_inputs(value)}}}" if isinstance(value, dict) else repr(value)
+
+
+def carry_origin(new: fx.Node, like: fx.Node) -> None:
+    """Marks a node as coming from where another does: its source line and its module."""
+    new.meta.update({name: like.meta[name] for name in _ORIGIN if name in like.meta})
 
 
 def source_line(node: fx.Node) -> str | None:

@@ -166,18 +166,24 @@ def _bars(
     axes.errorbar(
         places, heights, yerr=spread, fmt="none", ecolor=INK, elinewidth=1.1, capsize=3, zorder=3
     )
-    for place, height in zip(places, heights, strict=True):
-        # Inside, at the foot: the head belongs to the whiskers and the ideal.
+    texts = [f"{height:.2f}x" for height in heights]
+    at_foot(axes, places, texts, colour, fontsize=10, fontweight="bold")
+
+
+def at_foot(
+    axes: Axes, places: Sequence[float], texts: Sequence[str], colour: str, **style: Any
+) -> None:
+    """Labels inside bars, at the foot: the head belongs to whiskers and other marks."""
+    for place, text in zip(places, texts, strict=True):
         axes.annotate(
-            f"{height:.2f}x",
+            text,
             (place, 0),
             xytext=(0, 6),
             textcoords="offset points",
             ha="center",
             color=contrast(colour),
-            fontsize=10,
-            fontweight="bold",
             zorder=4,
+            **style,
         )
 
 

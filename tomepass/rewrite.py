@@ -18,7 +18,7 @@ from torch._dispatch.python import enable_python_dispatcher
 
 from tomepass.attention import FUSED, ignores_first
 from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, target_name
-from tomepass.capture import CanonicalGraph, source_line
+from tomepass.capture import CanonicalGraph, carry_origin, source_line
 from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.macs import is_overhead
@@ -540,9 +540,7 @@ class _Sweep:
 
     def _emit(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         node = self.graph.call_function(target, args, kwargs)
-        for name in ("stack_trace", "nn_module_stack"):
-            if name in like.meta:
-                node.meta[name] = like.meta[name]
+        carry_origin(node, like)
         if is_overhead(node):  # compilers name their kernels after it
             node.meta["source_fn_stack"] = [(node.name, f"tome_{target._opname}")]
         self._execute(node)

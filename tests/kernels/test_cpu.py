@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.assignments import assignments
 from tomepass import reference
 from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
@@ -111,11 +112,10 @@ def test_merged_tokens_equal_the_reference(data: st.DataObject) -> None:
     images = data.draw(st.integers(1, 3), label="images")
     width = data.draw(st.integers(1, 40), label="width")
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16]), label="dtype")
-    torch.manual_seed(data.draw(st.integers(0, 2**30), label="seed"))
+    seed = data.draw(st.integers(0, 2**30), label="seed")
+    torch.manual_seed(seed)
     x = torch.randn(images, tokens, width).to(dtype)
-    every = torch.arange(left).expand(images, -1)
-    rest = torch.randint(0, left, (images, tokens - left))
-    assign = torch.cat([every, rest], 1)[:, torch.randperm(tokens)]
+    assign = assignments(images, tokens, left, seed)
     size = torch.randint(1, 300, (images, tokens)).float()
     merged, merged_size = merge_cpu(x, size, assign, left)
     expected, expected_size = reference.merge(x.double(), size, assign, left)

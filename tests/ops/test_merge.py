@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.assignments import assignments
 from tomepass import reference
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
@@ -19,15 +20,6 @@ TOLERANCE = {
     torch.float16: 2e-3,
     torch.bfloat16: 1.6e-2,
 }
-
-
-def assignments(images: int, tokens: int, left: int, seed: int) -> Tensor:
-    """Index maps ``[B, N]`` that send tokens anywhere, and something to each of ``left`` places."""
-    generator = torch.Generator().manual_seed(seed)
-    rest = torch.randint(0, left, (images, tokens - left), generator=generator)
-    every = torch.arange(left).expand(images, -1)
-    shuffled = torch.randperm(tokens, generator=generator)
-    return torch.cat([every, rest], dim=1)[:, shuffled]
 
 
 def sizes(images: int, tokens: int, largest: int, seed: int) -> Tensor:

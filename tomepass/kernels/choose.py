@@ -12,12 +12,14 @@ handed to another backend keeps the composite operators.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
 from tomepass.attention import FUSED
+from tomepass.capture import carry_origin
 from tomepass.kernels.cpu import DTYPES, match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
@@ -65,15 +67,7 @@ def _value(node: fx.Node) -> Any:
 
 def _merge_at_once(node: fx.Node, size: fx.Node | None) -> None:
     """Merged tokens and their sizes from one pass."""
-    found = [(place, old) for place, old in enumerate((node, size)) if old is not None]
-    with node.graph.inserting_before(node):
-        both = node.graph.call_function(merge_cpu, node.args)
-        both.meta.update(node.meta)
-        taken = [node.graph.call_function(operator.getitem, (both, place)) for place, _ in found]
-    for new, (_, old) in zip(taken, found, strict=True):
-        new.meta["val"] = _value(old)
-        old.replace_all_uses_with(new)
-        node.graph.erase_node(old)
+    _replace((node, size), node, merge_cpu, node.args)
 
 
 def _pads_keys(attention: fx.Node) -> bool:
@@ -91,14 +85,19 @@ def _pad_at_once(attention: fx.Node) -> None:
     """Keys, values and log(size), padded in one pass."""
     padded: list[Any] = list(attention.args[1:4])
     (keys, edges, _), (values, *_), (bias, *_) = (node.args for node in padded)
-    graph = attention.graph
-    with graph.inserting_before(attention):
-        made = graph.call_function(pad_keys_cpu, (keys, values, bias.args[0], edges[-1]))
-        made.meta.update(attention.meta)
-        taken = [graph.call_function(operator.getitem, (made, i)) for i in range(3)]
-    for new, old in zip(taken, padded, strict=True):
-        new.meta["val"] = _value(old)
-        old.replace_all_uses_with(new)
-        graph.erase_node(old)
+    _replace(padded, attention, pad_keys_cpu, (keys, values, bias.args[0], edges[-1]))
     if not bias.users:
-        graph.erase_node(bias)
+        bias.graph.erase_node(bias)
+
+
+def _replace(old: Sequence[fx.Node | None], at: fx.Node, kernel: Any, args: Any) -> None:
+    """Nodes, by one kernel that computes them all in this order; None is computed in vain."""
+    graph = at.graph
+    with graph.inserting_before(at):
+        made = graph.call_function(kernel, args)
+        carry_origin(made, at)
+        taken = [graph.call_function(operator.getitem, (made, i)) for i, n in enumerate(old) if n]
+    for new, node in zip(taken, filter(None, old), strict=True):
+        new.meta["val"] = _value(node)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)

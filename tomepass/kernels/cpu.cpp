@@ -1,5 +1,6 @@
-// Matching, merging, biases and padded keys on a CPU. Rows are shared out among threads, and each is worked out by one
-// of them in a fixed order: results depend neither on the number of threads nor on the batch.
+// Matching, merging, biases and padded keys on a CPU. Rows are shared out among threads, and each is
+// worked out by one of them in a fixed order: results depend neither on the number of threads nor
+// on the batch.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -265,7 +266,7 @@ void merge_head(const float* plain, const float* exponential, const float* large
                 const int32_t* first, const int32_t* successor, int64_t tokens, int64_t left,
                 float* sum, float* columns, T* out) {
     for (int64_t j = 0; j < left; ++j) {
-        const bool single = successor[first[j]] < 0;
+        const bool single = first[j] >= 0 && successor[first[j]] < 0;
         std::fill(sum, sum + tokens, 0.f);
         int64_t count = 0;
         for (int32_t i = first[j]; i >= 0; i = successor[i], ++count) {
