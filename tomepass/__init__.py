@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tomepass.backend import TomeBackend, tome_backend
-    from tomepass.config import ToMe
+    from tomepass.config import MLERP, ToMe
     from tomepass.equivalence import CheckReport, check
     from tomepass.errors import TomeError
     from tomepass.module import MergedModel, apply, explain
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "MLERP",
     "CheckReport",
     "MergedModel",
     "Plan",
@@ -37,6 +38,7 @@ __all__ = [
 ]
 
 _HOME = {
+    "MLERP": "config",
     "CheckReport": "equivalence",
     "MergedModel": "module",
     "Plan": "plans",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from tomepass.errors import TomeError
 from tomepass.schedule import (
@@ -18,6 +18,30 @@ from tomepass.schedule import (
 )
 
 RLike = int | list[int] | tuple[int, float] | Schedule
+Metric = Literal["keys", "keys_all_heads", "queries", "values", "hidden"]
+Similarity = Literal["cosine", "dot", "euclidean", "softmax"]
+Partition = Literal["alternating", "sequential", "random"]
+Combine = Literal["weighted_mean", "mean", "max", "keep"]
+Importance = Literal["none", "class_attention"]
+
+
+@dataclass(frozen=True)
+class MLERP:
+    """Combine tokens into a mean direction with a preserved norm (ToFu, arXiv 2312.01026).
+
+    Args:
+        norm: ``"max"``, the weighted mean at the greatest norm among its tokens; ``"mean"``, the
+            mean of the directions at the mean of the norms, both weighted by size.
+    """
+
+    norm: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        _choice("norm", self.norm, ("max", "mean"))
+
+
+# Written to JSON where they are not the paper's.
+_CHOICES = ("metric", "similarity", "combine", "partition", "seed", "importance", "exponent")
 
 
 @dataclass(frozen=True)
@@ -37,12 +61,26 @@ class ToMe:
         protected: positions never merged. None reads them off the graph: the tokens that do
             not come from the input (class, distillation and register tokens).
         trace_source: keep the map from every original token to its final one.
+        metric: what tokens are compared by: the attention's ``"keys"``, ``"queries"`` or
+            ``"values"``, the mean over heads; ``"keys_all_heads"``, all heads side by side;
+            ``"hidden"``, the residual stream (table 1a).
+        similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` or ``"softmax"``, what attention
+            would give each destination (table 1b).
+        combine: how tokens become one: ``"weighted_mean"`` by size, ``"mean"``, ``"max"`` of each
+            channel, ``"keep"`` the destination's (table 1c), or :class:`MLERP`.
+        partition: sources are the even positions (``"alternating"``), the first half
+            (``"sequential"``) or a ``"random"`` half (table 1d).
+        seed: of a random partition, which is the same everywhere for the same seed.
+        importance: ``"class_attention"`` makes merging away a token dearer the more the class
+            token attends to it (where there is none, the more all tokens do): its dissimilarity
+            is multiplied with that attention to the power ``exponent``.
+        exponent: of the importance.
 
     Raises:
         TypeError: if ``r`` is a float, a bool, or holds one; if more than one of ``r``, ``macs``
             and ``speedup`` is given.
-        ValueError: if a count is negative, an inflection lies outside [-1, 1], or a target is out
-            of its range.
+        ValueError: if a count is negative, an inflection lies outside [-1, 1], a target is out
+            of its range, a choice is not one of those above, or two make no sense together.
     """
 
     name: ClassVar[str] = "tome"
@@ -52,6 +90,13 @@ class ToMe:
     protected: tuple[int, ...] | None = None
     trace_source: bool = False
     multiple_of: int = 1
+    metric: Metric = "keys"
+    similarity: Similarity = "cosine"
+    combine: Combine | MLERP = "weighted_mean"
+    partition: Partition = "alternating"
+    seed: int = 0
+    importance: Importance = "none"
+    exponent: float = 0.3
 
     def __init__(
         self,
@@ -63,6 +108,13 @@ class ToMe:
         protected: tuple[int, ...] | list[int] | None = None,
         trace_source: bool = False,
         multiple_of: int = 1,
+        metric: Metric = "keys",
+        similarity: Similarity = "cosine",
+        combine: Combine | MLERP = "weighted_mean",
+        partition: Partition = "alternating",
+        seed: int = 0,
+        importance: Importance = "none",
+        exponent: float = 0.3,
     ) -> None:
         # A frozen dataclass normalises through object.__setattr__, once, here.
         for field, value in (
@@ -71,8 +123,33 @@ class ToMe:
             ("protected", _positions(protected)),
             ("trace_source", _flag("trace_source", trace_source)),
             ("multiple_of", _multiple(multiple_of)),
+            ("metric", _choice("metric", metric, get_args(Metric))),
+            ("similarity", _choice("similarity", similarity, get_args(Similarity))),
+            ("combine", _combine(combine)),
+            ("partition", _choice("partition", partition, get_args(Partition))),
+            ("seed", _seed(seed)),
+            ("importance", _choice("importance", importance, get_args(Importance))),
+            ("exponent", _exponent(exponent)),
         ):
             object.__setattr__(self, field, value)
+        self._refuse_nonsense()
+
+    def _refuse_nonsense(self) -> None:
+        if self.importance != "none" and self.similarity in ("dot", "softmax"):
+            raise ValueError(
+                f"importance={self.importance!r} weighs dissimilarities, which "
+                f"similarity={self.similarity!r} has none of: use 'cosine' or 'euclidean'"
+            )
+        if self.seed and self.partition != "random":
+            raise ValueError(f"seed={self.seed} does nothing with partition={self.partition!r}")
+        if self.exponent != 0.3 and self.importance == "none":
+            raise ValueError(f"exponent={self.exponent!r} does nothing with importance='none'")
+
+    @property
+    def plain_matching(self) -> bool:
+        """Whether tokens are matched as the paper does by default: ``tome::match``."""
+        chosen = (self.metric, self.similarity, self.partition, self.importance)
+        return chosen == ("keys", "cosine", "alternating", "none")
 
     @property
     def schedule(self) -> Schedule:
@@ -90,6 +167,14 @@ class ToMe:
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as JSON types; :func:`method_from_dict` reads it back."""
+        combine = self.combine
+        chosen = {
+            name: value
+            for name in _CHOICES
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default
+        }
+        if isinstance(combine, MLERP):
+            chosen["combine"] = {"mlerp": combine.norm}
         return {
             "method": self.name,
             "r": self.schedule.to_json(),
@@ -97,7 +182,7 @@ class ToMe:
             "protected": None if self.protected is None else list(self.protected),
             "trace_source": self.trace_source,
             "multiple_of": self.multiple_of,
-        }
+        } | chosen
 
     def to_json(self) -> str:
         """One line of JSON."""
@@ -138,6 +223,8 @@ def method_from_dict(data: dict[str, Any]) -> ToMe:
         raise TomeError(f"unknown fields {unknown} of method {name!r}; known: {sorted(known)}")
     if "r" in fields:
         fields["r"] = Schedule.from_json(fields["r"])
+    if isinstance(combine := fields.get("combine"), dict):
+        fields["combine"] = MLERP(combine.get("mlerp"))
     return ToMe(**fields)
 
 
@@ -171,6 +258,34 @@ def _multiple(value: object) -> int:
     if multiple < 1:
         raise ValueError(f"multiple_of: expected 1 or more, got {multiple}")
     return multiple
+
+
+def _choice(name: str, value: object, among: tuple[str, ...]) -> str:
+    if value not in among:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, among))}, got {value!r}")
+    return str(value)
+
+
+def _combine(value: object) -> str | MLERP:
+    if isinstance(value, MLERP):
+        return value
+    among = get_args(Combine)
+    if value not in among:
+        known = ", ".join(map(repr, among))
+        raise ValueError(f"combine must be one of {known}, or MLERP(...), got {value!r}")
+    return str(value)
+
+
+def _seed(value: object) -> int:
+    if (seed := as_int(value)) is None or seed < 0:
+        raise ValueError(f"seed must be an int from 0, got {value!r}")
+    return seed
+
+
+def _exponent(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise ValueError(f"exponent must be a number above 0, got {value!r}")
+    return float(value)
 
 
 def _flag(name: str, value: object) -> bool:

@@ -24,11 +24,10 @@ from tomepass.capture import describe_inputs
 from tomepass.config import RLike, ToMe, resolve_method
 from tomepass.duplicates import check_duplicates
 from tomepass.errors import TomeError
-from tomepass.graphs import relative_error, replayed
+from tomepass.graphs import MATCHES, relative_error, replayed
 from tomepass.module import Applied, MergedModel, apply, make_applied, read_state
-from tomepass.ops.match import match
 from tomepass.planning import plan_graph
-from tomepass.recorded import CheckLine, Recorded, record, reference_lines
+from tomepass.recorded import CheckLine, Recorded, edges_of, record, reference_lines
 from tomepass.rewrite import rewrite
 
 if TYPE_CHECKING:
@@ -252,9 +251,9 @@ def _compiled_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
 def _tied_images(subject: _Subject) -> set[int]:
     """Images in which a rounding could make other tokens merge."""
     tied: set[int] = set()
-    for call in subject.recorded.calls_of(match):
+    for call in subject.recorded.calls_of(*MATCHES):
         keys, r, protected, *_ = call.args
-        margin = reference.match_margin(keys, r, tuple(protected))
+        margin = reference.match_margin(keys, r, tuple(protected), edges=edges_of(call))
         tied |= {i for i, gap in enumerate(margin.tolist()) if gap <= _DEEP_TIE}
     return tied
 
@@ -290,7 +289,7 @@ def _low_precision_line(subject: _Subject) -> CheckLine:
 
 def _replayed(subject: _Subject) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs of the eager and the compiled graph with the same assignments, and these."""
-    assigns = [call.result for call in subject.recorded.calls_of(match)]
+    assigns = pytree.tree_leaves([c.result for c in subject.recorded.calls_of(*MATCHES)])
     graph = replayed(subject.graph)
     eager = tensors(graph(*subject.values, *assigns))
     return eager, tensors(subject.compile(graph)(*subject.values, *assigns)), assigns

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from tomepass.ops.match import match
+from tomepass.ops.match_by import match_by
+
+MATCHES = (match, match_by)
 
 
 class Call(NamedTuple):
@@ -39,21 +42,26 @@ class Recorder(fx.Interpreter):
             self.calls.append(Call(n, args, kwargs, result))
         return result
 
-    def calls_of(self, target: Any) -> list[Call]:
-        """The calls of one operator."""
-        return [call for call in self.calls if call.node.target is target]
+    def calls_of(self, *targets: Any) -> list[Call]:
+        """The calls of some operators."""
+        return [call for call in self.calls if call.node.target in targets]
 
 
 def replayed(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which every match is a further input: the assignments are given, not found."""
+    """A copy in which every result of a match is a further input: given, not found."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     nodes = list(module.graph.nodes)
     for node in nodes:
         if node.op == "placeholder":
             copies[node] = graph.node_copy(node)
-    for number, node in enumerate(n for n in nodes if n.target is match):
-        copies[node] = graph.placeholder(f"assign_{number}")
+    for number, node in enumerate(n for n in nodes if n.target in MATCHES):
+        if node.target is match:
+            copies[node] = graph.placeholder(f"assign_{number}")
+            continue
+        given = [graph.placeholder(f"{name}_{number}") for name in ("assign", "stands")]
+        copies[node] = given[0]
+        copies.update({user: given[user.args[1]] for user in node.users})
     for node in nodes:
         if node not in copies:
             copies[node] = graph.node_copy(node, copies.__getitem__)

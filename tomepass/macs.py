@@ -15,7 +15,10 @@ from torch import Tensor, fx
 from tomepass.attention import FUSED
 from tomepass.axis import argument
 from tomepass.capture import CanonicalGraph
+from tomepass.ops.attention_to import attention_to
+from tomepass.ops.combine import mlerp
 from tomepass.ops.match import match
+from tomepass.ops.match_by import match_by
 from tomepass.ops.merge import merge
 from tomepass.ops.side import merge_bias, merge_rows
 
@@ -99,6 +102,12 @@ def _match(node: fx.Node) -> int:
     return batch * (free // 2) * (free - free // 2) * width
 
 
+def _attention_to(node: fx.Node) -> int:
+    batch, heads, tokens, width = _shape(node.args[0])
+    paying = len(argument(node, 3, "queries")) or tokens
+    return batch * heads * paying * _shape(node.args[1])[2] * width
+
+
 def _merge_rows(node: fx.Node) -> int:
     return prod(_shape(node)) * _shape(node.args[1])[-1]
 
@@ -129,7 +138,10 @@ _MACS: dict[Any, Callable[[fx.Node], int]] = {
     aten.convolution.default: _convolution,
     FUSED: _attention,
     match: _match,
+    match_by: _match,
+    attention_to: _attention_to,
     merge: _merge,
+    mlerp: _merge,
     merge_rows: _merge_rows,
     merge_bias: _merge_bias,
 }

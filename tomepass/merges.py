@@ -13,11 +13,23 @@ from tomepass.planning import PlannedStream
 
 @dataclass
 class Merges:
-    """The merges done so far in one stream; epoch e is the sequence after e of them."""
+    """The merges done so far in one stream; epoch e is the sequence after e of them.
+
+    Args:
+        planned: the stream.
+        tokens: there are at each epoch.
+        assigns: where each token goes, from each epoch to the next.
+        stands: which position stands for each token of the next, where the match says so.
+        sizes: of the tokens at each epoch, None while nothing has merged.
+        sources: which token holds each original one.
+        kept: the original position each token stands for.
+        sides: tables and biases made for an epoch.
+    """
 
     planned: PlannedStream
     tokens: list[int] = field(default_factory=list)
     assigns: list[fx.Node] = field(default_factory=list)
+    stands: list[fx.Node | None] = field(default_factory=list)
     sizes: list[fx.Node | None] = field(default_factory=lambda: [None])
     sources: list[fx.Node | None] = field(default_factory=lambda: [None])
     kept: list[fx.Node | None] = field(default_factory=lambda: [None])

@@ -16,12 +16,14 @@ from torch import Tensor, fx
 
 from tomepass import reference
 from tomepass.attention import FUSED, PRODUCTS
-from tomepass.graphs import Call, Recorder, relative_error
+from tomepass.graphs import MATCHES, Call, Recorder, relative_error
 from tomepass.module import Applied
+from tomepass.ops.combine import merge_max, mlerp
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
 from tomepass.ops.padding import PADDED
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
+from tomepass.ops.unmerge import unmerge
 from tomepass.report import BlockReport
 
 # A merge may differ from the reference by the rounding of its weights and its result.
@@ -49,9 +51,9 @@ class Recorded:
     applied: Applied
     recorder: Recorder
 
-    def calls_of(self, target: Any) -> list[Call]:
-        """The calls of one operator, in order."""
-        return self.recorder.calls_of(target)
+    def calls_of(self, *targets: Any) -> list[Call]:
+        """The calls of some operators, in order."""
+        return self.recorder.calls_of(*targets)
 
     def call_named(self, name: str) -> Call:
         """The recorded call of a node."""
@@ -117,9 +119,9 @@ def _chains(run: Recorded) -> list[_Step]:
             steps.append(_Step(block, held, size, attention, matched, source))
             if matched is None:
                 continue
-            assign: Tensor = matched.result
+            assign = assign_of(matched)
             if size is None and len(matched.args) > 3:
-                size = matched.args[3]
+                size = matched.args[3]  # there is padding
             before = torch.ones(assign.shape, device=assign.device) if size is None else size
             _, size = reference.merge(before[..., None], before, assign, block.tokens_out)
             source = assign if source is None else reference.compose(assign, source)
@@ -132,27 +134,46 @@ def _matches(run: Recorded, steps: list[_Step], name: str) -> CheckLine:
     for step in steps:
         if step.matched is None:
             continue
-        keys, r, protected, *size = step.matched.args
-        padding = size[0] < PADDED if size else None
+        keys, r, protected, *rest = step.matched.args
+        padding = rest[0] < PADDED if rest and rest[0] is not None else None
+        edges = edges_of(step.matched)
         # What the operator was asked, what it answered, and how it breaks exact ties.
         asked = (r, tuple(protected)) == (step.block.r, step.protected)
-        asked &= any(_same_keys(keys, seen) for seen in run.keys_of(step))
-        probe = _tied_keys(keys)
-        tied = match(probe, step.block.r, list(step.protected))
-        fair = torch.equal(tied, reference.match(probe, step.block.r, step.protected))
-        wrong += not (asked and fair)
-        plain = reference.match(keys, step.block.r, step.protected, padding=padding)
-        for image, (mine, theirs) in enumerate(zip(step.matched.result, plain, strict=True)):
+        if step.matched.node.target is match:
+            asked &= any(_same_keys(keys, seen) for seen in run.keys_of(step))
+            probe = _tied_keys(keys)
+            tied = match(probe, step.block.r, list(step.protected))
+            asked &= torch.equal(tied, reference.match(probe, step.block.r, step.protected))
+        wrong += not asked
+        plain = reference.match(keys, step.block.r, step.protected, padding=padding, edges=edges)
+        for image, (mine, theirs) in enumerate(zip(assign_of(step.matched), plain, strict=True)):
             images += 1
             if not torch.equal(mine, theirs):
                 one = keys[image : image + 1]
-                margin = reference.match_margin(one, step.block.r, step.protected)
+                alone = edges_of(step.matched, image)
+                margin = reference.match_margin(one, step.block.r, step.protected, edges=alone)
                 ties += (tie := float(margin) <= _TIE)
                 wrong += not tie
     note = f"{images} matches, and exact ties"
     if ties:
         note += f"; {ties} differ, all ties within rounding"
     return CheckLine(name, float(wrong), 0.0, wrong == 0, note)
+
+
+def assign_of(matched: Call) -> Tensor:
+    """Where a match sends each token."""
+    result: Tensor = matched.result if matched.node.target is match else matched.result[0]
+    return result
+
+
+def edges_of(matched: Call, image: int | None = None) -> reference.Edges:
+    """How a match ranks its edges, in the reference's terms; of one image, if one is given."""
+    if matched.node.target is match:
+        return reference.Edges()
+    importance, exponent, similarity, partition, seed = matched.args[4:]
+    if importance is not None and image is not None:
+        importance = importance[image : image + 1]
+    return reference.Edges(similarity, partition, seed, importance, exponent)
 
 
 def _tied_keys(keys: Tensor) -> Tensor:
@@ -164,21 +185,48 @@ def _tied_keys(keys: Tensor) -> Tensor:
 
 
 def _merges(run: Recorded, steps: list[_Step]) -> CheckLine:
-    worst, tolerance = 0.0, 0.0
-    merges = run.calls_of(merge)
-    by_assign = {id(s.matched.result): s for s in steps if s.matched is not None}
-    for call in merges:
-        x, _, assign, tokens = call.args
-        step = by_assign.get(id(assign))
-        size = None if step is None else step.size
-        before = torch.ones(x.shape[:2], device=x.device) if size is None else size
-        plain, _ = reference.merge(x.double(), before, assign, tokens)
-        fits = step is not None and tokens == step.block.tokens_out
+    worst, tolerance, count = 0.0, 0.0, 0
+    by_assign = {id(assign_of(s.matched)): s for s in steps if s.matched is not None}
+    for call in run.calls_of(*_COMBINING):
+        step, plain = _plain_combined(call, by_assign, steps)
+        if plain is None:  # tokens unmerged, not merged
+            continue
+        count += 1
+        fits = step is not None and call.result.shape[1] == step.block.tokens_out
         worst = max(worst, relative_error(call.result, plain) if fits else float("inf"))
-        tolerance = max(tolerance, _tolerance(x.dtype))
+        tolerance = max(tolerance, _tolerance(call.result.dtype))
     passed = worst <= tolerance
     name = "   merges against the reference"
-    return CheckLine(name, worst, tolerance, passed, f"{len(merges)} merges")
+    return CheckLine(name, worst, tolerance, passed, f"{count} merges")
+
+
+def _plain_combined(
+    call: Call, by_assign: dict[int, _Step], steps: list[_Step]
+) -> tuple[_Step | None, Tensor | None]:
+    """The step that some tokens are merged in, and what the reference makes of them."""
+    x: Tensor = call.args[0]
+    if call.node.target is unmerge:
+        stands: Tensor = call.args[1]
+        if stands.shape[1] >= x.shape[1]:
+            return None, None
+        for step in steps:
+            if step.block.tokens_in == x.shape[1] and step.matched is not None:
+                assign, edges = assign_of(step.matched), edges_of(step.matched)
+                own = reference.kept(assign, step.protected, stands.shape[1], edges)
+                if torch.equal(own, stands):
+                    return step, reference.unmerge(x, own)
+        return None, x
+    assign = call.args[1] if call.node.target is merge_max else call.args[2]
+    step, left = by_assign.get(id(assign)), call.result.shape[1]
+    size = None if step is None else step.size
+    before = torch.ones(x.shape[:2], device=x.device) if size is None else size
+    if call.node.target is merge_max:
+        return step, reference.combine(x.double(), before, assign, left, "max")
+    if call.node.target is mlerp:
+        return step, reference.combine(x.double(), before, assign, left, f"mlerp_{call.args[4]}")
+    if call.args[1] is None and size is not None:  # all tokens weigh the same
+        return step, reference.combine(x.double(), before, assign, left, "mean")
+    return step, reference.merge(x.double(), before, assign, left)[0]
 
 
 def _attentions(run: Recorded, steps: list[_Step]) -> Iterator[CheckLine]:
@@ -264,7 +312,7 @@ def _beside(run: Recorded, steps: list[_Step]) -> Iterator[CheckLine]:
     """Tables and biases carried along with the tokens."""
     worst, tolerance, count = 0.0, 0.0, 0
     sources = [step.source for step in steps if step.source is not None]
-    last = {id(step.matched.result): step for step in steps if step.matched is not None}
+    last = {id(assign_of(step.matched)): step for step in steps if step.matched is not None}
     for call in run.recorder.calls:
         if call.node.target not in _BESIDE:
             continue
@@ -326,7 +374,8 @@ _BESIDE: dict[Any, Callable[[Call, list[Tensor], dict[int, _Step]], Tensor | Non
     merge_rows: _plain_merge_rows,
     merge_bias: _plain_merge_bias,
 }
-_CHECKED = (match, merge, FUSED, *_BESIDE)
+_COMBINING = (merge, merge_max, mlerp, unmerge)
+_CHECKED = (*MATCHES, *_COMBINING, FUSED, *_BESIDE)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

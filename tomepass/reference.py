@@ -1,7 +1,7 @@
 """A plain reference of Token Merging (Bolya et al., "Token Merging: Your ViT But Faster",
 arXiv 2210.09461), to test other implementations against.
 
-It shares no code with the rest of the package, imports only torch and math, loops over images in
+It shares no code with the rest of the package, imports only torch and the standard library, loops over images in
 Python and computes in float64. It is meant to be read and trusted, not to be fast.
 
 Notation: B images, N tokens, C channels, H heads, D channels a head. "Protected" tokens (class,
@@ -10,6 +10,8 @@ sequence, so after a merge the P protected tokens are at positions 0 .. P-1.
 """
 
 import math
+import random
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -58,18 +60,71 @@ def merge_count(r: int, tokens: int, protected: tuple[int, ...]) -> int:
     return min(r, (tokens - len(set(protected))) // 2, len(sources))
 
 
+@dataclass(frozen=True, eq=False)
+class Edges:
+    """How edges are drawn and ranked: ToMe's choices (arXiv 2210.09461, table 1) and weights.
+
+    similarity: "cosine", "dot", "euclidean" (minus the squared distance), or "softmax" (over a
+    source's destinations, of the product over √D); partition: "alternating" (even positions are
+    sources), "sequential" (the first half are), or "random" (a half drawn with `seed`: the i-th
+    free token, counted from 1, is ordered by `(i * step + start) % prime`, the prime the first
+    above their number, step and start the first draws of `random.Random(seed)` below the prime,
+    step not 0; the first half of that order are sources); importance: `[B, N]`, or None: the
+    dissimilarity of an edge (1 - cosine, squared distance) is multiplied with its source's
+    importance to the power `exponent` before edges are ranked.
+    """
+
+    similarity: str = "cosine"
+    partition: str = "alternating"
+    seed: int = 0
+    importance: Tensor | None = None
+    exponent: float = 0.3
+
+    def halves(self, tokens: int, protected: tuple[int, ...]) -> tuple[list[int], list[int]]:
+        """The unprotected positions: sources, destinations."""
+        even, odd = _partition(tokens, protected)
+        if self.partition == "alternating":
+            return even, odd
+        free = sorted(even + odd)
+        order = list(free)
+        if self.partition == "random":
+            prime = len(free) + 1
+            while any(prime % d == 0 for d in range(2, prime)):
+                prime += 1
+            drawn = random.Random(self.seed)
+            step, start = drawn.randrange(1, prime), drawn.randrange(prime)
+            ranked = sorted(range(len(free)), key=lambda i: ((i + 1) * step + start) % prime)
+            order = [free[i] for i in ranked]
+        half = (len(free) + 1) // 2
+        return sorted(order[:half]), sorted(order[half:])
+
+    def costs(self, scores: list[list[float]], image: int, sources: list[int]) -> list[float]:
+        """Of each source's best edge: the smaller, the sooner it merges."""
+        best = [max(row) for row in scores]
+        if self.importance is None:
+            return [-score for score in best]
+        nearest = 1.0 if self.similarity == "cosine" else 0.0
+        own = self.importance[image].double()[sources].tolist()
+        costs = [(nearest - b) * o**self.exponent for b, o in zip(best, own, strict=True)]
+        return [_INF if math.isnan(cost) else cost for cost in costs]
+
+
+_TOME = Edges()
+
+
 def match(
     keys: Tensor,
     r: int,
     protected: tuple[int, ...],
     dtype: torch.dtype = torch.float64,
     padding: Tensor | None = None,
+    edges: Edges = _TOME,
 ) -> Tensor:
     """Bipartite soft matching (arXiv 2210.09461, section 3).
 
     keys: `[B, H, N, D]`, the attention keys; r: tokens to merge, capped here by `merge_count`;
     protected: positions that neither merge nor are merged into; dtype: of the arithmetic;
-    padding: `[B, N]` bool, tokens kept apart from the others.
+    padding: `[B, N]` bool, tokens kept apart from the others; edges: how they are ranked.
     Returns `[B, N]` int64: where each token goes in the merged sequence of `N - merge_count`
     tokens. That sequence holds the protected tokens, then the sources (even positions) that did
     not merge, then the destinations (odd positions), each in ascending position.
@@ -80,10 +135,10 @@ def match(
     count = merge_count(r, tokens, protected)
     if count == 0:
         return torch.arange(tokens, device=keys.device).repeat(images, 1)
-    sources, destinations = _partition(tokens, protected)
+    sources, destinations = edges.halves(tokens, protected)
     assign = []
-    for image, metric in enumerate(_metric(keys, dtype)):
-        scores = _scores(metric, sources, destinations)
+    for image, metric in enumerate(_metric(keys, dtype, edges)):
+        scores = _scores(metric, sources, destinations, edges)
         if padding is not None:
             hidden = padding[image].tolist()
             for row, source in zip(scores, sources, strict=True):
@@ -91,14 +146,18 @@ def match(
                     if hidden[source] != hidden[destination]:
                         row[column] = -_INF
         best = [_argmax(row) for row in scores]
-        merged = _by_best_score(scores)[:count]
+        merged = _by_cost(edges.costs(scores, image, sources))[:count]
         drawn = {sources[row]: destinations[best[row]] for row in merged}
         assign.append(_places(tokens, protected, sources, destinations, drawn))
     return torch.tensor(assign, dtype=torch.int64, device=keys.device)
 
 
 def match_margin(
-    keys: Tensor, r: int, protected: tuple[int, ...], dtype: torch.dtype = torch.float64
+    keys: Tensor,
+    r: int,
+    protected: tuple[int, ...],
+    dtype: torch.dtype = torch.float64,
+    edges: Edges = _TOME,
 ) -> Tensor:
     """How far each image is from another assignment, to tell a wrong match from a rounded tie.
 
@@ -112,13 +171,14 @@ def match_margin(
     count = merge_count(r, tokens, protected)
     if count == 0:
         return margins
-    sources, destinations = _partition(tokens, protected)
-    for image, metric in enumerate(_metric(keys, dtype)):
-        scores = _scores(metric, sources, destinations)
-        order = _by_best_score(scores)
+    sources, destinations = edges.halves(tokens, protected)
+    for image, metric in enumerate(_metric(keys, dtype, edges)):
+        scores = _scores(metric, sources, destinations, edges)
+        costs = edges.costs(scores, image, sources)
+        order = _by_cost(costs)
         gaps = [_gap_of_best_two(scores[row]) for row in order[:count]]
         if count < len(order):
-            gaps.append(_gap(max(scores[order[count - 1]]), max(scores[order[count]])))
+            gaps.append(_gap(-costs[order[count - 1]], -costs[order[count]]))
         margins[image] = min(gaps)
     return margins
 
@@ -142,6 +202,46 @@ def merge(x: Tensor, size: Tensor, assign: Tensor, n_out: int) -> tuple[Tensor, 
         merged.append(summed / total[:, None])
         sizes.append(total)
     return torch.stack(merged).to(x.dtype), torch.stack(sizes).to(size.dtype)
+
+
+def combine(x: Tensor, size: Tensor, assign: Tensor, n_out: int, how: str) -> Tensor:
+    """Other ways than the weighted mean to make one token of several (table 1; ToFu, MLERP).
+
+    x: `[B, N, C]`; size: `[B, N]`; assign: `[B, N]` of `match`; how: "mean", "max" of each
+    channel, "mlerp_max" (the weighted mean at the greatest norm), or "mlerp_mean" (the weighted
+    mean of the directions at the weighted mean of the norms). Returns `[B, n_out, C]`.
+    """
+    images = []
+    for tokens, weight, places in zip(x.double(), size.double(), assign, strict=True):
+        made = []
+        for place in range(n_out):
+            group, w = tokens[places == place], weight[places == place, None]
+            norms = group.norm(dim=-1, keepdim=True)
+            if how == "mean" or len(group) == 1:
+                one = group.mean(0)
+            elif how == "max":
+                one = group.amax(0)
+            elif how == "mlerp_max":
+                mean = (w * group).sum(0) / w.sum()
+                one = mean / mean.norm() * norms.max()
+            else:
+                direction = (w * group / norms).sum(0)
+                one = direction / direction.norm() * (w * norms).sum() / w.sum()
+            made.append(one)
+        images.append(torch.stack(made))
+    return torch.stack(images).to(x.dtype)
+
+
+def attention_to(
+    q: Tensor, k: Tensor, size: Tensor | None, queries: tuple[int, ...], scale: float
+) -> Tensor:
+    """The attention each token gets, the mean over heads and over `queries` (all, if empty).
+
+    q: `[B, H, N, D]`; k: `[B, H', N, D]`, each shared by H / H' heads. Returns `[B, N]` float64.
+    """
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    weights = proportional_weights(q.double() @ k.double().transpose(-1, -2) * scale, size)
+    return weights[:, :, list(queries) or slice(None)].mean((1, 2))
 
 
 def unmerge(x: Tensor, source: Tensor) -> Tensor:
@@ -187,13 +287,15 @@ def proportional_weights(scores: Tensor, size: Tensor | None) -> Tensor:
     return (exponential / exponential.sum(-1, keepdim=True)).to(scores.dtype)
 
 
-def kept(assign: Tensor, protected: tuple[int, ...], n_out: int) -> Tensor:
+def kept(
+    assign: Tensor, protected: tuple[int, ...], n_out: int, edges: Edges = _TOME
+) -> Tensor:
     """Which position each merged token stands for: its own, or of several the destination's.
 
     assign: `[B, N]` of `match`. Returns `[B, n_out]`.
     """
     images, tokens = assign.shape
-    _, destinations = _partition(tokens, protected)
+    _, destinations = edges.halves(tokens, protected)
     found = torch.full((images, n_out), -1, dtype=torch.int64)
     for image, places in enumerate(assign.tolist()):
         for position, place in enumerate(places):
@@ -233,21 +335,29 @@ def _partition(tokens: int, protected: tuple[int, ...]) -> tuple[list[int], list
     return [p for p in free if p % 2 == 0], [p for p in free if p % 2 == 1]
 
 
-def _metric(keys: Tensor, dtype: torch.dtype) -> Tensor:
-    """`[B, H, N, D]` -> `[B, N, D]`: mean over heads, then unit length. No gradient."""
+def _metric(keys: Tensor, dtype: torch.dtype, edges: Edges) -> Tensor:
+    """`[B, H, N, D]` -> `[B, N, D]`: mean over heads, for cosines of unit length. No gradient."""
     mean = keys.detach().to(dtype).mean(dim=1)
+    if edges.similarity != "cosine":
+        return mean
     length = torch.linalg.vector_norm(mean, dim=-1, keepdim=True)
     unit: Tensor = mean / length.clamp(min=1e-12)
     return unit
 
 
-def _scores(metric: Tensor, sources: list[int], destinations: list[int]) -> list[list[float]]:
-    """Cosines of one image, `metric [N, D]`: a row a source, a column a destination."""
+def _scores(
+    metric: Tensor, sources: list[int], destinations: list[int], edges: Edges
+) -> list[list[float]]:
+    """Similarities in one image, `metric [N, D]`: a row a source, a column a destination."""
     rows = []
     for source in sources:
         # A product and a sum, not a matmul, whose rounding may depend on the column: the same
         # vector at two destinations must give the same score.
         row = (metric[destinations] * metric[source]).sum(-1)
+        if edges.similarity == "euclidean":
+            row = -(metric[destinations] - metric[source]).square().sum(-1)
+        if edges.similarity == "softmax":
+            row = (row / math.sqrt(metric.shape[-1])).softmax(-1)
         rows.append(row.masked_fill(row.isnan(), -_INF).tolist())
     return rows
 
@@ -257,9 +367,9 @@ def _argmax(row: list[float]) -> int:
     return max(range(len(row)), key=row.__getitem__)
 
 
-def _by_best_score(scores: list[list[float]]) -> list[int]:
-    """The rows in the order in which they merge: best score first, of equals the lower first."""
-    return sorted(range(len(scores)), key=lambda row: (-max(scores[row]), row))
+def _by_cost(costs: list[float]) -> list[int]:
+    """The rows in the order in which they merge: the cheapest first, of equals the lower first."""
+    return sorted(range(len(costs)), key=lambda row: (costs[row], row))
 
 
 def _places(

@@ -6,6 +6,7 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 
 from __future__ import annotations
 
+import operator
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +20,15 @@ from torch._dispatch.python import enable_python_dispatcher
 from tomepass.attention import FUSED, ignores_first
 from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, target_name
 from tomepass.capture import CanonicalGraph, carry_origin, source_line
-from tomepass.config import ToMe
+from tomepass.config import MLERP, ToMe
 from tomepass.errors import TomeError
 from tomepass.macs import is_overhead
 from tomepass.merges import Merges
+from tomepass.ops.attention_to import attention_to
+from tomepass.ops.combine import merge_max, mlerp
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
+from tomepass.ops.match_by import match_by
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.padding import padded_size
 from tomepass.ops.results import RESULTS
@@ -370,18 +374,99 @@ class _Sweep:
         if epoch == 0 and (mask := merges.planned.padding) is not None:
             merges.sizes[0] = self._emit(node, padded_size, self.new[mask])
         size = merges.sizes[epoch]
-        keys = self._keys(node, block, epoch)
-        apart = () if merges.planned.padding is None else (size,)
-        assign = self._emit(node, match, keys, plan.r, list(merges.held(epoch)), *apart)
+        assign = self._match(node, merges, block, epoch, plan.r)
         merges.assigns.append(assign)
         merges.tokens.append(plan.tokens_out)
         # Kernels make the sizes together with the tokens, so these come first.
-        merged = self._emit(node, merge, self.new[node], size, assign, plan.tokens_out)
+        merged = self._combined(node, self.new[node], merges, epoch)
         merges.sizes.append(self._emit(node, merge_size, size, assign, plan.tokens_out))
         merges.sources.append(self._emit(node, compose, merges.sources[epoch], assign))
         self.new[node] = merged
         self.epoch[node] = epoch + 1
         self._compare(node, merged, self.layouts[node], plan.tokens_out)
+
+    def _match(
+        self, node: fx.Node, merges: Merges, block: Block, epoch: int, r: int
+    ) -> fx.Node:
+        """Where each token goes; what stands there is kept in the books where it is known."""
+        method, held = self.method, list(merges.held(epoch))
+        size = None if merges.planned.padding is None else merges.sizes[epoch]
+        if method.plain_matching:
+            merges.stands.append(None)
+            apart = () if size is None else (size,)
+            return self._emit(node, match, self._keys(node, block, epoch), r, held, *apart)
+        importance = None
+        if method.importance != "none":
+            importance = self._attention_to(node, merges, block, epoch)
+        both = self._emit(
+            node,
+            match_by,
+            self._features(node, block, epoch),
+            *(r, held, size, importance, method.exponent),
+            *(method.similarity, method.partition, method.seed),
+        )
+        merges.stands.append(self._emit(node, operator.getitem, both, 1))
+        return self._emit(node, operator.getitem, both, 0)
+
+    def _features(self, node: fx.Node, block: Block, epoch: int) -> fx.Node:
+        """What tokens are compared by, as ``[B, H, N, D]``."""
+        if self.method.metric == "hidden":
+            return self._emit(node, aten.unsqueeze.default, self.new[node], 1)
+        attention = block.attention
+        if self.method.metric in ("queries", "values"):
+            operand = attention.query if self.method.metric == "queries" else attention.value
+            return self._operand(node, block, operand, epoch)
+        keys = self._keys(node, block, epoch)
+        if self.method.metric == "keys":
+            return keys
+        turned = self._emit(node, aten.transpose.int, keys, 1, 2)
+        wide = self._emit(node, aten.flatten.using_ints, turned, 2, 3)
+        return self._emit(node, aten.unsqueeze.default, wide, 1)
+
+    def _operand(self, node: fx.Node, block: Block, operand: fx.Node, epoch: int) -> fx.Node:
+        """A query or value of a fused attention, ``[B, H, N, D]``."""
+        if block.attention.scores or operand not in self.layouts:
+            raise self._error(
+                node,
+                f"{self.method!r} reads queries and values off a fused attention, and this one is "
+                "written out",
+            )
+        x = self._at_epoch(operand, epoch)
+        return x if len(shape_of(operand)) == 4 else self._emit(node, aten.unsqueeze.default, x, 1)
+
+    def _attention_to(
+        self, node: fx.Node, merges: Merges, block: Block, epoch: int
+    ) -> fx.Node:
+        """What the first protected token pays each token, or all tokens where there is none."""
+        attention = block.attention
+        query = self._operand(node, block, attention.query, epoch)
+        key = self._operand(node, block, attention.key, epoch)
+        scale = attention.result.kwargs.get("scale")
+        scale = shape_of(query)[-1] ** -0.5 if scale is None else scale
+        padded = merges.planned.padding is not None
+        size = merges.sizes[epoch] if self.method.prop_attn or padded else None
+        return self._emit(node, attention_to, query, key, size, merges.held(epoch)[:1], scale)
+
+    def _combined(self, node: fx.Node, x: fx.Node, merges: Merges, epoch: int) -> fx.Node:
+        """Tokens of an epoch as those of the next."""
+        assign, tokens = merges.assigns[epoch], merges.tokens[epoch + 1]
+        size, how = merges.sizes[epoch], self.method.combine
+        if isinstance(how, MLERP):
+            return self._emit(node, mlerp, x, size, assign, tokens, how.norm)
+        if how == "max":
+            return self._emit(node, merge_max, x, assign, tokens)
+        if how == "keep":
+            return self._emit(node, unmerge, x, self._stands(node, merges, epoch), 1)
+        return self._emit(node, merge, x, size if how == "weighted_mean" else None, assign, tokens)
+
+    def _stands(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
+        """Which position of an epoch stands for each token of the next."""
+        if (found := merges.stands[epoch]) is not None:
+            return found
+        tokens, held = merges.tokens[epoch + 1], list(merges.held(epoch))
+        found = self._emit(node, keep, None, merges.assigns[epoch], tokens, held)
+        merges.stands[epoch] = found
+        return found
 
     def _keys(self, node: fx.Node, block: Block, epoch: int) -> fx.Node:
         """The keys as ``[B, H, N, D]``, whatever an attention written out has made of them."""
@@ -463,6 +548,11 @@ class _Sweep:
     def _kept(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         while len(merges.kept) <= epoch:
             e = len(merges.kept) - 1
+            if (stands := merges.stands[e]) is not None:
+                before = merges.kept[e]
+                known = stands if before is None else self._emit(node, compose, stands, before)
+                merges.kept.append(known)
+                continue
             tokens, held = merges.tokens[e + 1], list(merges.held(e))
             merges.kept.append(
                 self._emit(node, keep, merges.kept[e], merges.assigns[e], tokens, held)
@@ -482,8 +572,7 @@ class _Sweep:
                 raise self._error(node, "a value from before a merge meets the tokens after it")
             if layout.tokens.dim != 1 or len(shape_of(node)) != 3:
                 raise self._error(node, "a value from before a merge meets the tokens after it")
-            tokens = merges.tokens[e + 1]
-            x = self._emit(node, merge, x, merges.sizes[e], merges.assigns[e], tokens)
+            x = self._combined(node, x, merges, e)
         return x
 
     def _unmerged(self, reader: fx.Node, operand: fx.Node) -> fx.Node:

@@ -5,6 +5,24 @@ under ``torch.compile``, and vanish in ``ExportedProgram.run_decompositions()``.
 One file an operator; importing this package registers them all.
 """
 
-from tomepass.ops import log_size, match, merge, unmerge, weighted_mean
+from tomepass.ops import (
+    attention_to,
+    combine,
+    log_size,
+    match,
+    match_by,
+    merge,
+    unmerge,
+    weighted_mean,
+)
 
-__all__ = ["log_size", "match", "merge", "unmerge", "weighted_mean"]
+__all__ = [
+    "attention_to",
+    "combine",
+    "log_size",
+    "match",
+    "match_by",
+    "merge",
+    "unmerge",
+    "weighted_mean",
+]

@@ -1,0 +1,161 @@
+"""ToMe with the choices of its ablations, in whole models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+from zoo import COUNTS, make_inputs, make_model, output_of, relative_error
+
+import tomepass
+from tomepass import MLERP, ToMe, TomeBackend, TomeError
+from tomepass.module import make_applied, read_state
+from tomepass.recorded import record, reference_lines
+
+FAMILIES = ("vit", "dinov2_registers", "siglip_vision", "ast")
+CHOICES: tuple[dict[str, Any], ...] = (
+    {"metric": "keys_all_heads"},
+    {"metric": "queries"},
+    {"metric": "values"},
+    {"metric": "hidden"},
+    {"similarity": "dot"},
+    {"similarity": "euclidean"},
+    {"similarity": "softmax"},
+    {"combine": "mean"},
+    {"combine": "max"},
+    {"combine": "keep"},
+    {"combine": MLERP("max")},
+    {"combine": MLERP("mean")},
+    {"partition": "sequential"},
+    {"partition": "random", "seed": 5},
+    {"partition": "random", "seed": 5, "combine": "keep"},
+    {"importance": "class_attention"},
+    {"importance": "class_attention", "similarity": "euclidean", "exponent": 1.0},
+    {"importance": "class_attention", "metric": "keys_all_heads", "combine": MLERP()},
+)
+every_choice = pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(map(str, c.values())))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@every_choice
+@torch.no_grad()
+def test_matches_and_merges_are_the_reference_s(family: str, choice: dict[str, Any]) -> None:
+    model, inputs = make_model(family), make_inputs(family)
+    applied = make_applied(model, ToMe(COUNTS, **choice), inputs)
+    values = [*read_state(model, applied.capture), *pytree.tree_leaves(inputs)]
+    lines = list(reference_lines(record(applied, values), "matches"))
+    assert [line.name.strip() for line in lines][:2] == ["matches", "merges against the reference"]
+    for line in lines:
+        assert line.passed, line
+    merging = [block for block in applied.report.blocks if block.r]
+    assert lines[0].note.startswith(f"{2 * len(merging)} matches")
+    assert lines[1].note == f"{len(merging)} merges"
+
+
+@every_choice
+@torch.no_grad()
+def test_every_choice_reaches_the_graph(choice: dict[str, Any]) -> None:
+    model, inputs = make_model("vit"), make_inputs("vit")
+    plain = output_of("vit", tomepass.apply(model, ToMe(COUNTS))(**inputs))
+    chosen = output_of("vit", tomepass.apply(model, ToMe(COUNTS, **choice))(**inputs))
+    assert relative_error(chosen, plain) > 1e-4
+
+
+@every_choice
+@torch.no_grad()
+def test_nothing_merged_is_the_original_and_both_doors_agree(choice: dict[str, Any]) -> None:
+    model, inputs = make_model("vit"), make_inputs("vit", 3)
+    expected = model(**inputs).logits
+    assert torch.equal(tomepass.apply(model, ToMe(0, **choice))(**inputs).logits, expected)
+    method = ToMe(COUNTS, **choice)
+    one = tomepass.apply(model, method)(**inputs).logits
+    torch._dynamo.reset()
+    two = torch.compile(model, backend=TomeBackend(method, inner="eager"))(**inputs).logits
+    assert torch.equal(one, two)
+    alone = {name: value[1:2] for name, value in inputs.items()}
+    assert relative_error(tomepass.apply(model, method)(**alone).logits, one[1:2]) < 1e-5
+
+
+@pytest.mark.parametrize("combine", ["weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean")])
+@torch.no_grad()
+def test_equal_tokens_merge_without_loss_however_they_are_combined(combine: Any) -> None:
+    """Positions zeroed and one patch repeated: all patches are alike in every block."""
+    model, inputs = make_model("vit"), make_inputs("vit")
+    model.vit.embeddings.position_embeddings.zero_()
+    inputs["pixel_values"] = inputs["pixel_values"].mean((2, 3), keepdim=True).expand_as(
+        inputs["pixel_values"]
+    )
+    expected = model(**inputs).logits
+    merged = tomepass.apply(model, ToMe(COUNTS, combine=combine))(**inputs).logits
+    assert relative_error(merged, expected) < 1e-5
+    control = tomepass.apply(model, ToMe(COUNTS, combine=combine, prop_attn=False))(**inputs).logits
+    assert relative_error(control, expected) > 1e-4
+
+
+@torch.no_grad()
+def test_compiled_is_eager_and_an_exported_graph_is_plain_aten() -> None:
+    method = ToMe(COUNTS, importance="class_attention", metric="keys_all_heads", combine=MLERP())
+    model, inputs = make_model("vit"), make_inputs("vit")
+    merged = tomepass.apply(model, method)
+    torch._dynamo.reset()
+    compiled = torch.compile(merged, fullgraph=True)(**inputs).logits
+    assert relative_error(compiled, merged(**inputs).logits) < 1e-4
+    torch._dynamo.reset()
+    backend = torch.compile(model, backend=TomeBackend(method))(**inputs).logits
+    assert relative_error(backend, merged(**inputs).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens() -> None:
+    model, inputs = make_model("siglip_vision"), make_inputs("siglip_vision")
+    applied = make_applied(model, ToMe(COUNTS, importance="class_attention"), inputs)
+    assert applied.graph is not None
+    nodes = applied.graph.graph.find_nodes(
+        op="call_function", target=torch.ops.tome.attention_to.default
+    )
+    assert nodes
+    assert all(list(node.args[3]) == [] for node in nodes)
+
+
+def test_queries_are_not_read_off_an_attention_written_out() -> None:
+    model, inputs = make_model("vit_eager"), make_inputs("vit_eager")
+    for choice in ({"metric": "queries"}, {"importance": "class_attention"}):
+        with pytest.raises(TomeError, match="off a fused attention"):
+            tomepass.apply(model, ToMe(COUNTS, **choice), example_inputs=inputs)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"metric": "norm"}, "metric must be one of 'keys', .*, got 'norm'"),
+        ({"similarity": "cos"}, "similarity must be one of 'cosine', .*, got 'cos'"),
+        ({"combine": "mlerp"}, r"combine must be one of .*, or MLERP\(...\), got 'mlerp'"),
+        ({"partition": "kth"}, "partition must be one of"),
+        ({"importance": "norm"}, "importance must be one of"),
+        ({"importance": "class_attention", "similarity": "dot"}, "importance=.*similarity='dot'"),
+        ({"importance": "class_attention", "similarity": "softmax"}, "similarity='softmax'"),
+        ({"seed": 3}, "seed=3 does nothing with partition='alternating'"),
+        ({"exponent": 0.5}, "exponent=0.5 does nothing with importance='none'"),
+        ({"partition": "random", "seed": -1}, "seed must be an int from 0"),
+        ({"importance": "class_attention", "exponent": 0.0}, "exponent must be a number above 0"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_by_name(fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ToMe(8, **fields)
+
+
+def test_mlerp_knows_two_norms() -> None:
+    with pytest.raises(ValueError, match="norm must be one of 'max', 'mean', got 'min'"):
+        MLERP("min")  # type: ignore[arg-type]
+
+
+@every_choice
+def test_choices_travel_as_json(choice: dict[str, Any]) -> None:
+    method = ToMe(8, **choice)
+    assert ToMe.from_json(method.to_json()) == method
+    assert method != ToMe(8)
+    for name, value in choice.items():
+        assert f"{name}={value!r}" in repr(method)

@@ -1,0 +1,62 @@
+"""``tome::merge_max`` and ``tome::mlerp``: other ways to make one token of several."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.positions import sent
+
+
+@register("merge_max(Tensor x, Tensor assign, SymInt tokens) -> Tensor")
+def merge_max(x: Tensor, assign: Tensor, tokens: int) -> Tensor:
+    """The largest of each channel over the tokens sent to each index (ToMe, table 1).
+
+    Args:
+        x: ``[B, N, C]``.
+        assign: ``[B, N]``, as ``tome::match`` returns it.
+        tokens: N' of the result.
+
+    Returns:
+        ``[B, N', C]`` in the dtype of ``x``.
+    """
+    index = assign.unsqueeze(-1).expand(-1, -1, x.shape[-1])
+    blank = x.new_zeros(x.shape[0], tokens, x.shape[-1])
+    return blank.scatter_reduce(1, index, x, "amax", include_self=False)
+
+
+@register("mlerp(Tensor x, Tensor? size, Tensor assign, SymInt tokens, str norm) -> Tensor")
+def mlerp(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int, norm: str) -> Tensor:
+    """A mean direction with a preserved norm (MLERP of ToFu, arXiv 2312.01026, section 3.3).
+
+    Args:
+        x: ``[B, N, C]``.
+        size: ``[B, N]`` float32, the weights, or None for all ones.
+        assign: ``[B, N]``, as ``tome::match`` returns it.
+        tokens: N' of the result.
+        norm: ``"max"``: the weighted mean, at the greatest norm among its tokens; ``"mean"``: the
+            weighted mean of the directions, at the weighted mean of the norms.
+
+    Returns:
+        ``[B, N', C]`` in the dtype of ``x``. A token by itself stays as it is.
+    """
+    with without_autocast(x.device):
+        wide = x.to(at_least_float32(x.dtype))
+        goes = sent(assign, tokens)
+        weight = goes.to(wide.dtype) if size is None else torch.where(goes, size.unsqueeze(1), 0.0)
+        weight = (weight / weight.sum(-1, keepdim=True)).to(wide.dtype)
+        length = torch.linalg.vector_norm(wide, dim=-1)
+        if norm == "max":
+            direction = weight @ wide
+            goal = torch.where(goes, length.unsqueeze(1), 0.0).amax(-1)
+        else:
+            direction = weight @ (wide / length.clamp(min=_SHORT).unsqueeze(-1))
+            goal = (weight @ length.unsqueeze(-1)).squeeze(-1)
+        reached = torch.linalg.vector_norm(direction, dim=-1).clamp(min=_SHORT)
+        made = direction * (goal / reached).unsqueeze(-1)
+        alone = goes.sum(-1, keepdim=True) == 1
+        return torch.where(alone, goes.to(wide.dtype) @ wide, made).to(x.dtype)
+
+
+_SHORT = 1e-12

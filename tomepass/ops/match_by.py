@@ -1,0 +1,136 @@
+"""``tome::match_by``: bipartite matching by any measure, between any two sets of tokens."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.match import check_r, free_positions, rank
+from tomepass.ops.padding import PADDED
+from tomepass.ops.positions import constant, sent
+
+SIMILARITIES = ("cosine", "dot", "euclidean", "softmax")
+PARTITIONS = ("alternating", "sequential", "random")
+
+
+@register(
+    "match_by(Tensor features, SymInt r, int[] protected, Tensor? size, Tensor? importance, "
+    "float exponent, str similarity, str partition, int seed) -> (Tensor, Tensor)"
+)
+def match_by(
+    features: Tensor,
+    r: int,
+    protected: list[int],
+    size: Tensor | None,
+    importance: Tensor | None,
+    exponent: float,
+    similarity: str,
+    partition: str,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Where each token goes, by the choices of ToMe's ablations (arXiv 2210.09461, table 1).
+
+    As ``tome::match``, which is this with cosines of the keys' head mean and an alternating
+    partition: each source draws one edge to the destination most similar to it, and the ``r``
+    largest edges merge. Ties go to the lower position.
+
+    Args:
+        features: ``[B, H, N, D]``; compared by their mean over H.
+        r: tokens to merge, already capped.
+        protected: positions that neither merge nor are merged into.
+        size: ``[B, N]``, given where there is padding, which merges with padding alone.
+        importance: ``[B, N]``, not negative. An edge's dissimilarity (1 - cosine, or the squared
+            distance) is multiplied with its source's importance to the power ``exponent``, and
+            the r smallest merge.
+        exponent: of the importance.
+        similarity: one of :data:`SIMILARITIES`; ``"euclidean"`` is the squared distance,
+            ``"softmax"`` what attention would give each destination.
+        partition: one of :data:`PARTITIONS`: sources are the even positions, the first half of
+            the tokens, or a half drawn with ``seed``, the same everywhere.
+        seed: of a random partition.
+
+    Returns:
+        ``[B, N]`` int64, each token's index in the merged sequence (protected tokens, sources that
+        stay, destinations, each by position), and ``[B, N - r]`` int64, the position of the token
+        that stands there: of several the destination.
+
+    Raises:
+        ValueError: if ``r`` is more than can merge.
+    """
+    batch, _, tokens, _ = features.shape
+    check_r(r, tokens, protected)
+    held = constant(sorted(set(protected)), 1, features.device)[0]
+    sources, destinations = _halves(tokens, protected, partition, seed, features.device)
+    with without_autocast(features.device), torch.no_grad():
+        metric = features.to(at_least_float32(features.dtype)).mean(1)
+        scores = _scores(metric[:, sources], metric[:, destinations], similarity)
+        scores = torch.where(scores.isnan(), -float("inf"), scores)
+        if size is not None:
+            padding = size < PADDED
+            apart = padding[:, sources].unsqueeze(2) != padding[:, destinations].unsqueeze(1)
+            scores = torch.where(apart, -float("inf"), scores)
+        best, partner = scores.max(dim=-1)
+        if importance is not None:
+            own = importance[:, sources].to(best.dtype) ** exponent
+            nearest = 1.0 if similarity == "cosine" else 0.0
+            best = (best - nearest) * own
+            best = torch.where(best.isnan(), -float("inf"), best)
+        merged = rank(best) < r
+    stays = torch.arange(sources.shape[0], device=features.device) - merged.cumsum(-1)
+    first = held.shape[0] + sources.shape[0] - r
+    rows = [
+        torch.arange(held.shape[0], device=features.device).expand(batch, -1),
+        torch.where(merged, first + partner, held.shape[0] + stays),
+        first + torch.arange(destinations.shape[0], device=features.device).expand(batch, -1),
+    ]
+    at = torch.cat([held, sources, destinations]).argsort()
+    assign = torch.cat(rows, dim=1)[:, at]
+    stands = torch.cat([rows[0] >= 0, ~merged, rows[2] >= 0], dim=1)[:, at]
+    position = torch.arange(tokens, device=features.device)
+    owner = sent(assign, tokens - r) & stands.unsqueeze(1)
+    return assign, torch.where(owner, position, -1).amax(-1)
+
+
+def _halves(
+    tokens: int, protected: Sequence[int], partition: str, seed: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """The positions of sources and of destinations, ascending."""
+    even, odd, _ = free_positions(tokens, protected)
+    if partition == "alternating":
+        return constant(even, 1, device)[0], constant(odd, 1, device)[0]
+    free = sorted(even + odd)
+    half = len(free) - len(free) // 2
+    if partition == "sequential":
+        return constant(free[:half], 1, device)[0], constant(free[half:], 1, device)[0]
+    # A shuffle by arithmetic: a list of drawn positions would be a constant of the graph.
+    positions, prime = constant(free, 1, device)[0], _prime_from(len(free) + 1)
+    drawn = random.Random(seed)
+    step, start = drawn.randrange(1, prime), drawn.randrange(prime)
+    order = ((torch.arange(1, len(free) + 1, device=device) * step + start) % prime).argsort()
+    return positions[order[:half].sort()[0]], positions[order[half:].sort()[0]]
+
+
+def _prime_from(number: int) -> int:
+    """The first prime from a number of 2 or more."""
+    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
+        number += 1
+    return number
+
+
+def _scores(sources: Tensor, destinations: Tensor, similarity: str) -> Tensor:
+    """``[B, A, D]`` and ``[B, C, D]`` to ``[B, A, C]``: the larger the more alike."""
+    if similarity == "cosine":
+        sources, destinations = (
+            torch.nn.functional.normalize(x, dim=-1) for x in (sources, destinations)
+        )
+    products = sources @ destinations.transpose(1, 2)
+    if similarity == "softmax":
+        return (products * sources.shape[-1] ** -0.5).softmax(-1)
+    if similarity == "euclidean":
+        lengths = sources.square().sum(-1).unsqueeze(2), destinations.square().sum(-1).unsqueeze(1)
+        return 2 * products - lengths[0] - lengths[1]
+    return products
