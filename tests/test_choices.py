@@ -35,7 +35,10 @@ CHOICES: tuple[dict[str, Any], ...] = (
     {"importance": "class_attention", "similarity": "euclidean", "exponent": 1.0},
     {"importance": "class_attention", "metric": "keys_all_heads", "combine": MLERP()},
 )
-every_choice = pytest.mark.parametrize("choice", CHOICES, ids=lambda c: "-".join(map(str, c.values())))
+every_choice = pytest.mark.parametrize(
+    "choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values()))
+)
+COMBINED = ("weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean"))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,14 +81,14 @@ def test_nothing_merged_is_the_original_and_both_doors_agree(choice: dict[str, A
     assert relative_error(tomepass.apply(model, method)(**alone).logits, one[1:2]) < 1e-5
 
 
-@pytest.mark.parametrize("combine", ["weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean")])
+@pytest.mark.parametrize("combine", COMBINED, ids=str)
 @torch.no_grad()
 def test_equal_tokens_merge_without_loss_however_they_are_combined(combine: Any) -> None:
     """Positions zeroed and one patch repeated: all patches are alike in every block."""
     model, inputs = make_model("vit"), make_inputs("vit")
     model.vit.embeddings.position_embeddings.zero_()
-    inputs["pixel_values"] = inputs["pixel_values"].mean((2, 3), keepdim=True).expand_as(
-        inputs["pixel_values"]
+    inputs["pixel_values"] = (
+        inputs["pixel_values"].mean((2, 3), keepdim=True).expand_as(inputs["pixel_values"])
     )
     expected = model(**inputs).logits
     merged = tomepass.apply(model, ToMe(COUNTS, combine=combine))(**inputs).logits

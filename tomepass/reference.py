@@ -1,8 +1,8 @@
 """A plain reference of Token Merging (Bolya et al., "Token Merging: Your ViT But Faster",
 arXiv 2210.09461), to test other implementations against.
 
-It shares no code with the rest of the package, imports only torch and the standard library, loops over images in
-Python and computes in float64. It is meant to be read and trusted, not to be fast.
+It shares no code with the rest of the package, imports only torch and the standard library, loops
+over images in Python and computes in float64. It is meant to be read and trusted, not to be fast.
 
 Notation: B images, N tokens, C channels, H heads, D channels a head. "Protected" tokens (class,
 distillation and register tokens) take no part in the matching. Positions are those of the current
@@ -287,9 +287,7 @@ def proportional_weights(scores: Tensor, size: Tensor | None) -> Tensor:
     return (exponential / exponential.sum(-1, keepdim=True)).to(scores.dtype)
 
 
-def kept(
-    assign: Tensor, protected: tuple[int, ...], n_out: int, edges: Edges = _TOME
-) -> Tensor:
+def kept(assign: Tensor, protected: tuple[int, ...], n_out: int, edges: Edges = _TOME) -> Tensor:
     """Which position each merged token stands for: its own, or of several the destination's.
 
     assign: `[B, N]` of `match`. Returns `[B, n_out]`.

@@ -385,9 +385,7 @@ class _Sweep:
         self.epoch[node] = epoch + 1
         self._compare(node, merged, self.layouts[node], plan.tokens_out)
 
-    def _match(
-        self, node: fx.Node, merges: Merges, block: Block, epoch: int, r: int
-    ) -> fx.Node:
+    def _match(self, node: fx.Node, merges: Merges, block: Block, epoch: int, r: int) -> fx.Node:
         """Where each token goes; what stands there is kept in the books where it is known."""
         method, held = self.method, list(merges.held(epoch))
         size = None if merges.planned.padding is None else merges.sizes[epoch]
@@ -434,9 +432,7 @@ class _Sweep:
         x = self._at_epoch(operand, epoch)
         return x if len(shape_of(operand)) == 4 else self._emit(node, aten.unsqueeze.default, x, 1)
 
-    def _attention_to(
-        self, node: fx.Node, merges: Merges, block: Block, epoch: int
-    ) -> fx.Node:
+    def _attention_to(self, node: fx.Node, merges: Merges, block: Block, epoch: int) -> fx.Node:
         """What the first protected token pays each token, or all tokens where there is none."""
         attention = block.attention
         query = self._operand(node, block, attention.query, epoch)

@@ -22,7 +22,7 @@ CLEAR = 1e-6
 
 
 def drawn(images: int, tokens: int, width: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Features ``[B, 2, N, D]`` and importances ``[B, N]``, in float64 as the reference computes."""
+    """Features ``[B, 2, N, D]`` and importances ``[B, N]``, both float64."""
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(images, 2, tokens, width, generator=generator, dtype=torch.float64)
     return features, torch.rand(images, tokens, generator=generator, dtype=torch.float64)
@@ -100,7 +100,9 @@ def test_a_token_that_is_looked_at_merges_last() -> None:
     for token in (0, 2, 4, 6):
         importance = torch.ones(1, 8, dtype=torch.float64)
         importance[0, token] = 1e6
-        assign, stands = match_by(features, 3, [], None, importance, 1.0, "cosine", "alternating", 0)
+        assign, stands = match_by(
+            features, 3, [], None, importance, 1.0, "cosine", "alternating", 0
+        )
         assert int(assign[0, token]) == 0
         assert int(stands[0, 0]) == token
 
@@ -194,9 +196,7 @@ def test_opcheck() -> None:
     heads, x = torch.randn(2, 3, 12, 4), torch.randn(2, 12, 5)
     paid = torch.rand(2, 12)
     for partition in PARTITIONS:
-        torch.library.opcheck(
-            match_by, (heads, 4, [0], None, paid, 0.3, "euclidean", partition, 2)
-        )
+        torch.library.opcheck(match_by, (heads, 4, [0], None, paid, 0.3, "euclidean", partition, 2))
     assign = match(heads, 4, [0])
     torch.library.opcheck(attention_to, (heads, heads, torch.ones(2, 12), [0], 0.5))
     torch.library.opcheck(merge_max, (x, assign, 8))

@@ -44,8 +44,10 @@ def mlerp(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int, norm: str
     with without_autocast(x.device):
         wide = x.to(at_least_float32(x.dtype))
         goes = sent(assign, tokens)
-        weight = goes.to(wide.dtype) if size is None else torch.where(goes, size.unsqueeze(1), 0.0)
-        weight = (weight / weight.sum(-1, keepdim=True)).to(wide.dtype)
+        weight = goes.to(wide.dtype)
+        if size is not None:
+            weight = weight * size.to(wide.dtype).unsqueeze(1)
+        weight = weight / weight.sum(-1, keepdim=True)
         length = torch.linalg.vector_norm(wide, dim=-1)
         if norm == "max":
             direction = weight @ wide

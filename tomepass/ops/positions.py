@@ -58,4 +58,4 @@ def sent(assign: Tensor, tokens: int) -> Tensor:
 def constant(values: list[int], batch: int, device: torch.device) -> Tensor:
     """Ascending ints, the same for each image: ``[B, len(values)]`` int64."""
     parts = [torch.arange(run.start, run.stop, run.step, device=device) for run in runs(values)]
-    return torch.cat(parts).expand(batch, -1)
+    return torch.cat(parts or [torch.arange(0, device=device)]).expand(batch, -1)
