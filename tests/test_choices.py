@@ -61,9 +61,10 @@ def test_matches_and_merges_are_the_reference_s(family: str, choice: dict[str, A
 @torch.no_grad()
 def test_every_choice_reaches_the_graph(choice: dict[str, Any]) -> None:
     model, inputs = make_model("vit"), make_inputs("vit")
-    plain = output_of("vit", tomepass.apply(model, ToMe(COUNTS))(**inputs))
-    chosen = output_of("vit", tomepass.apply(model, ToMe(COUNTS, **choice))(**inputs))
-    assert relative_error(chosen, plain) > 1e-4
+    counts = [9, 6, 0]  # what the last block merges, a class token does not see
+    plain = output_of("vit", tomepass.apply(model, ToMe(counts))(**inputs))
+    chosen = output_of("vit", tomepass.apply(model, ToMe(counts, **choice))(**inputs))
+    assert relative_error(chosen, plain) > 1e-5
 
 
 @every_choice

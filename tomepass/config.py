@@ -224,7 +224,7 @@ def method_from_dict(data: dict[str, Any]) -> ToMe:
     if "r" in fields:
         fields["r"] = Schedule.from_json(fields["r"])
     if isinstance(combine := fields.get("combine"), dict):
-        fields["combine"] = MLERP(combine.get("mlerp"))
+        fields["combine"] = MLERP(combine["mlerp"])
     return ToMe(**fields)
 
 

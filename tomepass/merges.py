@@ -18,6 +18,7 @@ class Merges:
     Args:
         planned: the stream.
         tokens: there are at each epoch.
+        matched: the match between each epoch and the next.
         assigns: where each token goes, from each epoch to the next.
         stands: which position stands for each token of the next, where the match says so.
         sizes: of the tokens at each epoch, None while nothing has merged.
@@ -28,6 +29,7 @@ class Merges:
 
     planned: PlannedStream
     tokens: list[int] = field(default_factory=list)
+    matched: list[fx.Node] = field(default_factory=list)
     assigns: list[fx.Node] = field(default_factory=list)
     stands: list[fx.Node | None] = field(default_factory=list)
     sizes: list[fx.Node | None] = field(default_factory=lambda: [None])
@@ -52,8 +54,9 @@ class Merges:
 
     @property
     def matches(self) -> tuple[str | None, ...]:
-        assigns = iter(self.assigns)
-        return tuple(next(assigns).name if b.r else None for b in self.planned.plan.blocks)
+        """The match of each block, None where nothing merges."""
+        matched = iter(self.matched)
+        return tuple(next(matched).name if b.r else None for b in self.planned.plan.blocks)
 
     def length(self, layout: Layout, epoch: int) -> int:
         """Tokens a value with this layout holds at an epoch."""

@@ -139,7 +139,7 @@ def _matches(run: Recorded, steps: list[_Step], name: str) -> CheckLine:
         edges = edges_of(step.matched)
         # What the operator was asked, what it answered, and how it breaks exact ties.
         asked = (r, tuple(protected)) == (step.block.r, step.protected)
-        if step.matched.node.target is match:
+        if step.matched.node.target == match:
             asked &= any(_same_keys(keys, seen) for seen in run.keys_of(step))
             probe = _tied_keys(keys)
             tied = match(probe, step.block.r, list(step.protected))
@@ -209,12 +209,12 @@ def _plain_combined(
         stands: Tensor = call.args[1]
         if stands.shape[1] >= x.shape[1]:
             return None, None
-        for step in steps:
-            if step.block.tokens_in == x.shape[1] and step.matched is not None:
-                assign, edges = assign_of(step.matched), edges_of(step.matched)
-                own = reference.kept(assign, step.protected, stands.shape[1], edges)
+        for own_step in steps:
+            if own_step.block.tokens_in == x.shape[1] and own_step.matched is not None:
+                assign, edges = assign_of(own_step.matched), edges_of(own_step.matched)
+                own = reference.kept(assign, own_step.protected, stands.shape[1], edges)
                 if torch.equal(own, stands):
-                    return step, reference.unmerge(x, own)
+                    return own_step, reference.unmerge(x, own)
         return None, x
     assign = call.args[1] if call.node.target is merge_max else call.args[2]
     step, left = by_assign.get(id(assign)), call.result.shape[1]

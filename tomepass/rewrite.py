@@ -392,7 +392,9 @@ class _Sweep:
         if method.plain_matching:
             merges.stands.append(None)
             apart = () if size is None else (size,)
-            return self._emit(node, match, self._keys(node, block, epoch), r, held, *apart)
+            assign = self._emit(node, match, self._keys(node, block, epoch), r, held, *apart)
+            merges.matched.append(assign)
+            return assign
         importance = None
         if method.importance != "none":
             importance = self._attention_to(node, merges, block, epoch)
@@ -403,6 +405,7 @@ class _Sweep:
             *(r, held, size, importance, method.exponent),
             *(method.similarity, method.partition, method.seed),
         )
+        merges.matched.append(both)
         merges.stands.append(self._emit(node, operator.getitem, both, 1))
         return self._emit(node, operator.getitem, both, 0)
 

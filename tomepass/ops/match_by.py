@@ -127,9 +127,10 @@ def _scores(sources: Tensor, destinations: Tensor, similarity: str) -> Tensor:
         sources, destinations = (
             torch.nn.functional.normalize(x, dim=-1) for x in (sources, destinations)
         )
-    products = sources @ destinations.transpose(1, 2)
+    products: Tensor = sources @ destinations.transpose(1, 2)
     if similarity == "softmax":
-        return (products * sources.shape[-1] ** -0.5).softmax(-1)
+        weights: Tensor = (products * sources.shape[-1] ** -0.5).softmax(-1)
+        return weights
     if similarity == "euclidean":
         lengths = sources.square().sum(-1).unsqueeze(2), destinations.square().sum(-1).unsqueeze(1)
         return 2 * products - lengths[0] - lengths[1]
