@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
-    "MLERP",
     "CheckReport",
+    "MLERP",
     "MergedModel",
     "Plan",
     "Report",
@@ -38,8 +38,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "MLERP": "config",
     "CheckReport": "equivalence",
+    "MLERP": "config",
     "MergedModel": "module",
     "Plan": "plans",
     "Report": "report",

@@ -188,7 +188,7 @@ def _merges(run: Recorded, steps: list[_Step]) -> CheckLine:
     worst, tolerance, count = 0.0, 0.0, 0
     by_assign = {id(assign_of(s.matched)): s for s in steps if s.matched is not None}
     for call in run.calls_of(*_COMBINING):
-        step, plain = _plain_combined(call, by_assign, steps)
+        step, plain = _plain_combined(run, call, by_assign, steps)
         if plain is None:  # tokens unmerged, not merged
             continue
         count += 1
@@ -201,7 +201,7 @@ def _merges(run: Recorded, steps: list[_Step]) -> CheckLine:
 
 
 def _plain_combined(
-    call: Call, by_assign: dict[int, _Step], steps: list[_Step]
+    run: Recorded, call: Call, by_assign: dict[int, _Step], steps: list[_Step]
 ) -> tuple[_Step | None, Tensor | None]:
     """The step that some tokens are merged in, and what the reference makes of them."""
     x: Tensor = call.args[0]
@@ -224,7 +224,7 @@ def _plain_combined(
         return step, reference.combine(x.double(), before, assign, left, "max")
     if call.node.target is mlerp:
         return step, reference.combine(x.double(), before, assign, left, f"mlerp_{call.args[4]}")
-    if call.args[1] is None and size is not None:  # all tokens weigh the same
+    if run.applied.report.method.combine == "mean":
         return step, reference.combine(x.double(), before, assign, left, "mean")
     return step, reference.merge(x.double(), before, assign, left)[0]
 
