@@ -142,15 +142,15 @@ def siglip_vision_forward(
     """
     base = getattr(model, "vision_model", model)  # transformers 5.0 keeps it one level down
     blocks = [
-        Block(b.layer_norm1, _siglip_attention(b.self_attn), _same, b.layer_norm2, b.mlp, _same)
+        Block(b.layer_norm1, siglip_attention(b.self_attn), _same, b.layer_norm2, b.mlp, _same)
         for b in base.encoder.layers
     ]
     embedded = base.embeddings(pixel_values)
     encoded = encode(embedded, blocks, base.post_layernorm, r, 0, prop_attn, **options)
     head = base.head
     size = encoded.size if prop_attn else None
-    pooled = _pooled(head.attention, head.probe, encoded.hidden, size)
-    return encoded._replace(output=(pooled + head.mlp(head.layernorm(pooled)))[:, 0])
+    read = pooled(head.attention, head.probe, encoded.hidden, size)
+    return encoded._replace(output=(read + head.mlp(head.layernorm(read)))[:, 0])
 
 
 def vit_for_masked_images_forward(
@@ -233,7 +233,7 @@ def encode(
     for block, wanted in zip(blocks, reference.schedule(r, len(blocks)), strict=True):
         turned = None if rotate is None else functools.partial(rotate, places=places)
         sizes = size if prop_attn else None
-        update, keys = _attend(block.attention, block.norm1(x), sizes, turned)
+        update, _, keys, _ = attend(block.attention, block.norm1(x), sizes, turned)
         x = x + block.scale1(update)
         if with_margin:
             here = reference.match_margin(keys, wanted, first, match_dtype)
@@ -271,13 +271,13 @@ def _forward_of_vit_family(
     return encode(embedded, blocks, base.layernorm, r, protected, prop_attn, **options)
 
 
-def _attend(
+def attend(
     attention: Attention,
     x: Tensor,
     size: Tensor | None,
     turn: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Update of the residual stream `[B, N, C]`, and the keys `[B, H, N, D]`."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Update of the residual stream `[B, N, C]`; queries, keys, values `[B, H, N, D]`."""
     images, tokens, _ = x.shape
 
     def heads(projection: Module) -> Tensor:
@@ -287,14 +287,14 @@ def _attend(
     if turn is not None:
         q, k = turn(q), turn(k)
     out = reference.proportional_attention(q, k, v, size, attention.scale)
-    return attention.out(out.transpose(1, 2).reshape(images, tokens, -1)), k
+    return attention.out(out.transpose(1, 2).reshape(images, tokens, -1)), q, k, v
 
 
 def _same(x: Tensor) -> Tensor:
     return x
 
 
-def _pooled(attention: Any, probe: Tensor, x: Tensor, size: Tensor | None) -> Tensor:
+def pooled(attention: Any, probe: Tensor, x: Tensor, size: Tensor | None) -> Tensor:
     """`nn.MultiheadAttention` of a learned query over tokens that count by their sizes."""
     weights = attention.in_proj_weight.chunk(3)
     biases = attention.in_proj_bias.chunk(3)
@@ -304,8 +304,8 @@ def _pooled(attention: Any, probe: Tensor, x: Tensor, size: Tensor | None) -> Te
         for each in zip(inputs, weights, biases, strict=True)
     )
     out = reference.proportional_attention(q, k, v, size)
-    pooled: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
-    return pooled
+    result: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
+    return result
 
 
 def _tables(model: Any, pixel_values: Tensor) -> list[tuple[Tensor, float]]:
@@ -318,7 +318,8 @@ def _after_nothing(table: Tensor, protected: int, neutral: float) -> Tensor:
     return torch.cat([table.new_full((protected, table.shape[-1]), neutral), table])
 
 
-def _siglip_attention(a: Any) -> Attention:
+def siglip_attention(a: Any) -> Attention:
+    """The attention of a SigLIP block."""
     return Attention(a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.head_dim, a.scale)
 
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomepass import ToMe, TomeError
-from tomepass.config import method_from_dict, resolve_method
+from tomepass.methods import method_from_dict, resolve_method
 
 rates = st.one_of(
     st.integers(0, 60),

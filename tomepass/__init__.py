@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tomepass.backend import TomeBackend, tome_backend
-    from tomepass.config import MLERP, ToMe
     from tomepass.equivalence import CheckReport, check
     from tomepass.errors import TomeError
+    from tomepass.methods import MLERP, Method, ToMe
     from tomepass.module import MergedModel, apply, explain
     from tomepass.plans import Plan, plan
     from tomepass.report import Report
@@ -25,6 +25,7 @@ __all__ = [
     "MLERP",
     "CheckReport",
     "MergedModel",
+    "Method",
     "Plan",
     "Report",
     "ToMe",
@@ -39,11 +40,12 @@ __all__ = [
 
 _HOME = {
     "CheckReport": "equivalence",
-    "MLERP": "config",
+    "MLERP": "methods",
     "MergedModel": "module",
+    "Method": "methods",
     "Plan": "plans",
     "Report": "report",
-    "ToMe": "config",
+    "ToMe": "methods",
     "TomeBackend": "backend",
     "TomeError": "errors",
     "apply": "module",

@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
-from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
+from tomepass.methods import Method, ToMe
 from tomepass.module import OnUnmatched, Outputs, check_choices
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
@@ -56,15 +56,17 @@ def _named_pairs(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Settings:
-    method: ToMe | None = ToMe()  # noqa: RUF009 - frozen and hashable
+    method: Method | None = ToMe()  # noqa: RUF009 - frozen and hashable
     inner: Inner = "inductor"
     inner_options: InnerOptions = ()
     on_unmatched: OnUnmatched = "raise"
     outputs: Outputs = "original"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.method, ToMe | None):
+        method = getattr(self.method, "method", self.method)  # of a plan
+        if not isinstance(method, Method | None):
             raise TypeError(f"method must be a tomepass method, got {self.method!r}")
+        object.__setattr__(self, "method", method)
         if not isinstance(self.inner, str) and not callable(self.inner):
             raise TypeError(f"inner must be a backend's name or a callable, got {self.inner!r}")
         check_choices(self.on_unmatched, self.outputs)
@@ -151,7 +153,7 @@ class TomeBackend(_Settings):
             return mine
         return dataclasses.replace(mine, method=mine.method.replace(**others))
 
-    def _rewritten(self, captured: CanonicalGraph, method: ToMe) -> fx.GraphModule | None:
+    def _rewritten(self, captured: CanonicalGraph, method: Method) -> fx.GraphModule | None:
         planned = plan_graph(captured, method)
         rewritten, refused = None, None
         if planned.streams:

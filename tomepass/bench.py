@@ -18,9 +18,9 @@ from tomepass.benchmarking import (
     steps,
     to_json,
 )
-from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs
+from tomepass.methods import Method
 from tomepass.plots import speed_plot
 from tomepass.tables import progress_bar
 
@@ -55,7 +55,7 @@ def checked_device(device: str) -> str:
 def run_bench(
     model: nn.Module,
     label: str,
-    methods: Sequence[ToMe],
+    methods: Sequence[Method],
     options: Sequence[dict[str, Any]],
     *,
     backend: Inner = "inductor",

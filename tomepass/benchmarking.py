@@ -22,8 +22,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.backend import Inner, resolve_inner
-from tomepass.config import RLike, ToMe, method_from_dict, resolve_method
 from tomepass.errors import TomeError
+from tomepass.methods import Method, RLike, ToMe, method_from_dict, resolve_method
 from tomepass.module import MergedModel, apply
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ class Settings:
     """
 
     model: str
-    method: ToMe
+    method: Method
     dtype: str
     batch: int
     inner: str
@@ -253,7 +253,7 @@ class Measurement:
 def measure(
     model: nn.Module,
     inputs: Any,
-    method: ToMe | None = None,
+    method: Method | None = None,
     *,
     r: RLike | None = None,
     inner: Inner = "inductor",

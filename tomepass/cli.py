@@ -151,8 +151,8 @@ def bench(
 ) -> None:
     """Measure merged against unmerged, both compiled alike, interleaved in one process."""
     from tomepass.bench import checked_device, option_sets, run_bench, write_bench
-    from tomepass.config import ToMe
     from tomepass.loading import load_model, parse_dtype
+    from tomepass.methods import ToMe
 
     methods = [ToMe(parse_r(text)) for text in r or ("8", "16")]
     options = option_sets(backend, freezing, both)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from tomepass.schedule import capped
+from tomepass.schedule import merged_at_most
 
 
 @dataclass(frozen=True)
@@ -42,25 +43,32 @@ class StreamPlan:
 
 
 def plan_counts(
-    tokens: int, protected: tuple[int, ...], counts: tuple[int, ...], multiple_of: int = 1
+    tokens: int,
+    protected: tuple[int, ...],
+    counts: tuple[int, ...],
+    multiple_of: int = 1,
+    most: Callable[[int, tuple[int, ...]], int] = merged_at_most,
 ) -> StreamPlan:
-    """What is really merged in each block: no more than half, rounded if that is asked for.
+    """What really goes in each block: no more than can, rounded if that is asked for.
 
     Rounded, no block has more tokens than it would have had.
+
+    Args:
+        most: how many of so many tokens a block can lose, given the protected positions.
     """
     blocks = []
     current = exact = tokens
     for index, asked in enumerate(counts):
-        exact -= capped(asked, exact, _held(exact, tokens, protected))
+        exact -= min(asked, most(exact, _held(exact, tokens, protected)))
         goal = exact
         if exact < tokens and exact >= multiple_of:
             goal -= exact % multiple_of
-        r = capped(max(current - goal, 0), current, _held(current, tokens, protected))
+        r = min(max(current - goal, 0), most(current, _held(current, tokens, protected)))
         blocks.append(BlockPlan(index, current, r))
         current -= r
     return StreamPlan(tokens, protected, tuple(blocks))
 
 
 def _held(current: int, tokens: int, protected: tuple[int, ...]) -> tuple[int, ...]:
-    """Where the protected tokens stand: first, once anything has merged."""
+    """Where the protected tokens stand: first, once anything is gone."""
     return protected if current == tokens else tuple(range(len(protected)))

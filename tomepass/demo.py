@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.loading import ImageSet
+from tomepass.methods import ToMe
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -13,8 +13,8 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.capture import Capture
-from tomepass.config import ToMe
 from tomepass.graphs import Recorder, relative_error, zeroed
+from tomepass.methods import Method
 from tomepass.module import read_state
 from tomepass.ops.merge import merge
 from tomepass.origins import position_terms
@@ -45,7 +45,7 @@ class DuplicatesResult:
 
 
 def check_duplicates(
-    model: nn.Module, capture: Capture, method: ToMe, call: dict[str, Any]
+    model: nn.Module, capture: Capture, method: Method, call: dict[str, Any]
 ) -> DuplicatesResult:
     """Merged against unmerged on an input of a few constant regions, position terms zeroed.
 
@@ -69,7 +69,7 @@ def check_duplicates(
 def _along(
     model: nn.Module,
     capture: Capture,
-    method: ToMe,
+    method: Method,
     call: dict[str, Any],
     positions: set[str],
     dim: int,
@@ -150,7 +150,7 @@ def _alike(x: Tensor, assign: Tensor, tokens: int) -> bool:
     return relative_error(lowest, highest) <= TOLERANCE / 10
 
 
-def _control(capture: Capture, method: ToMe, positions: set[str], values: list[Any]) -> Any:
+def _control(capture: Capture, method: Method, positions: set[str], values: list[Any]) -> Any:
     planned = plan_graph(capture.graph, method.replace(prop_attn=False))
     return _run(rewrite(capture.graph, planned), positions, values)[0]
 

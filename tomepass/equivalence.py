@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 from tomepass import reference
 from tomepass.backend import Inner, resolve_inner
 from tomepass.capture import describe_inputs
-from tomepass.config import RLike, ToMe, resolve_method
 from tomepass.duplicates import check_duplicates
 from tomepass.errors import TomeError
 from tomepass.graphs import MATCHES, relative_error, replayed
+from tomepass.methods import Method, RLike, resolve_method
 from tomepass.module import Applied, MergedModel, apply, make_applied, read_state
 from tomepass.planning import plan_graph
 from tomepass.recorded import CheckLine, Recorded, edges_of, record, reference_lines
@@ -45,7 +45,7 @@ class CheckReport:
     """The harness's answer. ``ok`` is True if no line fails; prints as a table."""
 
     model: str
-    method: ToMe
+    method: Method
     inner: str
     inputs: str
     lines: tuple[CheckLine, ...]
@@ -75,7 +75,7 @@ class CheckReport:
 def check(
     model: nn.Module,
     inputs: Any,
-    method: ToMe | None = None,
+    method: Method | None = None,
     *,
     r: RLike | None = None,
     inner: Inner = "inductor",

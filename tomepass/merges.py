@@ -9,6 +9,7 @@ from torch import fx
 
 from tomepass.outcomes import Layout
 from tomepass.planning import PlannedStream
+from tomepass.reducing import Reduction
 
 
 @dataclass
@@ -18,27 +19,34 @@ class Merges:
     Args:
         planned: the stream.
         tokens: there are at each epoch.
-        matched: the match between each epoch and the next.
-        assigns: where each token goes, from each epoch to the next.
-        stands: which position stands for each token of the next, where the match says so.
+        reductions: from each epoch to the next.
         sizes: of the tokens at each epoch, None while nothing has merged.
-        sources: which token holds each original one.
+        sources: which token holds each original one, or stands in for it.
+        holds: the same without the tokens that were dropped, which are -1.
         kept: the original position each token stands for.
         sides: tables and biases made for an epoch.
+        memory: what the method keeps from block to block.
+        masked: whether some tokens are padding or out of use, and must not be attended to.
     """
 
     planned: PlannedStream
     tokens: list[int] = field(default_factory=list)
-    matched: list[fx.Node] = field(default_factory=list)
-    assigns: list[fx.Node] = field(default_factory=list)
-    stands: list[fx.Node | None] = field(default_factory=list)
+    masked: bool = False
+    reductions: list[Reduction] = field(default_factory=list)
     sizes: list[fx.Node | None] = field(default_factory=lambda: [None])
     sources: list[fx.Node | None] = field(default_factory=lambda: [None])
+    holds: list[fx.Node | None] = field(default_factory=lambda: [None])
     kept: list[fx.Node | None] = field(default_factory=lambda: [None])
     sides: dict[tuple[Any, ...], fx.Node] = field(default_factory=dict)
+    memory: dict[str, fx.Node] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.tokens.append(self.planned.plan.tokens)
+
+    @property
+    def epoch(self) -> int:
+        """The latest."""
+        return len(self.reductions)
 
     @property
     def protected(self) -> tuple[int, ...]:
@@ -55,8 +63,9 @@ class Merges:
     @property
     def matches(self) -> tuple[str | None, ...]:
         """The match of each block, None where nothing merges."""
-        matched = iter(self.matched)
-        return tuple(next(matched).name if b.r else None for b in self.planned.plan.blocks)
+        found = (reduction.chosen for reduction in self.reductions)
+        names = (None if chosen is None else chosen.name for chosen in found)
+        return tuple(next(names) if b.r else None for b in self.planned.plan.blocks)
 
     def length(self, layout: Layout, epoch: int) -> int:
         """Tokens a value with this layout holds at an epoch."""

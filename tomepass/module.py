@@ -15,9 +15,9 @@ from torch import Tensor, fx, nn
 
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
-from tomepass.config import RLike, ToMe, resolve_method
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
+from tomepass.methods import Method, RLike, resolve_method
 from tomepass.planning import plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
@@ -33,7 +33,7 @@ _REMADE = {*_SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_
 
 def apply(
     model: nn.Module,
-    method: ToMe | None = None,
+    method: Method | None = None,
     *,
     r: RLike | None = None,
     example_inputs: Any = None,
@@ -81,7 +81,7 @@ def apply(
 
 def explain(
     model: nn.Module,
-    method: ToMe | None = None,
+    method: Method | None = None,
     *,
     r: RLike | None = None,
     example_inputs: Any = None,
@@ -118,7 +118,7 @@ class MergedModel(nn.Module):
     """
 
     original: nn.Module
-    method: ToMe
+    method: Method
     on_unmatched: OnUnmatched
     outputs: Outputs
     _captures: dict[tuple[Any, ...], Applied]
@@ -126,7 +126,7 @@ class MergedModel(nn.Module):
     _optional: frozenset[str]
 
     def __init__(
-        self, model: nn.Module, method: ToMe, on_unmatched: OnUnmatched, outputs: Outputs
+        self, model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
     ) -> None:
         super().__init__()
         # The very dictionaries of the model: one module tree, seen through two objects.
@@ -321,7 +321,7 @@ class Applied:
 
 def make_applied(
     model: nn.Module,
-    method: ToMe,
+    method: Method,
     call: dict[str, Any],
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
@@ -340,7 +340,7 @@ def make_applied(
     return applied
 
 
-def _analyse(model: nn.Module, method: ToMe, call: dict[str, Any], outputs: Outputs) -> Applied:
+def _analyse(model: nn.Module, method: Method, call: dict[str, Any], outputs: Outputs) -> Applied:
     capture = capture_module(model, call)
     planned = plan_graph(capture.graph, method)
     rewritten, refused = None, None
@@ -379,7 +379,7 @@ def only_output(module: fx.GraphModule, name: str) -> fx.GraphModule:
 
 
 def _rebuild(
-    model: nn.Module, method: ToMe, on_unmatched: OnUnmatched, outputs: Outputs
+    model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
 ) -> MergedModel:
     cls: Any = type(model)
     return _class_like(cls)(model, method, on_unmatched, outputs)

@@ -13,11 +13,11 @@ from torch import fx
 from tomepass.attention import find_attentions
 from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
-from tomepass.config import ToMe
 from tomepass.costs import stream_costs
 from tomepass.counts import StreamPlan, plan_counts
 from tomepass.errors import TomeError
 from tomepass.macs import macs_by_name
+from tomepass.methods import Method
 from tomepass.origins import input_dependent, trace_origins
 from tomepass.outcomes import Attended, Carried, Layout, Masked, Positional, Side
 from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
@@ -71,12 +71,12 @@ class PlannedStream:
 class Planned:
     """All that was read off a graph and decided for it."""
 
-    method: ToMe
+    method: Method
     streams: tuple[PlannedStream, ...]
     mismatches: tuple[Mismatch, ...]
 
 
-def plan_graph(captured: CanonicalGraph, method: ToMe) -> Planned:
+def plan_graph(captured: CanonicalGraph, method: Method) -> Planned:
     """Reads a graph and plans its streams; what cannot be planned is a mismatch.
 
     Raises:
@@ -150,7 +150,7 @@ def _shared(stream: Stream, planned: list[PlannedStream]) -> Mismatch | None:
 
 
 def _plan_stream(
-    captured: CanonicalGraph, stream: Stream, structure: Structure, method: ToMe
+    captured: CanonicalGraph, stream: Stream, structure: Structure, method: Method
 ) -> PlannedStream | Stream | Mismatch:
     """The plan, or the blocks at its start that are a stream of their own, or why not."""
     ancestry = structure.ancestry
@@ -174,13 +174,16 @@ def _plan_stream(
         return padding
     solved_later = method.schedule.macs is not None
     blocks = len(stream.blocks)
-    counts = (0,) * blocks if solved_later else method.counts(blocks)
-    plan = plan_counts(len(layout.positions), protected, counts, method.multiple_of)
+    tokens = len(layout.positions)
+    if solved_later:
+        plan = plan_counts(tokens, protected, (0,) * blocks)
+    else:
+        plan = method.plan(tokens, protected, blocks)
     return PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
 
 
 def _token_layout(
-    captured: CanonicalGraph, stream: Stream, ancestry: Ancestry, method: ToMe
+    captured: CanonicalGraph, stream: Stream, ancestry: Ancestry, method: Method
 ) -> tuple[Layout, tuple[int, ...]] | Mismatch:
     """The layout of the stream's entry under which its first attention sees whole sequences.
 
@@ -236,7 +239,7 @@ def _count(size: Any) -> int:
 
 
 def _protected(
-    captured: CanonicalGraph, stream: Stream, dim: int, tokens: int, method: ToMe
+    captured: CanonicalGraph, stream: Stream, dim: int, tokens: int, method: Method
 ) -> tuple[int, ...] | Mismatch:
     if method.protected is not None:
         if outside := [p for p in method.protected if p >= tokens]:
@@ -311,15 +314,12 @@ def _check_block(
 
 
 def _to_target(
-    captured: CanonicalGraph, planned: list[PlannedStream], method: ToMe
+    captured: CanonicalGraph, planned: list[PlannedStream], method: Method
 ) -> list[PlannedStream]:
-    """The streams with the fewest merges that reach the method's share of the MACs.
-
-    A step is one token more in one block: first the blocks at the front, so that the counts of two
-    blocks never differ by more than one.
+    """The streams with the smallest step of the method that reaches its share of the MACs.
 
     Raises:
-        TomeError: if merging half of the tokens in every block is not enough.
+        TomeError: if all that the method can do is not enough.
     """
     share = method.schedule.macs
     assert share is not None
@@ -329,29 +329,30 @@ def _to_target(
     total = sum(macs.values())
     costs = [stream_costs(captured, p, macs) for p in planned]
     depth = max(len(p.stream.blocks) for p in planned)
+    tokens = max(p.plan.tokens for p in planned)
 
     def plans(step: int) -> list[StreamPlan]:
-        counts = [step // depth + (i < step % depth) for i in range(depth)]
-        return [
-            plan_counts(
-                p.plan.tokens,
-                p.plan.protected,
-                tuple(counts[: len(p.stream.blocks)]),
-                method.multiple_of,
-            )
-            for p in planned
-        ]
+        stepped = method.step(step, tokens, depth)
+        return [_stepped(p, stepped, depth) for p in planned]
 
     def left(step: int) -> float:
         saved = sum(c.saved(plan) for c, plan in zip(costs, plans(step), strict=True))
         return (total - saved) / total
 
-    most = depth * max(p.plan.tokens for p in planned)
+    most = depth * tokens
     if left(most) > share:
         raise TomeError(
-            f"{method.schedule!r} cannot be reached: merging half of the tokens in every block "
+            f"{method.schedule!r} cannot be reached: the most that {type(method).__name__} can do "
             f"leaves {left(most):.3f} of the {total:,} multiply-accumulates",
             advice=f"ask for macs={math.ceil(left(most) * 1000) / 1000} or more",
         )
     step = bisect.bisect_left(range(most + 1), -share, key=lambda s: -left(s))
     return [replace(p, plan=plan) for p, plan in zip(planned, plans(step), strict=True)]
+
+
+def _stepped(planned: PlannedStream, method: Method, depth: int) -> StreamPlan:
+    """A stream's plan under a method stepped for the deepest stream."""
+    own, schedule = len(planned.stream.blocks), method.schedule
+    if own < depth and schedule.kind == "list":
+        method = method.replace(r=[int(count) for count in schedule.values[:own]])
+    return method.plan(planned.plan.tokens, planned.plan.protected, own)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tomepass.attention_paths import padded_to
 from tomepass.benchmarking import Measurement, environment, inner_name, measure, steps
-from tomepass.config import RLike, ToMe, method_from_dict
 from tomepass.errors import TomeError
+from tomepass.methods import Method, RLike, ToMe, method_from_dict
 from tomepass.module import MergedModel, explain
 from tomepass.tables import progress_bar
 
@@ -38,7 +38,7 @@ class Tried:
         greatest: of the rounds.
     """
 
-    method: ToMe
+    method: Method
     macs: float
     speedup: float
     least: float
@@ -58,7 +58,7 @@ class Plan:
         environment: versions, processor, threads.
     """
 
-    method: ToMe
+    method: Method
     speedup: float
     why: str
     tried: tuple[Tried, ...]
@@ -153,7 +153,7 @@ def plan(
 
     with progress_bar(progress) as bar:
 
-        def attempt(method: ToMe) -> Tried:
+        def attempt(method: Method) -> Tried:
             what = repr(method)
             task = bar.add_task(what, total=steps(rounds))
             found = measure(
@@ -176,10 +176,10 @@ def plan(
     return _chosen(asked, tried, inner)
 
 
-def _counted(model: nn.Module, inputs: Any) -> Callable[[ToMe], ToMe]:
+def _counted(model: nn.Module, inputs: Any) -> Callable[[Method], Method]:
     """A method with the counts a model gets, where it has one stream."""
 
-    def counted(method: ToMe) -> ToMe:
+    def counted(method: Method) -> Method:
         report = explain(model, method, example_inputs=inputs)
         if not report.ok:
             raise report.refusal()
@@ -190,7 +190,7 @@ def _counted(model: nn.Module, inputs: Any) -> Callable[[ToMe], ToMe]:
     return counted
 
 
-def _alternatives(asked: ToMe, counted: Callable[[ToMe], ToMe]) -> list[ToMe]:
+def _alternatives(asked: Method, counted: Callable[[Method], Method]) -> list[Method]:
     """The schedule asked for, and others that leave no more tokens after any second block."""
     first = counted(asked)
     found = [first]
@@ -207,8 +207,8 @@ def _alternatives(asked: ToMe, counted: Callable[[ToMe], ToMe]) -> list[ToMe]:
 def _until_reached(
     goal: float,
     multiple_of: int,
-    attempt: Callable[[ToMe], Tried],
-    counted: Callable[[ToMe], ToMe],
+    attempt: Callable[[Method], Tried],
+    counted: Callable[[Method], Method],
 ) -> tuple[Tried, ...]:
     """Merges more until the goal is measured: what is missing now is asked for next."""
     tried: list[Tried] = []
@@ -227,7 +227,7 @@ def _until_reached(
     return tuple(tried)
 
 
-def _chosen(asked: ToMe, tried: tuple[Tried, ...], inner: Inner) -> Plan:
+def _chosen(asked: Method, tried: tuple[Tried, ...], inner: Inner) -> Plan:
     best = max(tried, key=lambda t: t.speedup)
     where = tuple(sorted(environment().items()))
     name = inner_name(inner)

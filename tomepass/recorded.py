@@ -224,7 +224,7 @@ def _plain_combined(
         return step, reference.combine(x.double(), before, assign, left, "max")
     if call.node.target is mlerp:
         return step, reference.combine(x.double(), before, assign, left, f"mlerp_{call.args[4]}")
-    if run.applied.report.method.combine == "mean":
+    if getattr(run.applied.report.method, "combine", None) == "mean":
         return step, reference.combine(x.double(), before, assign, left, "mean")
     return step, reference.merge(x.double(), before, assign, left)[0]
 

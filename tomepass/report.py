@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from torch import fx
 
 from tomepass.capture import CanonicalGraph, describe_inputs, source_line
-from tomepass.config import ToMe
 from tomepass.errors import TomeError
 from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
+from tomepass.methods import Method
 from tomepass.outcomes import Attended, Averaged, Contracted, Taken
 from tomepass.planning import Planned, PlannedStream
 from tomepass.rewrite import Rewritten
@@ -78,7 +78,7 @@ class Report:
 
     model: str
     inputs: str
-    method: ToMe
+    method: Method
     streams: tuple[StreamReport, ...]
     refused: tuple[Mismatch, ...]
     unmerged: tuple[Mismatch, ...]

@@ -6,34 +6,26 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 
 from __future__ import annotations
 
-import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
 
 from tomepass.attention import FUSED, ignores_first
-from tomepass.axis import Axis, same, same_shape, shape_of, summed_dimension, target_name
-from tomepass.capture import CanonicalGraph, carry_origin, source_line
-from tomepass.config import MLERP, ToMe
-from tomepass.errors import TomeError
-from tomepass.macs import is_overhead
+from tomepass.axis import Axis, same_shape, shape_of
+from tomepass.capture import CanonicalGraph
 from tomepass.merges import Merges
-from tomepass.ops.attention_to import attention_to
+from tomepass.methods import MLERP
 from tomepass.ops.combine import merge_max, mlerp
 from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.match_by import match_by
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.padding import padded_size
-from tomepass.ops.results import RESULTS
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
-from tomepass.ops.unmerge import compose, narrow_source, unmerge
+from tomepass.ops.unmerge import compose, compose_held, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.outcomes import (
     Attended,
@@ -49,8 +41,10 @@ from tomepass.outcomes import (
     Weighed,
 )
 from tomepass.planning import Planned
+from tomepass.reducing import Reducing, Reduction
 from tomepass.structure import Block, Mismatch, is_tensor
 from tomepass.tokens import SIZED
+from tomepass.writing import Writer
 
 aten = torch.ops.aten
 
@@ -100,17 +94,15 @@ def rewrite(captured: CanonicalGraph, planned: Planned, *, outputs: str = "origi
 class _Sweep:
     def __init__(self, captured: CanonicalGraph, planned: Planned, *, keep_short: bool) -> None:
         self.captured = captured
-        self.method: ToMe = planned.method
+        self.method = planned.method
         self.keep_short = keep_short
-        self.fake_mode = captured.fake_mode
-        self.graph = fx.Graph()
+        self.writer = Writer(captured.fake_mode)
         self.new: dict[fx.Node, fx.Node] = {}
         self.epoch: dict[fx.Node, int] = {}
-        self.touched: set[fx.Node] = set()
         self.unmerged: list[Mismatch] = []
         self.returned: dict[str, str] = {}
-        self.block: int | None = None
-        self.streams = [Merges(p) for p in planned.streams]
+        holes = planned.method.holes
+        self.streams = [Merges(p, masked=holes or p.padding is not None) for p in planned.streams]
         self.stream_of: dict[fx.Node, Merges] = {}
         self.outcomes: dict[fx.Node, Any] = {}
         self.layouts: dict[fx.Node, Layout] = {}
@@ -122,7 +114,7 @@ class _Sweep:
     def _enlist(self, merges: Merges) -> None:
         flow, stream = merges.planned.flow, merges.planned.stream
         if shared := [node for node in flow.layouts if node in self.layouts]:
-            raise self._error(shared[0], "two residual streams meet here")
+            raise self.writer.error(shared[0], "two residual streams meet here")
         self.layouts.update(flow.layouts)
         self.outcomes.update(flow.outcomes)
         self.stream_of.update(dict.fromkeys(flow.layouts, merges))
@@ -139,19 +131,19 @@ class _Sweep:
                 self._output(node)
                 continue
             self.new[node] = self._node(node)
-            self.block = self.entries.get(node, self.block)
+            self.writer.block = self.entries.get(node, self.writer.block)
             if node in self.layouts and node not in self.epoch:
                 self.epoch[node] = 0
             if node in self.merge_points:
                 self._merge(node)
             if any(node is m.planned.stream.blocks[-1].merge_at for m in self.streams):
-                self.block = None
+                self.writer.block = None
         source = self.streams[0].sources[-1] if self.method.trace_source else None
         self._drop_dead(keep=source)
-        self.graph.lint()
-        module = fx.GraphModule(self.captured.module, self.graph)
+        self.writer.graph.lint()
+        module = fx.GraphModule(self.captured.module, self.writer.graph)
         module.meta.update(self.captured.module.meta)
-        live = set(self.graph.nodes)
+        live = set(self.writer.graph.nodes)
         return Rewritten(
             module,
             None if source is None else source.name,
@@ -195,11 +187,11 @@ class _Sweep:
 
     def _copy_with(self, node: fx.Node, operands: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """A copy that reads original tokens only, if any: its result is what it always was."""
-        copy = self.graph.node_copy(node, lambda a: operands.get(a, self.new[a]))
-        if any(a in self.touched for a in copy.all_input_nodes):
-            self._execute(copy)
+        copy = self.writer.graph.node_copy(node, lambda a: operands.get(a, self.new[a]))
+        if any(a in self.writer.touched for a in copy.all_input_nodes):
+            self.writer.execute(copy)
             if is_tensor(node) and not same_shape(copy, node):
-                raise self._error(
+                raise self.writer.error(
                     node, f"expected {list(shape_of(node))}, got {list(shape_of(copy))}"
                 )
         return copy
@@ -222,29 +214,29 @@ class _Sweep:
             inputs[side.node] = self._side(node, merges, side, outcome.layout, epoch)
         if ignores_first(node):
             # It has the shape of the original scores, and is not read.
-            blank = self._emit(node, aten.new_zeros.default, inputs[holders[0]], [1])
+            blank = self.writer.emit(node, aten.new_zeros.default, inputs[holders[0]], [1])
             inputs[node.args[0]] = blank  # type: ignore[index]
-        copy = self.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
+        copy = self.writer.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
         if outcome.sizes:
             self._resize(copy, outcome, merges, epoch)
-        self._execute(copy)
+        self.writer.execute(copy)
         self.epoch[node] = epoch
-        self._compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
+        self.writer.compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
 
     def _weigh(self, node: fx.Node, outcome: Weighed, merges: Merges) -> fx.Node:
         (operand,) = node.all_input_nodes
         epoch, layout = self.epoch[operand], self.layouts[operand]
         scores = self.new[operand]
-        if self.method.prop_attn:
+        if self.method.prop_attn or merges.masked:
             size = self._sizes(node, merges, layout, epoch)
             fold = int(layout.batch.after)
-            bias = self._emit(node, log_size, size, scores, layout.keys.dim, fold)
-            scores = self._emit(node, aten.add.Tensor, scores, bias)
-        copy = self.graph.node_copy(node, lambda a: scores if a is operand else self.new[a])
-        self._execute(copy)
+            bias = self._log(node, size, scores, layout.keys.dim, fold)
+            scores = self.writer.emit(node, aten.add.Tensor, scores, bias)
+        copy = self.writer.graph.node_copy(node, lambda a: scores if a is operand else self.new[a])
+        self.writer.execute(copy)
         self.epoch[node] = epoch
-        self._compare(node, copy, outcome.layout, merges.length(layout, epoch))
+        self.writer.compare(node, copy, outcome.layout, merges.length(layout, epoch))
         return copy
 
     def _contract(self, node: fx.Node) -> fx.Node:
@@ -264,8 +256,8 @@ class _Sweep:
                 own = [p for p in positions if p in merges.protected]
                 rest = range(len(own), merges.length(self.layouts[holder], epoch))
                 if own:
-                    pieces.append((own, self._slices(node, x, dim, list(range(len(own))))))
-                    x = self._slices(node, x, dim, list(rest))
+                    pieces.append((own, self.writer.slices(node, x, dim, list(range(len(own))))))
+                    x = self.writer.slices(node, x, dim, list(rest))
                 last = x
             else:
                 pieces.append((list(positions), x))
@@ -274,9 +266,9 @@ class _Sweep:
         if order != sorted(order):
             return self._unmerge_first(node, Positional("a cat interleaves protected tokens"))
         parts = [x for _, x in pieces] + [last]
-        joined = self._emit(node, aten.cat.default, parts, dim)
+        joined = self.writer.emit(node, aten.cat.default, parts, dim)
         self.epoch[node] = epoch
-        self._compare(node, joined, outcome.layout, merges.length(outcome.layout, epoch))
+        self.writer.compare(node, joined, outcome.layout, merges.length(outcome.layout, epoch))
         return joined
 
     def _take(self, node: fx.Node, outcome: Taken, merges: Merges) -> fx.Node:
@@ -285,9 +277,9 @@ class _Sweep:
         indices = merges.indices(outcome.positions, epoch, self.layouts[operand])
         x = self.new[operand]
         if outcome.drops:
-            taken = self._emit(node, aten.select.int, x, outcome.dim, indices[0])
+            taken = self.writer.emit(node, aten.select.int, x, outcome.dim, indices[0])
         else:
-            taken = self._slices(node, x, outcome.dim, indices)
+            taken = self.writer.slices(node, x, outcome.dim, indices)
         if outcome.layout is not None:
             self.epoch[node] = epoch
         return taken
@@ -301,8 +293,8 @@ class _Sweep:
         size = self._sizes(node, merges, layout, epoch)
         x = self.new[operand]
         if (dtype := node.kwargs.get("dtype")) is not None:
-            x = self._emit(node, aten.to.dtype, x, dtype)
-        return self._emit(node, weighted_mean, x, size, outcome.dim, outcome.keepdim)
+            x = self.writer.emit(node, aten.to.dtype, x, dtype)
+        return self.writer.emit(node, weighted_mean, x, size, outcome.dim, outcome.keepdim)
 
     def _unmerge_first(self, node: fx.Node, outcome: Positional) -> fx.Node:
         self.unmerged.append(Mismatch.at(node, outcome.reason))
@@ -326,10 +318,10 @@ class _Sweep:
         q, k, v = (self._at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
         bias = self._attention_bias(node, outcome, merges, epoch, q)
         kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
-        copy = self._emit(node, node.target, q, k, v, bias, *node.args[4:], **kwargs)
+        copy = self.writer.emit(node, node.target, q, k, v, bias, *node.args[4:], **kwargs)
         if outcome.layout is not None:
             self.epoch[node] = epoch
-            self._compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
+            self.writer.compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
 
     def _attention_bias(
@@ -343,13 +335,17 @@ class _Sweep:
             scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
             side = Side(outcome.bias, "bias")
             bias = self._side(node, merges, side, scores, epoch)
-        if not epoch or not (self.method.prop_attn or outcome.padding is not None):
+        if not epoch or not (self.method.prop_attn or merges.masked):
             return bias
         size = self._sizes(node, merges, outcome.keys, epoch)
-        log = self._emit(node, log_size, size, query, 3)
-        if not self.method.prop_attn:  # what is left of the sizes hides the padding
-            log = self._emit(node, aten.clamp.default, log, None, 0.0)
-        return log if bias is None else self._emit(node, aten.add.Tensor, bias, log)
+        log = self._log(node, size, query, 3)
+        return log if bias is None else self.writer.emit(node, aten.add.Tensor, bias, log)
+
+    def _log(self, node: fx.Node, size: fx.Node, like: fx.Node, *args: int) -> fx.Node:
+        log = self.writer.emit(node, log_size, size, like, *args)
+        if not self.method.prop_attn:  # what is left of the sizes hides padding and holes
+            log = self.writer.emit(node, aten.clamp.default, log, None, 0.0)
+        return log
 
     def _output(self, node: fx.Node) -> None:
         def left(operand: fx.Node) -> fx.Node:
@@ -361,7 +357,7 @@ class _Sweep:
                 self.returned[operand.name] = f"returned {how} tokens"
             return self.new[operand] if self.keep_short else self._unmerged(node, operand)
 
-        self.graph.node_copy(node, left)
+        self.writer.graph.node_copy(node, left)
 
     # ---- merging and back ------------------------------------------------------------------
 
@@ -369,123 +365,76 @@ class _Sweep:
         merges, block = self.merge_points[node]
         plan = merges.planned.plan.blocks[block.index]
         epoch = self.epoch[node]
-        if merges.tokens[epoch] != plan.tokens_in or len(merges.assigns) != epoch:
-            raise self._error(node, "the residual stream does not follow from the last merge")
+        if merges.tokens[epoch] != plan.tokens_in or merges.epoch != epoch:
+            raise self.writer.error(node, "the residual stream does not follow from the last merge")
         if epoch == 0 and (mask := merges.planned.padding) is not None:
-            merges.sizes[0] = self._emit(node, padded_size, self.new[mask])
-        size = merges.sizes[epoch]
-        assign = self._match(node, merges, block, epoch, plan.r)
-        merges.assigns.append(assign)
+            merges.sizes[0] = self.writer.emit(node, padded_size, self.new[mask])
+        reduction = self._reduction(node, merges, block)
+        assign, size = reduction.assign, merges.sizes[epoch]
+        merges.reductions.append(reduction)
         merges.tokens.append(plan.tokens_out)
         # Kernels make the sizes together with the tokens, so these come first.
         merged = self._combined(node, self.new[node], merges, epoch)
-        merges.sizes.append(self._emit(node, merge_size, size, assign, plan.tokens_out))
-        merges.sources.append(self._emit(node, compose, merges.sources[epoch], assign))
+        after = reduction.size
+        if after is None:
+            after = self.writer.emit(node, merge_size, size, assign, plan.tokens_out)
+        merges.sizes.append(after)
+        merges.sources.append(self.writer.emit(node, compose, merges.sources[epoch], assign))
+        merges.holds.append(self._holds(node, merges, epoch))
         self.new[node] = merged
         self.epoch[node] = epoch + 1
-        self._compare(node, merged, self.layouts[node], plan.tokens_out)
+        self.writer.compare(node, merged, self.layouts[node], plan.tokens_out)
 
-    def _match(self, node: fx.Node, merges: Merges, block: Block, epoch: int, r: int) -> fx.Node:
-        """Where each token goes; what stands there is kept in the books where it is known."""
-        method, held = self.method, list(merges.held(epoch))
-        size = None if merges.planned.padding is None else merges.sizes[epoch]
-        if method.plain_matching:
-            merges.stands.append(None)
-            apart = () if size is None else (size,)
-            assign = self._emit(node, match, self._keys(node, block, epoch), r, held, *apart)
-            merges.matched.append(assign)
-            return assign
-        importance = None
-        if method.importance != "none":
-            importance = self._attention_to(node, merges, block, epoch)
-        both = self._emit(
-            node,
-            match_by,
-            self._features(node, block, epoch),
-            *(r, held, size, importance, method.exponent),
-            *(method.similarity, method.partition, method.seed),
+    def _holds(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node | None:
+        """The source map without what was dropped; where nothing was, the source map itself."""
+        holds, dropped = merges.reductions[epoch].holds, merges.holds[epoch]
+        if holds is None and dropped is merges.sources[epoch]:
+            return merges.sources[-1]
+        latest = merges.reductions[epoch].assign if holds is None else holds
+        return self.writer.emit(node, compose_held, dropped, latest)
+
+    def _reduction(self, node: fx.Node, merges: Merges, block: Block) -> Reduction:
+        """What the method does with a block's tokens."""
+        plan = merges.planned.plan.blocks[block.index]
+        reducing = Reducing(
+            index=block.index,
+            depth=len(merges.planned.plan.blocks),
+            tokens=plan.tokens_in,
+            r=plan.r,
+            protected=list(merges.held(merges.epoch)),
+            memory=merges.memory,
+            _writer=self.writer,
+            _node=node,
+            _method=self.method,
+            _merges=merges,
+            _block=block,
+            _hidden=self.new[node],
+            _read=lambda operand: self._at_epoch(operand, merges.epoch),
+            _layouts=self.layouts,
         )
-        merges.matched.append(both)
-        merges.stands.append(self._emit(node, operator.getitem, both, 1))
-        return self._emit(node, operator.getitem, both, 0)
-
-    def _features(self, node: fx.Node, block: Block, epoch: int) -> fx.Node:
-        """What tokens are compared by, as ``[B, H, N, D]``."""
-        if self.method.metric == "hidden":
-            return self._emit(node, aten.unsqueeze.default, self.new[node], 1)
-        attention = block.attention
-        if self.method.metric in ("queries", "values"):
-            operand = attention.query if self.method.metric == "queries" else attention.value
-            return self._operand(node, block, operand, epoch)
-        keys = self._keys(node, block, epoch)
-        if self.method.metric == "keys":
-            return keys
-        turned = self._emit(node, aten.transpose.int, keys, 1, 2)
-        wide = self._emit(node, aten.flatten.using_ints, turned, 2, 3)
-        return self._emit(node, aten.unsqueeze.default, wide, 1)
-
-    def _operand(self, node: fx.Node, block: Block, operand: fx.Node, epoch: int) -> fx.Node:
-        """A query or value of a fused attention, ``[B, H, N, D]``."""
-        if block.attention.scores or operand not in self.layouts:
-            raise self._error(
-                node,
-                f"{self.method!r} reads queries and values off a fused attention, and this one is "
-                "written out",
-            )
-        x = self._at_epoch(operand, epoch)
-        return x if len(shape_of(operand)) == 4 else self._emit(node, aten.unsqueeze.default, x, 1)
-
-    def _attention_to(self, node: fx.Node, merges: Merges, block: Block, epoch: int) -> fx.Node:
-        """What the first protected token pays each token, or all tokens where there is none."""
-        attention = block.attention
-        query = self._operand(node, block, attention.query, epoch)
-        key = self._operand(node, block, attention.key, epoch)
-        scale = attention.result.kwargs.get("scale")
-        scale = shape_of(query)[-1] ** -0.5 if scale is None else scale
-        padded = merges.planned.padding is not None
-        size = merges.sizes[epoch] if self.method.prop_attn or padded else None
-        return self._emit(node, attention_to, query, key, size, merges.held(epoch)[:1], scale)
+        return self.method.reduce(reducing)
 
     def _combined(self, node: fx.Node, x: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         """Tokens of an epoch as those of the next."""
-        assign, tokens = merges.assigns[epoch], merges.tokens[epoch + 1]
-        size, how = merges.sizes[epoch], self.method.combine
+        reduction, tokens = merges.reductions[epoch], merges.tokens[epoch + 1]
+        assign, how = reduction.assign, reduction.combine
+        weight = merges.sizes[epoch] if reduction.weight is None else reduction.weight
         if isinstance(how, MLERP):
-            return self._emit(node, mlerp, x, size, assign, tokens, how.norm)
+            return self.writer.emit(node, mlerp, x, weight, assign, tokens, how.norm)
         if how == "max":
-            return self._emit(node, merge_max, x, assign, tokens)
+            return self.writer.emit(node, merge_max, x, assign, tokens)
         if how == "keep":
-            return self._emit(node, unmerge, x, self._stands(node, merges, epoch), 1)
-        return self._emit(node, merge, x, size if how == "weighted_mean" else None, assign, tokens)
+            return self.writer.emit(node, unmerge, x, self._stands(node, merges, epoch), 1)
+        if how == "mean":
+            weight = None
+        return self.writer.emit(node, merge, x, weight, assign, tokens)
 
     def _stands(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         """Which position of an epoch stands for each token of the next."""
-        if (found := merges.stands[epoch]) is not None:
+        if (found := merges.reductions[epoch].stands) is not None:
             return found
         tokens, held = merges.tokens[epoch + 1], list(merges.held(epoch))
-        found = self._emit(node, keep, None, merges.assigns[epoch], tokens, held)
-        merges.stands[epoch] = found
-        return found
-
-    def _keys(self, node: fx.Node, block: Block, epoch: int) -> fx.Node:
-        """The keys as ``[B, H, N, D]``, whatever an attention written out has made of them."""
-        attention, key = block.attention, block.attention.key
-        keys = self._at_epoch(key, epoch)
-        if not attention.scores:
-            return keys
-        layout, ndim = self.layouts[key], len(shape_of(key))
-        width = summed_dimension(attention.scores[0], key)
-        assert width is not None
-        places = [layout.batch.dim, layout.tokens.dim, width]
-        heads = [d for d in range(ndim) if d not in places]
-        if len(heads) > 1 or not layout.tokens.whole:
-            raise self._error(node, f"expected keys of up to four dimensions, got {ndim}")
-        order = [places[0], *heads, *places[1:]]
-        if order != list(range(ndim)):
-            keys = self._emit(node, aten.permute.default, keys, order)
-        if not same(layout.batch.after, 1):
-            return self._emit(node, aten.unflatten.int, keys, 0, [-1, int(layout.batch.after)])
-        return keys if heads else self._emit(node, aten.unsqueeze.default, keys, 1)
+        return self.writer.emit(node, keep, None, merges.reductions[epoch].assign, tokens, held)
 
     def _sizes(self, node: fx.Node, merges: Merges, layout: Layout, epoch: int) -> fx.Node:
         """The sizes of the tokens a value holds."""
@@ -498,17 +447,21 @@ class _Sweep:
     ) -> fx.Node:
         """Of ``x``, one entry a token of the whole sequence, those of the tokens a value holds."""
         indices = merges.indices(layout.positions, epoch, merges.planned.layout)
-        return self._slices(node, x, 1, indices) if len(indices) < merges.tokens[epoch] else x
+        return self.writer.slices(node, x, 1, indices) if len(indices) < merges.tokens[epoch] else x
 
     def _source(self, node: fx.Node, merges: Merges, layout: Layout, epoch: int) -> fx.Node:
         """Which token holds each original one, among those that a value covers."""
-        source = merges.sources[epoch]
+        return self._narrowed(node, merges, merges.sources[epoch], layout)
+
+    def _narrowed(
+        self, node: fx.Node, merges: Merges, source: fx.Node | None, layout: Layout
+    ) -> fx.Node:
         assert source is not None
         removed = merges.removed(layout)
         if not removed:
             return source
         gone = [merges.protected.index(p) for p in removed]
-        return self._emit(node, narrow_source, source, list(layout.positions), gone)
+        return self.writer.emit(node, narrow_source, source, list(layout.positions), gone)
 
     # ---- what lies beside the tokens -------------------------------------------------------
 
@@ -527,16 +480,16 @@ class _Sweep:
         if side.how == "bias" and layout.columns is not None:
             square = Layout(Axis(2), Axis(0), merges.planned.layout.positions, Axis(3))
             if replace(layout, weights=False) == square:
-                made = self._emit(node, merge_bias, table, merges.sources[epoch], length)
+                made = self.writer.emit(node, merge_bias, table, merges.holds[epoch], length)
         elif side.how == "mean" and layout.plain and axis.dim == 1 and ndim == 3:
-            source = self._source(node, merges, layout, epoch)
-            made = self._emit(node, merge_rows, table, source, length)
+            holds = self._narrowed(node, merges, merges.holds[epoch], layout)
+            made = self.writer.emit(node, merge_rows, table, holds, length)
         elif side.how == "kept" and layout.plain:
             kept = self._among(node, merges, self._kept(node, merges, epoch), layout, epoch)
             removed = merges.removed(layout)
-            made = self._emit(node, rows, table, kept, axis.dim, ndim, removed)
+            made = self.writer.emit(node, rows, table, kept, axis.dim, ndim, removed)
         if made is None:
-            raise self._error(
+            raise self.writer.error(
                 node,
                 f"{_beside(side)}; it meets them after a merge, and carrying it through one is not "
                 "supported (it was read off the tokens by position, or stands in another shape)",
@@ -547,15 +500,16 @@ class _Sweep:
     def _kept(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         while len(merges.kept) <= epoch:
             e = len(merges.kept) - 1
-            if (stands := merges.stands[e]) is not None:
-                before = merges.kept[e]
-                known = stands if before is None else self._emit(node, compose, stands, before)
-                merges.kept.append(known)
-                continue
-            tokens, held = merges.tokens[e + 1], list(merges.held(e))
-            merges.kept.append(
-                self._emit(node, keep, merges.kept[e], merges.assigns[e], tokens, held)
-            )
+            before, stands = merges.kept[e], merges.reductions[e].stands
+            if stands is not None:
+                known = (
+                    stands if before is None else self.writer.emit(node, compose, stands, before)
+                )
+            else:
+                tokens, held = merges.tokens[e + 1], list(merges.held(e))
+                assign = merges.reductions[e].assign
+                known = self.writer.emit(node, keep, before, assign, tokens, held)
+            merges.kept.append(known)
         found = merges.kept[epoch]
         assert found is not None
         return found
@@ -567,10 +521,10 @@ class _Sweep:
         merges, layout = self.stream_of[node], self.layouts[node]
         x = self.new[node]
         for e in range(self.epoch[node], epoch):
-            if not layout.plain or len(layout.positions) != merges.tokens[0]:
-                raise self._error(node, "a value from before a merge meets the tokens after it")
-            if layout.tokens.dim != 1 or len(shape_of(node)) != 3:
-                raise self._error(node, "a value from before a merge meets the tokens after it")
+            whole = layout.plain and len(layout.positions) == merges.tokens[0]
+            if not whole or layout.tokens.dim != 1 or len(shape_of(node)) != 3:
+                reason = "a value from before a merge meets the tokens after it"
+                raise self.writer.error(node, reason)
             x = self._combined(node, x, merges, e)
         return x
 
@@ -583,35 +537,24 @@ class _Sweep:
         if not layout.plain:
             # What keeps tokens apart does the same to original ones: unmerge before it.
             if _writes(operand):  # it would write twice
-                raise self._error(reader, f"it reads what {operand.name} wrote in place")
+                raise self.writer.error(reader, f"it reads what {operand.name} wrote in place")
             merged = [a for a in operand.all_input_nodes if a in self.layouts]
             return self._copy_with(operand, {a: self._unmerged(reader, a) for a in merged})
         source = self._source(reader, merges, layout, epoch)
         x = self.new[operand]
         for axis in layout.axes:
-            x = self._emit(reader, unmerge, x, source, axis.dim)
+            x = self.writer.emit(reader, unmerge, x, source, axis.dim)
         if not layout.weights:
             return x
         # The tokens merged into a key share its weight.
         size = self._sizes(reader, merges, layout, epoch)
-        shared = self._emit(reader, unmerge, size, source, 1)
+        shared = self.writer.emit(reader, unmerge, size, source, 1)
         shape = [1] * len(shape_of(operand))
         shape[0], shape[layout.keys.dim] = -1, len(layout.positions)
-        shared = self._emit(reader, aten.view.default, shared, shape)
-        return self._emit(reader, aten.div.Tensor, x, shared)
+        shared = self.writer.emit(reader, aten.view.default, shared, shape)
+        return self.writer.emit(reader, aten.div.Tensor, x, shared)
 
     # ---- making nodes ----------------------------------------------------------------------
-
-    def _slices(self, node: fx.Node, x: fx.Node, dim: int, indices: list[int]) -> fx.Node:
-        """``x`` at ascending indices: a slice a run, concatenated."""
-        runs: list[list[int]] = []
-        for index in indices:
-            if runs and index == runs[-1][1]:
-                runs[-1][1] += 1
-            else:
-                runs.append([index, index + 1])
-        parts = [self._emit(node, aten.slice.Tensor, x, dim, *run) for run in runs or [[0, 0]]]
-        return parts[0] if len(parts) == 1 else self._emit(node, aten.cat.default, parts, dim)
 
     def _resize(self, copy: fx.Node, outcome: Carried, merges: Merges, epoch: int) -> None:
         at = SIZED[copy.target]  # type: ignore[index]
@@ -623,64 +566,20 @@ class _Sweep:
             elif all(s != -1 for i, s in enumerate(sizes) if i != entry):
                 sizes[entry] = -1
             elif sizes[entry] != -1:
-                raise self._error(copy, "a view folds batch and tokens and leaves a size open")
-        copy.update_arg(at, sizes)
-
-    def _emit(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.call_function(target, args, kwargs)
-        carry_origin(node, like)
-        if is_overhead(node):  # compilers name their kernels after it
-            node.meta["source_fn_stack"] = [(node.name, f"tome_{target._opname}")]
-        self._execute(node)
-        return node
-
-    def _execute(self, node: fx.Node) -> None:
-        """Runs a node on the fake values of its inputs: its metadata is what it computes."""
-        if node.op != "call_function":
-            raise self._error(node, f"cannot follow tokens through a {node.op}")
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
-        run: Callable[..., Any] = RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
-        try:
-            with self.fake_mode:
-                node.meta["val"] = _on_fakes(run, args, kwargs)
-        except Exception as error:
-            raise self._error(
-                node, f"{target_name(node)} does not fit the merged tokens: {error}"
-            ) from error
-        node.meta.pop("tensor_meta", None)
-        self.touched.add(node)
-
-    def _compare(self, node: fx.Node, copy: fx.Node, layout: Layout, length: int) -> None:
-        shape = shape_of(copy)
-        for axis in layout.axes:
-            if not same(shape[axis.dim], axis.before * length * axis.after):
-                raise self._error(
-                    node, f"expected {length} tokens on dimension {axis.dim}, got {list(shape)}"
+                raise self.writer.error(
+                    copy, "a view folds batch and tokens and leaves a size open"
                 )
+        copy.update_arg(at, sizes)
 
     def _drop_dead(self, keep: fx.Node | None) -> None:
         # A dropped mask leaves its arithmetic behind; what the captured graph already held
         # for its effects (assertions) stays.
-        for node in reversed(self.graph.nodes):
+        for node in reversed(self.writer.graph.nodes):
             unused = node.op == "call_function" and not node.users
             # fx takes a fused attention for impure, as it may draw random numbers.
             effects = node.is_impure() and node.target is not FUSED
             if unused and not effects and node is not keep:
-                self.graph.erase_node(node)
-
-    def _error(self, node: fx.Node, reason: str) -> TomeError:
-        return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
-
-
-def _on_fakes(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    try:
-        return run(*args, **kwargs)
-    except RuntimeError as error:
-        # C++ composites stumble over symbolic sizes (torch 2.11) that Python ones, slower, take.
-        if "sym" not in str(error).lower():
-            raise
-        with enable_python_dispatcher():
-            return run(*args, **kwargs)
+                self.writer.graph.erase_node(node)
 
 
 def _beside(side: Side) -> str:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Collection
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
 TARGETS = ("macs", "speedup")
-"""What may be asked for instead of counts."""
+"""What counts are solved for."""
+_SINGLE = ("keep_rate", *TARGETS)
 
 
 @dataclass(frozen=True)
@@ -18,12 +20,13 @@ class Schedule:
 
     Args:
         kind: ``"constant"`` (one int), ``"list"`` (a count a block), ``"linear"``
-            (``(r, inflection)``), or a target that the counts are solved for: ``"macs"`` (what is
-            left of the unmerged multiply-accumulates) or ``"speedup"`` (its inverse).
-        values: the int, the list, the pair, or the target, as a tuple.
+            (``(r, inflection)``), ``"keep_rate"`` (the share of the tokens that stays in a block
+            that reduces), or a target that the counts are solved for: ``"macs"`` (what is left of
+            the unmerged multiply-accumulates) or ``"speedup"`` (its inverse).
+        values: the int, the list, the pair, the rate or the target, as a tuple.
     """
 
-    kind: Literal["constant", "list", "linear", "macs", "speedup"]
+    kind: Literal["constant", "list", "linear", "keep_rate", "macs", "speedup"]
     values: tuple[int | float, ...]
 
     @property
@@ -35,7 +38,7 @@ class Schedule:
 
     def to_json(self) -> Any:
         """An int, a list of ints, ``{"r": r, "inflection": i}``, or ``{"macs": share}``."""
-        if self.kind in TARGETS:
+        if self.kind in _SINGLE:
             return {self.kind: self.values[0]}
         if self.kind == "constant":
             return self.values[0]
@@ -47,7 +50,7 @@ class Schedule:
     def from_json(data: Any) -> Schedule:
         """Reads what :meth:`to_json` wrote."""
         if isinstance(data, dict):
-            if len(data) == 1 and (kind := next(iter(data))) in TARGETS:
+            if len(data) == 1 and (kind := next(iter(data))) in _SINGLE:
                 return parse_target(kind, data[kind])
             if set(data) != {"r", "inflection"}:
                 raise ValueError(f"expected r as {{r, inflection}}, got {data!r}")
@@ -55,7 +58,7 @@ class Schedule:
         return parse_schedule(data)
 
     def __repr__(self) -> str:
-        if self.kind in TARGETS:
+        if self.kind in _SINGLE:
             return f"{self.kind}={self.values[0]}"
         if self.kind == "constant":
             return f"r={self.values[0]}"
@@ -84,17 +87,17 @@ def parse_schedule(r: Any) -> Schedule:
 
 
 def parse_target(kind: str, value: Any) -> Schedule:
-    """A target instead of counts: ``("macs", 0.6)`` or ``("speedup", 1.5)``.
+    """Something else than counts: ``("macs", 0.6)``, ``("speedup", 1.5)``, ``("keep_rate", 0.7)``.
 
     Raises:
         TypeError: if the value is not a number.
-        ValueError: if ``macs`` lies outside (0, 1], or ``speedup`` is below 1.
+        ValueError: if ``macs`` or ``keep_rate`` lies outside (0, 1], or ``speedup`` is below 1.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{kind}: expected a number, got {value!r}")
     target = float(value)
-    if kind == "macs" and not 0 < target <= 1:
-        raise ValueError(f"macs is the share to keep, above 0 and at most 1, got {value}")
+    if kind != "speedup" and not 0 < target <= 1:
+        raise ValueError(f"{kind} is the share to keep, above 0 and at most 1, got {value}")
     if kind == "speedup" and not 1 <= target < math.inf:
         raise ValueError(f"speedup: expected 1 or more, got {value}")
     return Schedule(kind, (target,))  # type: ignore[arg-type]
@@ -110,7 +113,7 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
         ValueError: if a list is longer than ``blocks``, or the schedule is a target, whose counts
             depend on the model.
     """
-    if schedule.kind in TARGETS:
+    if schedule.kind in _SINGLE:
         raise ValueError(f"{schedule!r} becomes counts only for a model: see explain()")
     if schedule.kind == "constant":
         return (int(schedule.values[0]),) * blocks
@@ -131,7 +134,23 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     return tuple(low + (high - low) * i // (blocks - 1) for i in range(blocks))
 
 
-def capped(r: int, tokens: int, protected: tuple[int, ...]) -> int:
+def sources_and_destinations(
+    tokens: int, protected: Collection[int], partition: str = "alternating", k: int = 2
+) -> tuple[int, int]:
+    """How many sources and destinations a partition makes of the tokens that may merge.
+
+    ``"alternating"`` sources are those on even positions; of ``"kth"`` all but every k-th.
+    """
+    held = set(protected)
+    if partition == "alternating":
+        sources = sum(1 for i in range(0, tokens, 2) if i not in held)
+        return sources, tokens - len(held) - sources
+    free = tokens - len(held)
+    destinations = free // (k if partition == "kth" else 2)
+    return free - destinations, destinations
+
+
+def capped(r: int, tokens: int, protected: Collection[int]) -> int:
     """How many tokens can really merge in a block: at most half, and never a protected one.
 
     Args:
@@ -139,12 +158,15 @@ def capped(r: int, tokens: int, protected: tuple[int, ...]) -> int:
         tokens: tokens entering the block.
         protected: their protected positions.
     """
-    held = set(protected)
-    sources = sum(1 for i in range(0, tokens, 2) if i not in held)
-    destinations = sum(1 for i in range(1, tokens, 2) if i not in held)
+    sources, destinations = sources_and_destinations(tokens, protected)
     if not destinations:
         return 0
-    return max(0, min(r, (tokens - len(held)) // 2, sources))
+    return max(0, min(r, (sources + destinations) // 2, sources))
+
+
+def merged_at_most(tokens: int, protected: Collection[int]) -> int:
+    """The most that can merge in a block."""
+    return capped(tokens, tokens, protected)
 
 
 def as_int(value: Any) -> int | None:

@@ -12,6 +12,7 @@ from tomepass.ops import (
     match,
     match_by,
     merge,
+    prune,
     unmerge,
     weighted_mean,
 )
@@ -23,6 +24,7 @@ __all__ = [
     "match",
     "match_by",
     "merge",
+    "prune",
     "unmerge",
     "weighted_mean",
 ]

@@ -76,15 +76,20 @@ def free_positions(tokens: int, protected: Sequence[int]) -> tuple[list[int], li
     return even, odd, held
 
 
-def rank(similarity: Tensor) -> Tensor:
+def rank(similarity: Tensor, among: Tensor | None = None) -> Tensor:
     """Place of each edge, ``[B, A]``: 0 the largest; ties by position.
 
     Counting the edges before each one needs no sort and fuses into one reduction.
+
+    Args:
+        among: ``[B, A]`` bool, which edges are counted; all if None.
     """
     edges = similarity.shape[-1]
     position = torch.arange(edges, device=similarity.device)
     other, this = similarity.unsqueeze(-2), similarity.unsqueeze(-1)
     before = (other > this) | ((other == this) & (position[None, :] < position[:, None]))
+    if among is not None:
+        before = before & among.unsqueeze(-2)
     return before.sum(-1)
 
 

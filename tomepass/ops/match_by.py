@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 
 import torch
@@ -12,9 +11,10 @@ from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.match import check_r, free_positions, rank
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant, sent
+from tomepass.ops.prune import shuffle
 
 SIMILARITIES = ("cosine", "dot", "euclidean", "softmax")
-PARTITIONS = ("alternating", "sequential", "random")
+PARTITIONS = ("alternating", "sequential", "random", "kth")
 
 
 @register(
@@ -50,8 +50,8 @@ def match_by(
         similarity: one of :data:`SIMILARITIES`; ``"euclidean"`` is the squared distance,
             ``"softmax"`` what attention would give each destination.
         partition: one of :data:`PARTITIONS`: sources are the even positions, the first half of
-            the tokens, or a half drawn with ``seed``, the same everywhere.
-        seed: of a random partition.
+            the tokens, a half drawn with ``seed``, the same everywhere, or all but every k-th.
+        seed: of a random partition; k of a ``"kth"`` one.
 
     Returns:
         ``[B, N]`` int64, each token's index in the merged sequence (protected tokens, sources that
@@ -62,7 +62,8 @@ def match_by(
         ValueError: if ``r`` is more than can merge.
     """
     batch, _, tokens, _ = features.shape
-    check_r(r, tokens, protected)
+    if partition != "kth":
+        check_r(r, tokens, protected)
     held = constant(sorted(set(protected)), 1, features.device)[0]
     sources, destinations = _halves(tokens, protected, partition, seed, features.device)
     with without_autocast(features.device), torch.no_grad():
@@ -104,21 +105,16 @@ def _halves(
         return constant(even, 1, device)[0], constant(odd, 1, device)[0]
     free = sorted(even + odd)
     half = len(free) - len(free) // 2
+    if partition == "kth":
+        every = free[seed - 1 :: seed]
+        rest = [i for i in free if i not in every]
+        return constant(rest, 1, device)[0], constant(every, 1, device)[0]
     if partition == "sequential":
         return constant(free[:half], 1, device)[0], constant(free[half:], 1, device)[0]
     # A shuffle by arithmetic: a list of drawn positions would be a constant of the graph.
-    positions, prime = constant(free, 1, device)[0], _prime_from(len(free) + 1)
-    drawn = random.Random(seed)
-    step, start = drawn.randrange(1, prime), drawn.randrange(prime)
+    positions, (step, start, prime) = constant(free, 1, device)[0], shuffle(len(free), seed)
     order = ((torch.arange(1, len(free) + 1, device=device) * step + start) % prime).argsort()
     return positions[order[:half].sort()[0]], positions[order[half:].sort()[0]]
-
-
-def _prime_from(number: int) -> int:
-    """The first prime from a number of 2 or more."""
-    while any(number % divisor == 0 for divisor in range(2, int(number**0.5) + 1)):
-        number += 1
-    return number
 
 
 def _scores(sources: Tensor, destinations: Tensor, similarity: str) -> Tensor:

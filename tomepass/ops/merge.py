@@ -20,13 +20,15 @@ def merge(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> Tensor
         tokens: N' of the result.
 
     Returns:
-        ``[B, N', C]`` in the dtype of ``x``.
+        ``[B, N', C]`` in the dtype of ``x``; 0 where no token goes, or none of any size.
     """
     # One matmul with the normalised weights: deterministic, differentiable, exports anywhere.
     with without_autocast(x.device):
         with torch.no_grad():
             weight = _weights(size, assign, tokens).to(at_least_float32(x.dtype))
-            weight = (weight / weight.sum(-1, keepdim=True)).to(x.dtype)
+            total = weight.sum(-1, keepdim=True)
+            # Nothing goes to a place out of use: it is 0 there, not 0 / 0.
+            weight = (weight / total.clamp(min=torch.finfo(weight.dtype).tiny)).to(x.dtype)
         return weight @ x
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from tomepass.ops.library import register
@@ -27,6 +28,14 @@ def unmerge(x: Tensor, source: Tensor, dim: int) -> Tensor:
 def compose(source: Tensor | None, assign: Tensor) -> Tensor:
     """The source map after one more merge: ``[B, N]`` and ``[B, N_in]`` to ``[B, N]``."""
     return assign if source is None else assign.gather(1, source)
+
+
+@register("compose_held(Tensor? held, Tensor assign) -> Tensor")
+def compose_held(held: Tensor | None, assign: Tensor) -> Tensor:
+    """As :func:`compose`, where -1 is a token that was dropped: it stays dropped."""
+    if held is None:
+        return assign
+    return torch.where(held < 0, held, assign.gather(1, held.clamp(min=0)))
 
 
 @register("narrow_source(Tensor source, int[] positions, int[] removed) -> Tensor")

@@ -1,0 +1,37 @@
+"""Every reduction method, a row each: how it is made, and its plain reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import plain
+from plain import Rule
+
+from tomepass.methods import Method, Prune
+
+R = [5, 0, 9]
+
+
+class Row(NamedTuple):
+    """A method at some counts, and its rule."""
+
+    make: Callable[..., Method]
+    rule: Rule
+
+
+ROWS: dict[str, Row] = {
+    "prune": Row(Prune, plain.prune(lambda seen: seen.class_attention)),
+    "prune_received": Row(
+        lambda r, **fields: Prune(r, score="attention_received", **fields),
+        plain.prune(lambda seen: seen.weights.mean((0, 1))),
+    ),
+    "prune_norm": Row(
+        lambda r, **fields: Prune(r, score="norm", **fields),
+        plain.prune(lambda seen: seen.hidden.norm(dim=-1)),
+    ),
+    "prune_random": Row(
+        lambda r, **fields: Prune(r, score="random", seed=7, **fields),
+        plain.prune(lambda seen: plain.shuffled(seen, 7)),
+    ),
+}

@@ -1,0 +1,114 @@
+"""What must hold of every method: identity, plain reference, compiled, batches, MACs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import plain
+import pytest
+import torch
+from families import PARTS
+from table import ROWS, R
+from zoo import make_inputs, output_of, relative_error
+
+import tomepass
+from tomepass import TomeBackend
+from tomepass.methods import Method, method_from_dict
+
+every_method = pytest.mark.parametrize("name", ROWS)
+every_family = pytest.mark.parametrize("family", PARTS)
+
+
+def made(name: str, r: Any = None, **fields: Any) -> Method:
+    return ROWS[name].make(R if r is None else r, **fields)
+
+
+def expected(family: str, model: Any, inputs: Any, method: Method, name: str) -> torch.Tensor:
+    """What the plain reference makes of a model."""
+    parts = PARTS[family](model, inputs)
+    plan = method.plan(parts.embedded.shape[1], tuple(range(parts.protected)), len(parts.blocks))
+    left = [block.tokens_out for block in plan.blocks]
+    encoded = plain.encode(
+        *(parts.embedded, parts.blocks, parts.norm, left, parts.protected),
+        rule=ROWS[name].rule,
+        prop_attn=method.prop_attn,
+    )
+    size = encoded.size if method.prop_attn else (encoded.size > 0).float()
+    if family == "dinov2_registers":  # a mean counts original tokens whatever attention does
+        size = encoded.size
+    return parts.head(encoded.hidden, size, encoded.source)
+
+
+@every_method
+@every_family
+@torch.no_grad()
+def test_merged_is_the_plain_reference(family: str, name: str, shared_models: Any) -> None:
+    model, inputs, method = shared_models[family], make_inputs(family, 3), made(name)
+    merged = tomepass.apply(model, method, example_inputs=inputs)
+    ours = output_of(family, merged(**inputs))
+    theirs = expected(family, model, inputs, method, name)
+    assert relative_error(ours, theirs) < 1e-4
+    assert relative_error(ours, output_of(family, model(**inputs))) > 1e-3
+
+
+@every_method
+@every_family
+@torch.no_grad()
+def test_nothing_reduced_is_the_original_bit_for_bit(
+    family: str, name: str, shared_models: Any
+) -> None:
+    model, inputs = shared_models[family], make_inputs(family)
+    for method in (made(name, 0), made(name, 0).replace(keep_rate=1.0)):
+        merged = tomepass.apply(model, method, example_inputs=inputs)
+        ours, theirs = (output_of(family, m(**inputs)) for m in (merged, model))
+        assert torch.equal(ours, theirs)
+
+
+@every_method
+@torch.no_grad()
+def test_compiled_is_eager_through_both_doors(name: str, shared_models: Any) -> None:
+    model, inputs, method = shared_models["vit"], make_inputs("vit"), made(name)
+    merged = tomepass.apply(model, method, example_inputs=inputs)
+    eager = merged(**inputs).logits
+    compiled = torch.compile(merged, fullgraph=True)(**inputs).logits
+    assert relative_error(compiled, eager) < 1e-4
+    torch._dynamo.reset()
+    backend = TomeBackend(method, inner="eager")
+    assert relative_error(torch.compile(model, backend=backend)(**inputs).logits, eager) < 1e-4
+
+
+@every_method
+@torch.no_grad()
+def test_it_repeats_and_takes_any_batch(name: str, shared_models: Any) -> None:
+    model, method = shared_models["vit"], made(name)
+    inputs = make_inputs("vit", 4)["pixel_values"]
+    merged = tomepass.apply(model, method, example_inputs=inputs)
+    first = merged(inputs).logits
+    assert torch.equal(first, merged(inputs).logits)
+    assert relative_error(merged(inputs[1:2]).logits, first[1:2]) < 1e-5
+
+
+@every_method
+@every_family
+def test_tokens_and_macs_are_as_planned(family: str, name: str, shared_models: Any) -> None:
+    model, inputs = shared_models[family], make_inputs(family)
+    report = tomepass.explain(model, made(name), example_inputs=inputs)
+    (stream,) = report.streams
+    assert [block.tokens_out for block in stream.blocks] == [
+        stream.tokens - 5,
+        stream.tokens - 5,
+        stream.tokens - 14,
+    ]
+    share = tomepass.explain(model, made(name).replace(macs=0.8), example_inputs=inputs)
+    assert 0.7 < share.macs / share.macs_original <= 0.8
+
+
+@every_method
+def test_it_travels_as_json_and_by_replace(name: str) -> None:
+    method = made(name, 8, protected=(0,))
+    again = method_from_dict(method.to_dict())
+    assert again == method
+    assert hash(again) == hash(method)
+    assert type(method).from_json(method.to_json()) == method
+    assert method.replace(r=8) == method != method.replace(r=9)
+    assert repr(method.schedule) in repr(method)

@@ -1,0 +1,45 @@
+"""Reduction methods: one file each, all lowered to the same ``tome::`` operators and plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from tomepass.errors import TomeError
+from tomepass.methods.base import KNOWN, Method, RLike
+from tomepass.methods.prune import Prune
+from tomepass.methods.tome import MLERP, ToMe
+
+__all__ = ["MLERP", "Method", "Prune", "RLike", "ToMe", "method_from_dict", "resolve_method"]
+
+
+def method_from_dict(data: dict[str, Any]) -> Method:
+    """The method that ``to_dict`` wrote.
+
+    Raises:
+        TomeError: on an unknown method or field.
+    """
+    fields = dict(data)
+    if (name := fields.pop("method", ToMe.name)) not in KNOWN:
+        raise TomeError(f"unknown method {name!r}; known: {', '.join(map(repr, sorted(KNOWN)))}")
+    kind = KNOWN[name]
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(fields) - known):
+        raise TomeError(f"unknown fields {unknown} of method {name!r}; known: {sorted(known)}")
+    return kind(**kind.fields_from(fields))
+
+
+def resolve_method(method: Any, r: RLike | None) -> Method:
+    """The method a call asks for: ``r=`` is short for ``ToMe(r=...)``, neither is ``ToMe()``.
+
+    Raises:
+        TypeError: if both are given, or ``method`` is not a method.
+    """
+    if method is not None and r is not None:
+        raise TypeError("give either method= or r=, not both: r=8 is short for method=ToMe(r=8)")
+    if method is None:
+        return ToMe() if r is None else ToMe(r)
+    method = getattr(method, "method", method)  # of a plan
+    if not isinstance(method, Method):
+        raise TypeError(f"method must be a tomepass method such as ToMe(r=16), got {method!r}")
+    return method

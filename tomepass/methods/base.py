@@ -1,0 +1,244 @@
+"""What every reduction method is: a frozen value, a plan step and a graph-building step."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import KW_ONLY, InitVar, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from tomepass.counts import StreamPlan, plan_counts
+from tomepass.methods.fields import flag, positions, whole
+from tomepass.schedule import (
+    TARGETS,
+    Schedule,
+    counts_per_block,
+    merged_at_most,
+    parse_schedule,
+    parse_target,
+)
+
+if TYPE_CHECKING:
+    from tomepass.reducing import Reducing, Reduction
+
+RLike = int | list[int] | tuple[int, float] | Schedule
+KNOWN: dict[str, type[Method]] = {}
+"""Every method by its name, a user's own too."""
+
+
+@dataclass(frozen=True, repr=False)
+class Method:
+    """A reduction method: how many tokens each block loses, and which.
+
+    A method of your own is a frozen dataclass of this with a ``name`` and a :meth:`reduce`.
+
+    Args:
+        r: tokens each block loses. An int is the same count in every block, a list one count a
+            block (padded with zeros), a pair ``(r, inflection)`` with inflection in [-1, 1] a
+            linear schedule (-1 from 2r down to 0, 0 constant, +1 from 0 up to 2r).
+        macs: instead of r: the share of the unmerged multiply-accumulates to keep, as in 0.6.
+            The counts are solved for each model, as even over its blocks as they can be.
+        speedup: instead of r: the unmerged multiply-accumulates over the reduced ones, as in 1.5.
+        keep_rate: instead of r: the share of the tokens, protected ones aside, to keep at each of
+            ``blocks``, rounded up (EViT, arXiv 2202.07800).
+        blocks: that reduce, counted from 0. None is all of them; with a keep rate those after a
+            quarter, a half and three quarters of the depth.
+        prop_attn: add log(size) to the attention scores of merged keys (ToMe, eq. 1).
+        protected: positions never reduced. None reads them off the graph: the tokens that do
+            not come from the input (class, distillation and register tokens).
+        trace_source: keep the map from every original token to its final one.
+        multiple_of: after the first reduction, the counts of tokens left are rounded down to
+            multiples of this, at equal or fewer multiply-accumulates: matrix units take 16.
+
+    Raises:
+        TypeError: if ``r`` is a float, a bool, or holds one; if more than one of ``r``, ``macs``,
+            ``speedup`` and ``keep_rate`` is given.
+        ValueError: if a value is out of its range, a choice is none there is, or two make no
+            sense together.
+    """
+
+    name: ClassVar[str] = ""
+    standard: ClassVar[Schedule] = Schedule("constant", (16,))
+    """What is done where no count is given."""
+    lossy: ClassVar[str] = ""
+    """Why reducing tokens that are all alike changes the result, where it does."""
+    holes: ClassVar[bool] = False
+    """Whether a block may leave tokens of size 0, out of use, in the sequence."""
+
+    r: RLike | None = None
+    _: KW_ONLY
+    macs: InitVar[float | None] = None
+    speedup: InitVar[float | None] = None
+    keep_rate: InitVar[float | None] = None
+    blocks: tuple[int, ...] | None = None
+    prop_attn: bool = True
+    protected: tuple[int, ...] | None = None
+    trace_source: bool = False
+    multiple_of: int = 1
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if cls.name:
+            KNOWN[cls.name] = cls
+
+    def __post_init__(
+        self, macs: float | None, speedup: float | None, keep_rate: float | None
+    ) -> None:
+        given = {"r": self.r, "macs": macs, "speedup": speedup, "keep_rate": keep_rate}
+        self._set(
+            r=_schedule(given, self.standard),
+            blocks=positions("blocks", self.blocks),
+            prop_attn=flag("prop_attn", self.prop_attn),
+            protected=positions("protected", self.protected),
+            trace_source=flag("trace_source", self.trace_source),
+            multiple_of=whole("multiple_of", self.multiple_of, least=1),
+        )
+        self.check()
+
+    # ---- what a method says -----------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raises where fields are wrong or make no sense together; :meth:`_set` normalises."""
+
+    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
+        """How many of ``tokens``, the protected positions among them, a block can lose."""
+        return merged_at_most(tokens, protected)
+
+    def plan(self, tokens: int, protected: tuple[int, ...], depth: int) -> StreamPlan:
+        """The plan step: how many tokens each block of a stream loses.
+
+        Args:
+            tokens: entering the stream.
+            protected: positions that are never reduced.
+            depth: blocks of the stream.
+
+        Raises:
+            ValueError: if ``r`` is a list longer than the depth, or ``blocks`` names one beyond it.
+        """
+        if self.schedule.kind == "keep_rate":
+            return self._keeping(float(self.schedule.values[0]), tokens, protected, depth)
+        counts = self.counts(depth)
+        return plan_counts(tokens, protected, counts, self.multiple_of, self.most)
+
+    def reduce(self, block: Reducing) -> Reduction:
+        """The graph-building step: which tokens a block loses, in ``tome::`` operators."""
+        raise NotImplementedError(f"{type(self).__name__} says not how it reduces a block")
+
+    def step(self, number: int, tokens: int, depth: int) -> Self:
+        """This method, reducing the more the greater a number is: from 0 for nothing to
+        ``tokens * depth`` for all it can. A share of the multiply-accumulates is solved so.
+        """
+        if self.standard.kind == "keep_rate":
+            return self.replace(keep_rate=max(1 - number / (tokens * depth), 1e-9))
+        places = [i for i in range(depth) if self.blocks is None or i in self.blocks]
+        counts = [0] * depth
+        for order, place in enumerate(places):
+            counts[place] = number // len(places) + (order < number % len(places))
+        return self.replace(r=counts)
+
+    # ---- what all have ----------------------------------------------------------------------
+
+    @property
+    def schedule(self) -> Schedule:
+        """The normalised counts, rate or target."""
+        assert isinstance(self.r, Schedule)
+        return self.r
+
+    def counts(self, depth: int) -> tuple[int, ...]:
+        """Tokens asked to go in each of ``depth`` blocks, before the cap.
+
+        Raises:
+            ValueError: if ``r`` is a list longer than the depth, or ``blocks`` names one beyond it.
+        """
+        counts = counts_per_block(self.schedule, depth)
+        if self.blocks is None:
+            return counts
+        places = self._places(depth)
+        return tuple(count if i in places else 0 for i, count in enumerate(counts))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as JSON types; :func:`method_from_dict` reads it back."""
+        common = ("r", "prop_attn", "protected", "trace_source", "multiple_of")
+        data: dict[str, Any] = {"method": self.name}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in common or value != field.default:
+                data[field.name] = _to_json(value)
+        return data
+
+    @classmethod
+    def fields_from(cls, data: dict[str, Any]) -> dict[str, Any]:
+        """Fields as :meth:`to_dict` wrote them, back in their own types."""
+        fields = dict(data)
+        if "r" in fields:
+            fields["r"] = Schedule.from_json(fields["r"])
+        return fields
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(self.to_dict())
+
+    @classmethod
+    def from_json(cls, text: str) -> Method:
+        """The configuration that :meth:`to_json` wrote."""
+        from tomepass.methods import method_from_dict
+
+        return method_from_dict(json.loads(text))
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed; ``macs``, ``speedup`` or ``keep_rate`` takes the place
+        of ``r``.
+        """
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        if any(target in changes for target in ("keep_rate", *TARGETS)):
+            del fields["r"]
+        return type(self)(**(fields | changes))
+
+    def __repr__(self) -> str:
+        shown = [repr(self.schedule)]
+        for field in dataclasses.fields(self):
+            if field.name != "r" and (value := getattr(self, field.name)) != field.default:
+                shown.append(f"{field.name}={value!r}")
+        return f"{type(self).__name__}({', '.join(shown)})"
+
+    def _set(self, **fields: Any) -> None:
+        # A frozen dataclass normalises through object.__setattr__, once, when it is made.
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def _places(self, depth: int) -> tuple[int, ...]:
+        """The blocks that reduce, where they are not all."""
+        places = self.blocks
+        if places is None:
+            return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
+        if outside := [i for i in places if i >= depth]:
+            raise ValueError(f"blocks={places} names {outside}, the model has {depth} blocks")
+        return places
+
+    def _keeping(
+        self, rate: float, tokens: int, protected: tuple[int, ...], depth: int
+    ) -> StreamPlan:
+        counts, free = [], tokens - len(protected)
+        for index in range(depth):
+            kept = max(1, math.ceil(free * rate)) if index in self._places(depth) else free
+            counts.append(free - kept)
+            free = kept
+        return plan_counts(tokens, protected, tuple(counts), self.multiple_of, self.most)
+
+
+def _schedule(given: dict[str, Any], standard: Schedule) -> Schedule:
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise TypeError(f"give one of r, macs, speedup and keep_rate, got {' and '.join(names)}")
+    if not names:
+        return standard
+    return parse_schedule(given["r"]) if names == ["r"] else parse_target(names[0], given[names[0]])
+
+
+def _to_json(value: Any) -> Any:
+    if hasattr(value, "to_json_types"):
+        return value.to_json_types()
+    if isinstance(value, Schedule):
+        return value.to_json()
+    return list(value) if isinstance(value, tuple) else value

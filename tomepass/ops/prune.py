@@ -1,0 +1,130 @@
+"""Operators of pruning: which tokens stay, and what stands in for those that go."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.match import rank
+from tomepass.ops.padding import PADDED
+from tomepass.ops.positions import constant, gather, sent
+
+
+@register("select(Tensor score, SymInt tokens, int[] protected, Tensor? size=None) -> Tensor")
+def select(score: Tensor, tokens: int, protected: list[int], size: Tensor | None = None) -> Tensor:
+    """The tokens with the highest scores.
+
+    Args:
+        score: ``[B, N]``. What is not a number is the lowest; ties go to the lower position.
+        tokens: N' to keep, protected ones among them.
+        protected: positions that are kept whatever their score.
+        size: ``[B, N]``, given where some tokens are padding or out of use: these go first.
+
+    Returns:
+        ``[B, N']`` int64 positions: the protected ones, then the others, each ascending.
+
+    Raises:
+        ValueError: if fewer than the protected ones or more than all are to be kept.
+    """
+    if not len(protected) <= tokens <= score.shape[1]:
+        raise ValueError(f"{tokens} of {score.shape[1]} tokens, {len(protected)} of them protected")
+    with torch.no_grad(), without_autocast(score.device):
+        held = constant(sorted(protected), score.shape[0], score.device)
+        wide = torch.where(score.isnan(), -float("inf"), score)
+        if size is not None:
+            wide = torch.where(size < PADDED, -float("inf"), wide)
+        free = torch.ones_like(wide, dtype=torch.bool).scatter(1, held, False)
+        # Protected tokens come after all others: the highest are to be found among these.
+        order = rank(torch.where(free, wide, -float("inf")), free)
+        kept = free & (order < tokens - len(protected))
+        position = torch.arange(score.shape[1], device=score.device)
+        places = torch.where(kept, kept.cumsum(-1) - 1, -1)
+        chosen = torch.where(sent(places, tokens - len(protected)), position, 0).sum(-1)
+        return torch.cat([held, chosen], dim=1)
+
+
+@register("places(Tensor stands, SymInt tokens) -> Tensor")
+def places(stands: Tensor, tokens: int) -> Tensor:
+    """Where each of N tokens stands among those kept, -1 where it was dropped.
+
+    Args:
+        stands: ``[B, N']`` positions of the tokens kept.
+        tokens: N.
+
+    Returns:
+        ``[B, N]`` int64.
+    """
+    place = torch.arange(stands.shape[1], device=stands.device)[:, None]
+    return torch.where(sent(stands, tokens).transpose(1, 2), place, -1).amax(1)
+
+
+@register("nearest(Tensor features, Tensor stands, int[] protected, Tensor? size=None) -> Tensor")
+def nearest(
+    features: Tensor, stands: Tensor, protected: list[int], size: Tensor | None = None
+) -> Tensor:
+    """Where each token is found among those kept: a dropped one at the most similar of them.
+
+    Args:
+        features: ``[B, H, N, D]``, compared by the cosine of their mean over H.
+        stands: ``[B, N']`` positions of the tokens kept, the protected ones first.
+        protected: positions that stand in for none but themselves, unless nothing else is kept.
+        size: ``[B, N']`` of the tokens kept, given where some are out of use: these stand in for
+            none.
+
+    Returns:
+        ``[B, N]`` int64 indices into the tokens kept.
+    """
+    with torch.no_grad(), without_autocast(features.device):
+        wide = features.to(at_least_float32(features.dtype))
+        metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
+        scores = metric @ gather(metric, stands, 1).transpose(1, 2)
+        scores = torch.where(scores.isnan(), -2.0, scores)
+        if size is not None:
+            scores = torch.where((size < PADDED).unsqueeze(1), -3.0, scores)
+        held = torch.arange(stands.shape[1], device=stands.device) < len(protected)
+        scores = torch.where(held, -4.0, scores)
+        own = places(stands, features.shape[2])
+        return torch.where(own < 0, scores.argmax(-1), own)
+
+
+@register("gather_size(Tensor? size, Tensor stands) -> Tensor")
+def gather_size(size: Tensor | None, stands: Tensor) -> Tensor:
+    """Sizes of the tokens kept: ``[B, N]`` or None and ``[B, N']`` to ``[B, N']`` float32."""
+    if size is None:
+        return torch.ones_like(stands, dtype=torch.float32)
+    return size.gather(1, stands)
+
+
+@register("random_score(Tensor like, SymInt tokens, int seed) -> Tensor")
+def random_score(like: Tensor, tokens: int, seed: int) -> Tensor:
+    """A shuffle of N scores, the same for every image, and everywhere for the same seed.
+
+    The i-th token, counted from 1, scores ``(i * step + start) % prime``: the prime the first
+    above N, step and start the first draws of ``random.Random(seed)`` below it, step not 0.
+
+    Returns:
+        ``[B, N]`` float32 on the device of ``like``.
+    """
+    step, start, prime = shuffle(tokens, seed)
+    order = (torch.arange(1, tokens + 1, device=like.device) * step + start) % prime
+    return order.float().expand(like.shape[0], -1)
+
+
+def shuffle(tokens: int, seed: int) -> tuple[int, int, int]:
+    """Step, start and prime of a shuffle by arithmetic: a list drawn would be a constant."""
+    prime = tokens + 1
+    while any(prime % divisor == 0 for divisor in range(2, int(prime**0.5) + 1)):
+        prime += 1
+    drawn = random.Random(seed)
+    return drawn.randrange(1, prime), drawn.randrange(prime), prime
+
+
+@register("lengths(Tensor x) -> Tensor")
+def lengths(x: Tensor) -> Tensor:
+    """Lengths of tokens: ``[B, N, C]`` to ``[B, N]``, float32 or wider."""
+    with torch.no_grad(), without_autocast(x.device):
+        found: Tensor = torch.linalg.vector_norm(x.to(at_least_float32(x.dtype)), dim=-1)
+        return found

@@ -1,0 +1,250 @@
+"""What a method sees of a block that is to lose tokens, and what it answers."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from tomepass.attention import Attention
+from tomepass.axis import same, shape_of, summed_dimension
+from tomepass.methods.tome import MLERP
+from tomepass.outcomes import Layout
+from tomepass.writing import Writer
+
+if TYPE_CHECKING:
+    from tomepass.merges import Merges
+    from tomepass.methods import Method
+    from tomepass.structure import Block
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """How a block's tokens become fewer. All fields are nodes of the graph being written.
+
+    Args:
+        assign: ``[B, N]`` int64, where each token goes in the sequence of N'; of a token that is
+            dropped, the one that stands in for it when tokens are unmerged.
+        chosen: the operator that decided, for the harness; None where there is none to check.
+        stands: ``[B, N']`` int64, the position of the token that stands at each place; None:
+            of several the one on an odd position, the destination of ``tome::match``.
+        combine: how tokens become one, as in :class:`tomepass.ToMe`.
+        weight: ``[B, N]`` float32, in the weighted mean instead of the sizes.
+        size: ``[B, N']`` float32 afterwards; None: the sums.
+        holds: ``[B, N]`` int64, ``assign`` with -1 for tokens that are dropped; None: none is.
+    """
+
+    assign: fx.Node
+    chosen: fx.Node | None = None
+    stands: fx.Node | None = None
+    combine: str | MLERP = "weighted_mean"
+    weight: fx.Node | None = None
+    size: fx.Node | None = None
+    holds: fx.Node | None = None
+
+
+@dataclass
+class Reducing:
+    """One block, while the graph is rewritten: what may be read, and operators to call.
+
+    Nodes are ``[B, ...]`` batch first. ``tome::`` operators are called by name.
+
+    Args:
+        index: of the block.
+        depth: blocks of the stream.
+        tokens: N, there are now.
+        r: tokens to lose.
+        protected: positions now that stay, the class token first where there is one.
+        memory: what a method keeps from block to block of a stream, nodes by name.
+    """
+
+    index: int
+    depth: int
+    tokens: int
+    r: int
+    protected: list[int]
+    memory: dict[str, fx.Node]
+    _writer: Writer
+    _node: fx.Node
+    _method: Method
+    _merges: Merges
+    _block: Block
+    _hidden: fx.Node
+    _read: Callable[[fx.Node], fx.Node]
+    _layouts: dict[fx.Node, Layout]
+
+    # ---- operators ---------------------------------------------------------------------------
+
+    def call(self, name: str | Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A ``tome::`` operator by name, or any other functional operator."""
+        target = getattr(torch.ops.tome, name).default if isinstance(name, str) else name
+        return self._writer.emit(self._node, target, *args, **kwargs)
+
+    def item(self, results: fx.Node, index: int) -> fx.Node:
+        """One of several results of an operator."""
+        return self.call(operator.getitem, results, index)
+
+    def matched(
+        self, name: str | Any, *args: Any, combine: str | MLERP = "weighted_mean"
+    ) -> Reduction:
+        """Merges by an operator that answers where each token goes, or that and what stands."""
+        found = self.call(name, *args)
+        if isinstance(found.meta["val"], torch.Tensor):
+            return Reduction(found, found, combine=combine)
+        return Reduction(self.item(found, 0), found, self.item(found, 1), combine)
+
+    def pruned(self, stands: fx.Node) -> Reduction:
+        """Keeps the tokens at ``stands``, ``[B, N']`` positions, and drops the rest.
+
+        For the way back to all tokens the most similar token kept, by its keys, stands in for
+        each one dropped.
+        """
+        size = self.call("gather_size", self.size, stands)
+        masked = size if self._merges.masked else None
+        return Reduction(
+            assign=self.call("nearest", self.keys, stands, self.protected, masked),
+            chosen=stands,
+            stands=stands,
+            combine="keep",
+            size=size,
+            holds=self.call("places", stands, self.tokens),
+        )
+
+    # ---- what there is to read ---------------------------------------------------------------
+
+    @property
+    def left(self) -> int:
+        """N', the tokens left after the block."""
+        return self.tokens - self.r
+
+    @property
+    def hidden(self) -> fx.Node:
+        """The residual stream ``[B, N, C]``, after the block's attention."""
+        return self._hidden
+
+    @property
+    def size(self) -> fx.Node | None:
+        """``[B, N]`` float32: original tokens each one holds; None while all hold one."""
+        return self._merges.sizes[self._merges.epoch]
+
+    @property
+    def masked_size(self) -> fx.Node | None:
+        """The sizes where some tokens are padding or out of use, and have next to none."""
+        return self.size if self._merges.masked else None
+
+    @cached_property
+    def keys(self) -> fx.Node:
+        """``[B, H, N, D]``, as the block's attention multiplies them."""
+        return self._heads(self._block.attention.key, 0)
+
+    @cached_property
+    def queries(self) -> fx.Node:
+        """``[B, H, N, D]``, as the block's attention multiplies them."""
+        return self._heads(self._block.attention.query, 0)
+
+    @cached_property
+    def values(self) -> fx.Node:
+        """``[B, H, N, D]``, as the block's attention weighs them."""
+        return self._heads(self._block.attention.value, -1)
+
+    @cached_property
+    def class_attention(self) -> fx.Node:
+        """``[B, N]``: what the first protected token pays each token, the mean over heads.
+
+        Where no token is protected: what all pay, the mean over them.
+        """
+        return self.attention_to(self.protected[:1])
+
+    def attention_to(self, queries: list[int]) -> fx.Node:
+        """``[B, N]``: what the tokens at some positions pay each token, or all if none is named;
+        the mean over them and over heads, summing to 1.
+        """
+        attention = self._block.attention
+        if attention.scores:
+            return self._read_weights(attention, queries)
+        scale = attention.result.kwargs.get("scale")
+        scale = shape_of(self.queries)[-1] ** -0.5 if scale is None else scale
+        size = self.size if self._method.prop_attn or self._merges.masked else None
+        return self.call("attention_to", self.queries, self.keys, size, queries, scale)
+
+    def side_by_side(self, x: fx.Node) -> fx.Node:
+        """All heads of ``[B, H, N, D]`` in one, or ``[B, N, C]`` as one head: ``[B, 1, N, C]``."""
+        if len(shape_of(x)) == 4:
+            turned = self.call(aten.transpose.int, x, 1, 2)
+            x = self.call(aten.flatten.using_ints, turned, 2, 3)
+        return self.call(aten.unsqueeze.default, x, 1)
+
+    # ---- reading an attention, fused or written out ------------------------------------------
+
+    def _heads(self, operand: fx.Node, product: int) -> fx.Node:
+        """An operand as ``[B, H, N, D]``, whatever an attention written out has made of it."""
+        attention = self._block.attention
+        if operand not in self._layouts:
+            raise self._writer.error(
+                self._node,
+                f"{self._method!r} reads {operand.name} off this attention, which is not made "
+                "from the stream's tokens",
+            )
+        x = self._read(operand)
+        if not attention.scores:
+            return x if len(shape_of(operand)) == 4 else self.call(aten.unsqueeze.default, x, 1)
+        layout, ndim = self._layouts[operand], len(shape_of(operand))
+        multiplied = attention.scores[0] if product == 0 else attention.result
+        width = _width(multiplied, operand, layout)
+        places = [layout.batch.dim, layout.tokens.dim, width]
+        others = [d for d in range(ndim) if d not in places]
+        if len(others) > 1 or not layout.tokens.whole:
+            raise self._writer.error(
+                self._node, f"expected keys of up to four dimensions, got {ndim}"
+            )
+        order = [places[0], *others, *places[1:]]
+        if order != list(range(ndim)):
+            x = self.call(aten.permute.default, x, order)
+        if not same(layout.batch.after, 1):
+            return self.call(aten.unflatten.int, x, 0, [-1, int(layout.batch.after)])
+        return x if others else self.call(aten.unsqueeze.default, x, 1)
+
+    def _read_weights(self, attention: Attention, queries: list[int]) -> fx.Node:
+        """The attention each token gets, read off a softmax written out."""
+        weights = attention.weights
+        layout, ndim = self._layouts[weights], len(shape_of(weights))
+        if layout.columns is None or not all(axis.whole for axis in layout.axes):
+            raise self._writer.error(
+                self._node,
+                f"{self._method!r} reads attention weights off this softmax, whose "
+                "tokens are folded with other dimensions",
+            )
+        places = [layout.batch.dim, layout.tokens.dim, layout.columns.dim]
+        heads = [d for d in range(ndim) if d not in places]
+        order = [places[0], *heads, *places[1:]]
+        x = self._read(weights)
+        if order != list(range(ndim)):
+            x = self.call(aten.permute.default, x, order)
+        if not same(layout.batch.after, 1):
+            x = self.call(aten.unflatten.int, x, 0, [-1, int(layout.batch.after)])
+        rows = queries or list(range(self.tokens))
+        x = self._writer.slices(self._node, x, len(shape_of(x)) - 2, rows)
+        return self.call(
+            aten.mean.dim, x, list(range(1, len(shape_of(x)) - 1)), dtype=torch.float32
+        )
+
+
+def _width(product: fx.Node, operand: fx.Node, layout: Layout) -> int:
+    """The dimension of a query, key or value that holds a head's channels."""
+    found = summed_dimension(product, operand)
+    if found is not None and found != layout.tokens.dim:
+        return found
+    # Values are summed over their tokens: their channels are what the weights have not.
+    if product.target is aten.einsum.default:
+        terms = str(product.args[0]).replace(" ", "").partition("->")[0].split(",")
+        place = list(product.args[1]).index(operand)  # type: ignore[arg-type]
+        other = terms[1 - place]
+        return next(i for i, letter in enumerate(terms[place]) if letter not in other)
+    return len(shape_of(operand)) - 1

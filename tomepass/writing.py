@@ -1,0 +1,107 @@
+"""Writing nodes into a graph: each is run on fake tensors, so that metadata is never stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from tomepass.axis import same, shape_of, target_name
+from tomepass.capture import carry_origin, source_line
+from tomepass.errors import TomeError
+from tomepass.macs import is_overhead
+from tomepass.ops.results import RESULTS
+from tomepass.outcomes import Layout
+
+aten = torch.ops.aten
+
+
+class Writer:
+    """A graph in the making.
+
+    Args:
+        fake_mode: of the values its nodes carry.
+
+    Attributes:
+        graph: what is written.
+        touched: the nodes whose values are no longer those of the captured graph.
+        block: what is being written, for errors.
+    """
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        self.fake_mode = fake_mode
+        self.graph = fx.Graph()
+        self.touched: set[fx.Node] = set()
+        self.block: int | None = None
+
+    def emit(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """A call of an operator, marked as coming from where ``like`` does."""
+        node = self.graph.call_function(target, args, kwargs)
+        carry_origin(node, like)
+        if is_overhead(node):  # compilers name their kernels after it
+            node.meta["source_fn_stack"] = [(node.name, f"tome_{target._opname}")]
+        self.execute(node)
+        return node
+
+    def execute(self, node: fx.Node) -> None:
+        """Runs a node on the fake values of its inputs: its metadata is what it computes.
+
+        Raises:
+            TomeError: if the operator takes no such values.
+        """
+        if node.op != "call_function":
+            raise self.error(node, f"cannot follow tokens through a {node.op}")
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
+        run: Callable[..., Any] = RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
+        try:
+            with self.fake_mode:
+                node.meta["val"] = _on_fakes(run, args, kwargs)
+        except Exception as error:
+            raise self.error(
+                node, f"{target_name(node)} does not fit the merged tokens: {error}"
+            ) from error
+        node.meta.pop("tensor_meta", None)
+        self.touched.add(node)
+
+    def slices(self, like: fx.Node, x: fx.Node, dim: int, indices: list[int]) -> fx.Node:
+        """``x`` at ascending indices: a slice a run, concatenated."""
+        runs: list[list[int]] = []
+        for index in indices:
+            if runs and index == runs[-1][1]:
+                runs[-1][1] += 1
+            else:
+                runs.append([index, index + 1])
+        parts = [self.emit(like, aten.slice.Tensor, x, dim, *run) for run in runs or [[0, 0]]]
+        return parts[0] if len(parts) == 1 else self.emit(like, aten.cat.default, parts, dim)
+
+    def compare(self, node: fx.Node, copy: fx.Node, layout: Layout, length: int) -> None:
+        """Compares what was written with the plan.
+
+        Raises:
+            TomeError: if a token axis has another length than it should.
+        """
+        shape = shape_of(copy)
+        for axis in layout.axes:
+            if not same(shape[axis.dim], axis.before * length * axis.after):
+                raise self.error(
+                    node, f"expected {length} tokens on dimension {axis.dim}, got {list(shape)}"
+                )
+
+    def error(self, node: fx.Node, reason: str) -> TomeError:
+        """An error at a node, in the block being written."""
+        return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
+
+
+def _on_fakes(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    try:
+        return run(*args, **kwargs)
+    except RuntimeError as error:
+        # C++ composites stumble over symbolic sizes (torch 2.11) that Python ones, slower, take.
+        if "sym" not in str(error).lower():
+            raise
+        with enable_python_dispatcher():
+            return run(*args, **kwargs)
