@@ -9,7 +9,7 @@ from torch import fx
 
 from tomepass.outcomes import Layout
 from tomepass.planning import PlannedStream
-from tomepass.reducing import Reduction
+from tomepass.reduction import Reduction
 
 
 @dataclass

@@ -1,10 +1,10 @@
-"""What a method sees of a block that is to lose tokens, and what it answers."""
+"""What a method sees of a block that is to lose tokens."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,41 +13,16 @@ from torch import fx
 
 from tomepass.attention import Attention
 from tomepass.axis import same, shape_of, summed_dimension
-from tomepass.methods.tome import MLERP
 from tomepass.outcomes import Layout
+from tomepass.reduction import Reduction
 from tomepass.writing import Writer
 
 if TYPE_CHECKING:
     from tomepass.merges import Merges
-    from tomepass.methods import Method
+    from tomepass.methods import MLERP, Method
     from tomepass.structure import Block
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Reduction:
-    """How a block's tokens become fewer. All fields are nodes of the graph being written.
-
-    Args:
-        assign: ``[B, N]`` int64, where each token goes in the sequence of N'; of a token that is
-            dropped, the one that stands in for it when tokens are unmerged.
-        chosen: the operator that decided, for the harness; None where there is none to check.
-        stands: ``[B, N']`` int64, the position of the token that stands at each place; None:
-            of several the one on an odd position, the destination of ``tome::match``.
-        combine: how tokens become one, as in :class:`tomepass.ToMe`.
-        weight: ``[B, N]`` float32, in the weighted mean instead of the sizes.
-        size: ``[B, N']`` float32 afterwards; None: the sums.
-        holds: ``[B, N]`` int64, ``assign`` with -1 for tokens that are dropped; None: none is.
-    """
-
-    assign: fx.Node
-    chosen: fx.Node | None = None
-    stands: fx.Node | None = None
-    combine: str | MLERP = "weighted_mean"
-    weight: fx.Node | None = None
-    size: fx.Node | None = None
-    holds: fx.Node | None = None
 
 
 @dataclass
@@ -91,6 +66,10 @@ class Reducing:
         """One of several results of an operator."""
         return self.call(operator.getitem, results, index)
 
+    def slice(self, x: fx.Node, start: int, end: int, step: int = 1) -> fx.Node:
+        """``x[:, start:end:step]``."""
+        return self.call(aten.slice.Tensor, x, 1, start, end, step)
+
     def matched(
         self, name: str | Any, *args: Any, combine: str | MLERP = "weighted_mean"
     ) -> Reduction:
@@ -99,6 +78,17 @@ class Reducing:
         if isinstance(found.meta["val"], torch.Tensor):
             return Reduction(found, found, combine=combine)
         return Reduction(self.item(found, 0), found, self.item(found, 1), combine)
+
+    def without_sources(self, matched: Reduction) -> Reduction:
+        """What a match would merge away, dropped: the tokens that stand keep their values."""
+        stands = matched.stands
+        assert stands is not None
+        return replace(
+            matched,
+            combine="keep",
+            size=self.call("gather_size", self.size, stands),
+            holds=self.call("places", stands, self.tokens),
+        )
 
     def pruned(self, stands: fx.Node) -> Reduction:
         """Keeps the tokens at ``stands``, ``[B, N']`` positions, and drops the rest.

@@ -41,7 +41,8 @@ from tomepass.outcomes import (
     Weighed,
 )
 from tomepass.planning import Planned
-from tomepass.reducing import Reducing, Reduction
+from tomepass.reducing import Reducing
+from tomepass.reduction import Reduction
 from tomepass.structure import Block, Mismatch, is_tensor
 from tomepass.tokens import SIZED
 from tomepass.writing import Writer

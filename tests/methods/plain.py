@@ -177,3 +177,131 @@ def shuffled(seen: Seen, seed: int) -> Tensor:
     drawn = random.Random(seed + seen.index)
     step, start = drawn.randrange(1, prime), drawn.randrange(prime)
     return torch.tensor([(i * step + start) % prime for i in range(1, seen.tokens + 1)])
+
+
+def fused(score: Callable[[Seen], Tensor]) -> Rule:
+    """Keeps the highest scores, and one token of the rest, their mean by score."""
+
+    def rule(seen: Seen) -> list[Group]:
+        values = score(seen)
+        kept = best(values, seen.free, seen.left - seen.protected - 1)
+        rest = [i for i in seen.free if i not in kept]
+        weights = [float(values[i]) for i in rest]
+        (stand,) = best(values, rest, 1)
+        total = sum(float(seen.size[i]) for i in rest)
+        singles = [alone(seen, i) for i in [*range(seen.protected), *kept]]
+        return [*singles, Group(stand, rest, weights, total)]
+
+    return rule
+
+
+def _edges(
+    similar: Tensor, sources: Sequence[int], destinations: Sequence[int], r: int
+) -> dict[int, int]:
+    """The r sources most similar to a destination, and which."""
+    near = {s: max(destinations, key=lambda d: float(similar[s, d])) for s in sources}
+    order = sorted(sources, key=lambda s: -float(similar[s, near[s]]))
+    return {s: near[s] for s in order[:r]}
+
+
+def _merged(seen: Seen, into: dict[int, int], order: Sequence[int], how: str) -> list[Group]:
+    """Tokens in an order, each with those that go to it."""
+    groups = []
+    for position in order:
+        if position not in into:
+            members = [position, *(s for s, d in into.items() if d == position)]
+            groups.append(together(seen, position, sorted(members), how))
+    return groups
+
+
+def tofu(strategies: Sequence[str]) -> Rule:
+    """Edges as in ToMe; the sources are dropped, or merged by MLERP."""
+
+    def rule(seen: Seen) -> list[Group]:
+        even = [i for i in seen.free if i % 2 == 0]
+        odd = [i for i in seen.free if i % 2 == 1]
+        into = _edges(seen.cosines, even, odd, seen.tokens - seen.left)
+        order = [*range(seen.protected), *even, *odd]
+        if strategies[seen.index] == "merge":
+            return _merged(seen, into, order, "mlerp")
+        return [alone(seen, i, "keep") for i in order if i not in into]
+
+    return rule
+
+
+def pitome(seen: Seen) -> list[Group]:
+    """Sources and destinations by falling energy; late blocks take the highest 2r alone."""
+    margin = 0.75 - 0.75 * seen.index / seen.depth
+    energy = {}
+    for i in seen.free:
+        gaps = [float(seen.cosines[i, j]) - margin for j in seen.free if j != i]
+        energy[i] = sum(gap if gap > 0 else math.exp(gap) - 1 for gap in gaps) / len(gaps)
+    r = seen.tokens - seen.left
+    order = sorted(seen.free, key=lambda i: -energy[i])
+    if seen.index >= seen.depth // 2:
+        order = order[: 2 * r]
+    into = _edges(seen.cosines, order[0::2], order[1::2], r)
+    return _merged(seen, into, range(seen.tokens), "mean")
+
+
+def diffrate(pruned: Callable[[int, int], int]) -> Rule:
+    """By falling class attention: a head that stays, some merged into it, a tail that goes."""
+
+    def rule(seen: Seen) -> list[Group]:
+        r = seen.tokens - seen.left
+        order = sorted(seen.free, key=lambda i: -float(seen.class_attention[i]))
+        head, gone = order[: len(order) - r], pruned(seen.index, r)
+        merging = order[len(head) : len(order) - gone]
+        into = _edges(cosines(seen.hidden), merging, head, len(merging))
+        tail = set(order[len(order) - gone :])
+        stay = [i for i in range(seen.tokens) if i not in tail]
+        return _merged(seen, into, stay, "mean")
+
+    return rule
+
+
+def greedy(seen: Seen) -> list[Group]:
+    """The most similar pair of all, then of the rest; the higher position goes to the lower."""
+    into: dict[int, int] = {}
+    for _ in range(seen.tokens - seen.left):
+        used = {*into, *into.values()}
+        open_ = [i for i in seen.free if i not in used]
+        pairs = [(i, j) for i in open_ for j in open_ if i < j]
+        low, high = max(pairs, key=lambda pair: float(seen.cosines[pair]))
+        into[high] = low
+    return _merged(seen, into, range(seen.tokens), "mean")
+
+
+def kmeans(iterations: int) -> Rule:
+    """Clusters around evenly spaced tokens, which stay in them."""
+
+    def rule(seen: Seen) -> list[Group]:
+        x = seen.k.mean(0)
+        x = x / x.norm(dim=-1, keepdim=True)
+        clusters = seen.left - seen.protected
+        seeds = [seen.free[i * len(seen.free) // clusters] for i in range(clusters)]
+        centres = x[seeds]
+        for _ in range(iterations):
+            members: list[list[int]] = [[seed] for seed in seeds]
+            near = x @ (centres / centres.norm(dim=-1, keepdim=True)).T
+            for i in seen.free:
+                if i not in seeds:
+                    members[int(near[i].argmax())].append(i)
+            centres = torch.stack([x[m].mean(0) for m in members])
+        singles = [alone(seen, i) for i in range(seen.protected)]
+        clustered = zip(seeds, members, strict=True)
+        return [*singles, *(together(seen, seed, m) for seed, m in clustered)]
+
+    return rule
+
+
+def kth(k: int) -> Rule:
+    """Every k-th token is a destination, all others are sources."""
+
+    def rule(seen: Seen) -> list[Group]:
+        destinations = seen.free[k - 1 :: k]
+        sources = [i for i in seen.free if i not in destinations]
+        into = _edges(seen.cosines, sources, destinations, seen.tokens - seen.left)
+        return _merged(seen, into, [*range(seen.protected), *sources, *destinations], "mean")
+
+    return rule

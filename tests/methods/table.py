@@ -8,7 +8,7 @@ from typing import NamedTuple
 import plain
 from plain import Rule
 
-from tomepass.methods import Method, Prune
+from tomepass.methods import DiffRate, EViT, Method, PiToMe, Prune, SPViT, ToFu, ToMe
 
 R = [5, 0, 9]
 
@@ -33,5 +33,31 @@ ROWS: dict[str, Row] = {
     "prune_random": Row(
         lambda r, **fields: Prune(r, score="random", seed=7, **fields),
         plain.prune(lambda seen: plain.shuffled(seen, 7)),
+    ),
+    "evit": Row(EViT, plain.fused(lambda seen: seen.class_attention)),
+    "evit_without_fusion": Row(
+        lambda r, **fields: EViT(r, fuse=False, **fields),
+        plain.prune(lambda seen: seen.class_attention),
+    ),
+    "spvit": Row(SPViT, plain.fused(lambda seen: seen.weights.mean((0, 1)))),
+    "tofu": Row(ToFu, plain.tofu(("prune", "merge", "merge"))),
+    "tofu_measured": Row(
+        lambda r, **fields: ToFu(r, strategies=("merge", "prune", "prune"), **fields),
+        plain.tofu(("merge", "prune", "prune")),
+    ),
+    "pitome": Row(PiToMe, plain.pitome),
+    "diffrate": Row(DiffRate, plain.diffrate(lambda index, r: r // 2)),
+    "diffrate_counts": Row(
+        lambda r, **fields: DiffRate(r, pruned=(4, 0, 0), **fields),
+        plain.diffrate(lambda index, r: (4, 0, 0)[index]),
+    ),
+    "greedy": Row(lambda r, **fields: ToMe(r, matching="greedy", **fields), plain.greedy),
+    "kmeans": Row(
+        lambda r, **fields: ToMe(r, matching="kmeans", iterations=3, **fields),
+        plain.kmeans(3),
+    ),
+    "kth": Row(
+        lambda r, **fields: ToMe(r, partition="kth", k=4, **fields),
+        plain.kth(4),
     ),
 }

@@ -7,10 +7,27 @@ from typing import Any
 
 from tomepass.errors import TomeError
 from tomepass.methods.base import KNOWN, Method, RLike
+from tomepass.methods.diffrate import DiffRate
+from tomepass.methods.fuse import EViT, SPViT
+from tomepass.methods.pitome import PiToMe
 from tomepass.methods.prune import Prune
+from tomepass.methods.tofu import ToFu
 from tomepass.methods.tome import MLERP, ToMe
 
-__all__ = ["MLERP", "Method", "Prune", "RLike", "ToMe", "method_from_dict", "resolve_method"]
+__all__ = [
+    "MLERP",
+    "DiffRate",
+    "EViT",
+    "Method",
+    "PiToMe",
+    "Prune",
+    "RLike",
+    "SPViT",
+    "ToFu",
+    "ToMe",
+    "method_from_dict",
+    "resolve_method",
+]
 
 
 def method_from_dict(data: dict[str, Any]) -> Method:

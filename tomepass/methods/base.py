@@ -20,7 +20,8 @@ from tomepass.schedule import (
 )
 
 if TYPE_CHECKING:
-    from tomepass.reducing import Reducing, Reduction
+    from tomepass.reducing import Reducing
+    from tomepass.reduction import Reduction
 
 RLike = int | list[int] | tuple[int, float] | Schedule
 KNOWN: dict[str, type[Method]] = {}
@@ -104,6 +105,11 @@ class Method:
     def most(self, tokens: int, protected: tuple[int, ...]) -> int:
         """How many of ``tokens``, the protected positions among them, a block can lose."""
         return merged_at_most(tokens, protected)
+
+    @property
+    def fused(self) -> int:
+        """How many tokens a block makes of those it does not keep, beside those a rate keeps."""
+        return 0
 
     def plan(self, tokens: int, protected: tuple[int, ...], depth: int) -> StreamPlan:
         """The plan step: how many tokens each block of a stream loses.
@@ -221,7 +227,9 @@ class Method:
     ) -> StreamPlan:
         counts, free = [], tokens - len(protected)
         for index in range(depth):
-            kept = max(1, math.ceil(free * rate)) if index in self._places(depth) else free
+            kept = free
+            if rate < 1 and index in self._places(depth):
+                kept = min(free, max(1, math.ceil(free * rate)) + self.fused)
             counts.append(free - kept)
             free = kept
         return plan_counts(tokens, protected, tuple(counts), self.multiple_of, self.most)

@@ -11,7 +11,8 @@ from tomepass.methods.fields import choice, whole
 if TYPE_CHECKING:
     from torch import fx
 
-    from tomepass.reducing import Reducing, Reduction
+    from tomepass.reducing import Reducing
+    from tomepass.reduction import Reduction
 
 Score = Literal["class_attention", "attention_received", "norm", "random"]
 DROPS = "tokens that are dropped take their share of the attention with them"

@@ -12,7 +12,8 @@ from tomepass.schedule import sources_and_destinations
 if TYPE_CHECKING:
     from torch import fx
 
-    from tomepass.reducing import Reducing, Reduction
+    from tomepass.reducing import Reducing
+    from tomepass.reduction import Reduction
 
 Metric = Literal["keys", "keys_all_heads", "queries", "values", "hidden"]
 Similarity = Literal["cosine", "dot", "euclidean", "softmax"]

@@ -12,8 +12,8 @@ from tomepass.ops.match import check_r, free_positions, rank
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant, sent
 from tomepass.ops.prune import shuffle
+from tomepass.ops.similarity import similarities
 
-SIMILARITIES = ("cosine", "dot", "euclidean", "softmax")
 PARTITIONS = ("alternating", "sequential", "random", "kth")
 
 
@@ -47,8 +47,7 @@ def match_by(
             distance) is multiplied with its source's importance to the power ``exponent``, and
             the r smallest merge.
         exponent: of the importance.
-        similarity: one of :data:`SIMILARITIES`; ``"euclidean"`` is the squared distance,
-            ``"softmax"`` what attention would give each destination.
+        similarity: as in :func:`tomepass.ops.similarity.similarities`.
         partition: one of :data:`PARTITIONS`: sources are the even positions, the first half of
             the tokens, a half drawn with ``seed``, the same everywhere, or all but every k-th.
         seed: of a random partition; k of a ``"kth"`` one.
@@ -68,7 +67,7 @@ def match_by(
     sources, destinations = _halves(tokens, protected, partition, seed, features.device)
     with without_autocast(features.device), torch.no_grad():
         metric = features.to(at_least_float32(features.dtype)).mean(1)
-        scores = _scores(metric[:, sources], metric[:, destinations], similarity)
+        scores = similarities(metric[:, sources], metric[:, destinations], similarity)
         scores = torch.where(scores.isnan(), -float("inf"), scores)
         if size is not None:
             padding = size < PADDED
@@ -115,19 +114,3 @@ def _halves(
     positions, (step, start, prime) = constant(free, 1, device)[0], shuffle(len(free), seed)
     order = ((torch.arange(1, len(free) + 1, device=device) * step + start) % prime).argsort()
     return positions[order[:half].sort()[0]], positions[order[half:].sort()[0]]
-
-
-def _scores(sources: Tensor, destinations: Tensor, similarity: str) -> Tensor:
-    """``[B, A, D]`` and ``[B, C, D]`` to ``[B, A, C]``: the larger the more alike."""
-    if similarity == "cosine":
-        sources, destinations = (
-            torch.nn.functional.normalize(x, dim=-1) for x in (sources, destinations)
-        )
-    products: Tensor = sources @ destinations.transpose(1, 2)
-    if similarity == "softmax":
-        weights: Tensor = (products * sources.shape[-1] ** -0.5).softmax(-1)
-        return weights
-    if similarity == "euclidean":
-        lengths = sources.square().sum(-1).unsqueeze(2), destinations.square().sum(-1).unsqueeze(1)
-        return 2 * products - lengths[0] - lengths[1]
-    return products

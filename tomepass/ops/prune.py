@@ -90,6 +90,26 @@ def nearest(
         return torch.where(own < 0, scores.argmax(-1), own)
 
 
+@register("fuse_rest(Tensor score, Tensor stands) -> (Tensor, Tensor)")
+def fuse_rest(score: Tensor, stands: Tensor) -> tuple[Tensor, Tensor]:
+    """All tokens that are not kept, as one more at the end.
+
+    Args:
+        score: ``[B, N]``: of those fused the token with the highest stands for it.
+        stands: ``[B, N' - 1]`` positions of the tokens kept.
+
+    Returns:
+        ``[B, N]`` int64, each token's index, and ``[B, N']`` int64, the position at each index.
+    """
+    with torch.no_grad():
+        own = places(stands, score.shape[1])
+        wide = torch.where(score.isnan(), -float("inf"), score)
+        order = rank(wide, own < 0)  # among those fused
+        position = torch.arange(score.shape[1], device=score.device)
+        fused = torch.where((own < 0) & (order == 0), position, 0).sum(-1, keepdim=True)
+        return torch.where(own < 0, stands.shape[1], own), torch.cat([stands, fused], dim=1)
+
+
 @register("gather_size(Tensor? size, Tensor stands) -> Tensor")
 def gather_size(size: Tensor | None, stands: Tensor) -> Tensor:
     """Sizes of the tokens kept: ``[B, N]`` or None and ``[B, N']`` to ``[B, N']`` float32."""
@@ -128,3 +148,31 @@ def lengths(x: Tensor) -> Tensor:
     with torch.no_grad(), without_autocast(x.device):
         found: Tensor = torch.linalg.vector_norm(x.to(at_least_float32(x.dtype)), dim=-1)
         return found
+
+
+@register("weights_of(Tensor score, Tensor? size) -> Tensor")
+def weights_of(score: Tensor, size: Tensor | None) -> Tensor:
+    """Scores as weights of a mean, ``[B, N]`` float32: what has none has next to none.
+
+    Args:
+        score: ``[B, N]``.
+        size: ``[B, N]``, 0 for tokens out of use, which weigh nothing.
+    """
+    with torch.no_grad():
+        weight = torch.where(score.isnan(), 0.0, score).float().clamp(min=1e-20)
+        return weight if size is None else torch.where(size < PADDED, size, weight)
+
+
+@register("let_go(Tensor assign, Tensor dropped) -> Tensor")
+def let_go(assign: Tensor, dropped: Tensor) -> Tensor:
+    """``[B, N]`` indices with -1 for the tokens at ``[B, K]`` positions."""
+    return assign.scatter(1, dropped, torch.full_like(dropped, -1))
+
+
+@register("counted(Tensor? size, Tensor dropped, SymInt tokens) -> Tensor")
+def counted(size: Tensor | None, dropped: Tensor, tokens: int) -> Tensor:
+    """Sizes ``[B, N]`` float32, 0 for the tokens at ``[B, K]`` positions."""
+    blank = torch.zeros_like(dropped, dtype=torch.float32)
+    if size is None:
+        size = torch.ones(dropped.shape[0], tokens, dtype=torch.float32, device=dropped.device)
+    return size.scatter(1, dropped, blank)

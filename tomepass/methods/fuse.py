@@ -1,0 +1,110 @@
+"""Keep the important tokens and make one of all the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, get_args
+
+from tomepass.methods.base import Method
+from tomepass.methods.fields import choice, flag
+from tomepass.methods.prune import DROPS, Score, all_but_one, scored
+from tomepass.reduction import Reduction
+from tomepass.schedule import Schedule
+
+if TYPE_CHECKING:
+    from torch import fx
+
+    from tomepass.reducing import Reducing
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class EViT(Method):
+    """Keep the tokens the class token looks at, fuse the rest (EViT, arXiv 2202.07800).
+
+    Of N - P tokens ``ceil(keep_rate * (N - P))`` stay; the others become one token, the mean by
+    what the class token pays them (eq. 5; the paper's sum is divided by its weights, as a model
+    that was not trained with it expects tokens of full length). Where there is no class token,
+    what all tokens pay is taken.
+
+    Args:
+        fuse: make a token of the rest; False drops them.
+
+    The other arguments are those of :class:`Method`; ``keep_rate=0.7`` by default, in three
+    blocks.
+    """
+
+    name: ClassVar[str] = "evit"
+    standard: ClassVar[Schedule] = Schedule("keep_rate", (0.7,))
+    lossy: ClassVar[str] = DROPS
+
+    fuse: bool = True
+    prop_attn: bool = False
+
+    def check(self) -> None:
+        """Refuses two choices that make no sense together."""
+        self._set(fuse=flag("fuse", self.fuse))
+        if self.prop_attn and not self.fuse:
+            raise ValueError("prop_attn=True does nothing with fuse=False: tokens hold one each")
+
+    @property
+    def fused(self) -> int:
+        """One token of the rest, or none."""
+        return int(self.fuse)
+
+    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
+        """All but one, and one made of the rest."""
+        return max(0, all_but_one(tokens, protected) - self.fused)
+
+    def reduce(self, block: Reducing) -> Reduction:
+        """Keeps what the class token looks at."""
+        score = block.class_attention
+        if not self.fuse:
+            kept = block.call("select", score, block.left, block.protected, block.masked_size)
+            return block.pruned(kept)
+        return packed(block, score)
+
+
+@dataclass(frozen=True, repr=False, kw_only=True)
+class SPViT(Method):
+    """Keep some tokens, package the others into one (SPViT, arXiv 2112.13890).
+
+    The paper's selector is trained. Here tokens are scored by what the model's own attention says,
+    and the package token is the mean of the others by their scores (eq. 8).
+
+    Args:
+        score: as in :class:`tomepass.Prune`.
+
+    The other arguments are those of :class:`Method`; ``keep_rate=0.7`` by default, in three
+    blocks.
+    """
+
+    name: ClassVar[str] = "spvit"
+    standard: ClassVar[Schedule] = Schedule("keep_rate", (0.7,))
+    lossy: ClassVar[str] = DROPS
+    score: Score = "attention_received"
+    prop_attn: bool = True
+
+    def check(self) -> None:
+        """Refuses choices there are none of."""
+        choice("score", self.score, get_args(Score))
+
+    @property
+    def fused(self) -> int:
+        """The package."""
+        return 1
+
+    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
+        """All but one, and the package."""
+        return max(0, all_but_one(tokens, protected) - 1)
+
+    def reduce(self, block: Reducing) -> Reduction:
+        """Keeps what scores highest and packages the rest."""
+        return packed(block, scored(block, self.score))
+
+
+def packed(block: Reducing, score: fx.Node) -> Reduction:
+    """The highest scores, and one token of the rest, their mean by score."""
+    kept = block.call("select", score, block.left - 1, block.protected, block.masked_size)
+    both = block.call("fuse_rest", score, kept)
+    weight = block.call("weights_of", score, block.size)
+    return Reduction(block.item(both, 0), kept, block.item(both, 1), weight=weight)

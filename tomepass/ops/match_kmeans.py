@@ -1,0 +1,83 @@
+"""``tome::match_kmeans``: clusters around evenly spaced tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.padding import PADDED
+from tomepass.ops.positions import gather, sent
+from tomepass.ops.sequence import free_mask, in_sequence
+from tomepass.ops.similarity import similarities
+
+_APART, _UNKNOWN = -1e30, -1e31
+
+
+@register(
+    "match_kmeans(Tensor features, SymInt r, int[] protected, Tensor? size, str similarity, "
+    "int iterations) -> (Tensor, Tensor)"
+)
+def match_kmeans(
+    features: Tensor,
+    r: int,
+    protected: list[int],
+    size: Tensor | None,
+    similarity: str,
+    iterations: int,
+) -> tuple[Tensor, Tensor]:
+    """Puts the tokens that are not protected into ``free - r`` clusters, one token each.
+
+    The k-means of ToMe's ablations (arXiv 2210.09461, table 1e). Cluster i starts at the free
+    token ``i * free // clusters``, which stays in it and stands for it, so that none is empty. An
+    iteration sends every other token to the nearest centre, ties to the lower, and moves the
+    centres to the means of their tokens.
+
+    Args:
+        features: ``[B, H, N, D]``; compared by their mean over H.
+        r: tokens to lose.
+        protected: positions that take no part.
+        size: ``[B, N]``, given where some tokens are padding, which joins padding first.
+        similarity: ``"cosine"`` or ``"euclidean"``.
+        iterations: of assigning; the last one is the answer.
+
+    Returns:
+        ``[B, N]`` int64, each token's index among those left (protected ones, then the seeds, by
+        position), and ``[B, N - r]`` int64, the position of the token that stands there.
+
+    Raises:
+        ValueError: if not even one cluster is left.
+    """
+    batch, _, tokens, _ = features.shape
+    free = tokens - len(set(protected))
+    clusters = free - r
+    if clusters < 1:
+        raise ValueError(f"{free} free tokens can lose {free - 1}, got r={r}")
+    device = features.device
+    with torch.no_grad(), without_autocast(device):
+        metric = features.to(at_least_float32(features.dtype)).mean(1)
+        if similarity == "cosine":
+            metric = torch.nn.functional.normalize(metric, dim=-1)
+        loose = free_mask(tokens, protected, device)
+        number = loose.cumsum(0) - 1  # among the free ones
+        spaced = torch.arange(clusters, device=device) * free // clusters
+        position = torch.arange(tokens, device=device)
+        seeds = torch.where(loose & (number == spaced[:, None]), position, 0).sum(-1)
+        seeds = seeds.expand(batch, -1)
+        seeded = sent(seeds, tokens).transpose(1, 2)  # [B, clusters, N]
+        centres = gather(metric, seeds, 1)
+        for step in range(iterations):
+            scores = similarities(metric, centres, similarity)
+            scores = torch.where(scores.isnan(), _UNKNOWN, scores)
+            if size is not None:
+                padding = size < PADDED
+                apart = padding.unsqueeze(2) != padding.gather(1, seeds).unsqueeze(1)
+                scores = torch.where(apart, _APART, scores)
+            # A seed stays where it is.
+            own, member = seeded.any(1), seeded.int().argmax(1)
+            nearest = torch.where(own, member, scores.argmax(-1))
+            if step + 1 < iterations:
+                goes = (sent(nearest, clusters) & loose).to(metric.dtype)
+                centres = (goes @ metric) / goes.sum(-1, keepdim=True)
+        into = torch.where(loose, seeds.gather(1, nearest), position)
+        return in_sequence(into, tokens - r, protected)

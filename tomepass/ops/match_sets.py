@@ -1,0 +1,124 @@
+"""``tome::match_sets``: bipartite matching between sets that the data choose."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.match import rank
+from tomepass.ops.padding import PADDED
+from tomepass.ops.positions import gather, sent
+from tomepass.ops.sequence import free_mask, in_sequence
+from tomepass.ops.similarity import similarities
+
+
+@register("order_by(Tensor score, int[] protected, Tensor? size=None) -> Tensor")
+def order_by(score: Tensor, protected: list[int], size: Tensor | None = None) -> Tensor:
+    """The positions that are not protected, by falling score; ties by position.
+
+    Args:
+        score: ``[B, N]``. What is not a number is the lowest.
+        protected: positions left out.
+        size: ``[B, N]``, given where some tokens are padding or out of use: these come last.
+
+    Returns:
+        ``[B, N - P]`` int64.
+    """
+    tokens = score.shape[1]
+    with torch.no_grad():
+        free = free_mask(tokens, protected, score.device)
+        wide = torch.where(score.isnan(), -float("inf"), score)
+        if size is not None:
+            wide = torch.where(size < PADDED, -float("inf"), wide)
+        place = torch.where(free, rank(wide, free.expand_as(wide)), -1)
+        position = torch.arange(tokens, device=score.device)
+        left = tokens - len(set(protected))
+        return torch.where(sent(place, left), position, 0).sum(-1)
+
+
+@register(
+    "match_sets(Tensor features, Tensor sources, Tensor destinations, SymInt r, int[] protected, "
+    "Tensor? size, str similarity) -> (Tensor, Tensor)"
+)
+def match_sets(
+    features: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    r: int,
+    protected: list[int],
+    size: Tensor | None,
+    similarity: str,
+) -> tuple[Tensor, Tensor]:
+    """Each source draws an edge to its most similar destination; the ``r`` largest merge.
+
+    As ``tome::match``, with sets chosen for each image; a token in neither stays. Ties go to the
+    earlier in its set.
+
+    Args:
+        features: ``[B, H, N, D]``; compared by their mean over H.
+        sources: ``[B, A]`` int64 positions.
+        destinations: ``[B, C]`` int64 positions.
+        r: edges that merge, A at most.
+        protected: positions in neither set, first in the result.
+        size: ``[B, N]``, given where some tokens are padding, which merges with padding first.
+        similarity: as in :func:`tomepass.ops.similarity.similarities`.
+
+    Returns:
+        ``[B, N]`` int64, each token's index among those left (protected ones, then the rest, by
+        position), and ``[B, N - r]`` int64, the position of the token that stands there.
+
+    Raises:
+        ValueError: if there are fewer than r sources, or no destination.
+    """
+    if r > sources.shape[1] or (r and not destinations.shape[1]):
+        pair = f"{sources.shape[1]} sources and {destinations.shape[1]} destinations"
+        raise ValueError(f"{pair} cannot merge r={r} tokens")
+    batch, _, tokens, _ = features.shape
+    with torch.no_grad(), without_autocast(features.device):
+        metric = features.to(at_least_float32(features.dtype)).mean(1)
+        pairs = (gather(metric, sources, 1), gather(metric, destinations, 1))
+        scores = similarities(*pairs, similarity)
+        scores = torch.where(scores.isnan(), -float("inf"), scores)
+        if size is not None:
+            padding = size < PADDED
+            apart = (
+                padding.gather(1, sources)[:, :, None] != padding.gather(1, destinations)[:, None]
+            )
+            scores = torch.where(apart, -float("inf"), scores)
+        best, partner = scores.max(dim=-1)
+        merged = rank(best) < r
+        goes = torch.where(merged, destinations.gather(1, partner), sources)
+        position = torch.arange(tokens, device=features.device).expand(batch, -1)
+        return in_sequence(position.scatter(1, sources, goes), tokens - r, protected)
+
+
+@register("energy(Tensor features, float margin, int[] protected, Tensor? size=None) -> Tensor")
+def energy(
+    features: Tensor, margin: float, protected: list[int], size: Tensor | None = None
+) -> Tensor:
+    """How redundant tokens are (PiToMe, arXiv 2405.16148, eq. 4).
+
+    The mean over the other unprotected tokens of ELU(cosine - margin): large among many alike.
+
+    Args:
+        features: ``[B, H, N, D]``; compared by their mean over H.
+        margin: cosines above it count in full, those below it ever less.
+        protected: positions that neither count nor matter.
+        size: ``[B, N]``, given where some tokens are padding or out of use, which do not count.
+
+    Returns:
+        ``[B, N]`` float32 or wider.
+    """
+    with torch.no_grad(), without_autocast(features.device):
+        metric = features.to(at_least_float32(features.dtype)).mean(1)
+        scores = torch.nn.functional.elu(similarities(metric, metric, "cosine") - margin)
+        position = torch.arange(metric.shape[1], device=metric.device)
+        other = (position != position[:, None]) & free_mask(
+            metric.shape[1], protected, metric.device
+        )
+        counted = other.expand(metric.shape[0], -1, -1)
+        if size is not None:
+            counted = counted & (size >= PADDED).unsqueeze(1)
+        total = torch.where(counted, scores, 0.0).sum(-1)
+        return total / counted.sum(-1).clamp(min=1)

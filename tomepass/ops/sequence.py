@@ -1,0 +1,36 @@
+"""From which token goes to which, to where each one stands afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.positions import constant, sent
+
+
+def in_sequence(into: Tensor, left: int, protected: list[int]) -> tuple[Tensor, Tensor]:
+    """A shorter sequence: the protected tokens, then those that stay, each by position.
+
+    Args:
+        into: ``[B, N]`` int64, the position each token goes to: its own where it stays.
+        left: N', how many stay, the same for each image.
+        protected: positions that stay.
+
+    Returns:
+        ``[B, N]`` int64, each token's index, and ``[B, N']`` int64, the position at each index.
+    """
+    position = torch.arange(into.shape[1], device=into.device)
+    held = constant(sorted(set(protected)), into.shape[0], into.device)
+    stays = into == position
+    free = stays.scatter(1, held, False)
+    own = torch.where(free, held.shape[1] + free.cumsum(-1) - 1, -1)
+    first = torch.arange(held.shape[1], device=into.device).expand(into.shape[0], -1)
+    own = own.scatter(1, held, first)
+    stands = torch.where(sent(own, left), position, 0).sum(-1)
+    return own.gather(1, into), stands
+
+
+def free_mask(tokens: int, protected: list[int], device: torch.device) -> Tensor:
+    """``[N]`` bool, the positions that are not protected."""
+    held = constant(sorted(set(protected)), 1, device)[0]
+    return torch.ones(tokens, dtype=torch.bool, device=device).scatter(0, held, False)
