@@ -54,6 +54,8 @@ def check_duplicates(
     ``r`` is halved until only duplicates merge: a schedule that must merge different tokens
     loses information by design.
     """
+    if method.lossy:
+        return DuplicatesResult(0.0, 0.0, method.schedule, method.lossy)
     if not method.prop_attn:
         return DuplicatesResult(0.0, 0.0, method.schedule, "proportional attention is off")
     planned = plan_graph(capture.graph, method)
@@ -77,7 +79,7 @@ def _along(
     inputs = pytree.tree_map(lambda value: constant_regions(value, dim), call)
     values = [*read_state(model, capture), *pytree.tree_leaves(inputs)]
     original = zeroed(capture.graph.module, positions)(*values)
-    schedule = method.schedule
+    schedule = _as_counts(capture, method)
     while any(schedule.values[:1] if schedule.kind == "linear" else schedule.values):
         attempt = method.replace(r=schedule, trace_source=False)
         rewritten = rewrite(capture.graph, plan_graph(capture.graph, attempt))
@@ -92,6 +94,15 @@ def _along(
         schedule = _halved(schedule)
     reason = "no schedule down to r=1 merges only identical tokens of a constant input"
     return DuplicatesResult(0.0, 0.0, schedule, reason)
+
+
+def _as_counts(capture: Capture, method: Method) -> Schedule:
+    """The schedule in counts, which can be halved."""
+    if method.schedule.kind in ("constant", "list", "linear"):
+        return method.schedule
+    streams = plan_graph(capture.graph, method).streams
+    deepest = max(streams, key=lambda stream: len(stream.plan.blocks))
+    return parse_schedule([block.r for block in deepest.plan.blocks])
 
 
 def _halved(schedule: Schedule) -> Schedule:

@@ -23,7 +23,7 @@ from tomepass.backend import Inner, resolve_inner
 from tomepass.capture import describe_inputs
 from tomepass.duplicates import check_duplicates
 from tomepass.errors import TomeError
-from tomepass.graphs import MATCHES, relative_error, replayed
+from tomepass.graphs import CHOICES, MATCHES, relative_error, replayed
 from tomepass.methods import Method, RLike, resolve_method
 from tomepass.module import Applied, MergedModel, apply, make_applied, read_state
 from tomepass.planning import plan_graph
@@ -236,6 +236,10 @@ def _compiled_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     if subject.low_precision:
         yield CheckLine(name, error, float("inf"), None, "merges flip on ties: see the next line")
         yield _low_precision_line(subject)
+    elif error > FLOAT32_TOLERANCE and not _referenced(subject):
+        note = "which tokens tie cannot be told for this method: see the next line"
+        yield CheckLine(name, error, FLOAT32_TOLERANCE, None, note)
+        yield _tie_line(subject)
     elif error <= FLOAT32_TOLERANCE or not (tied := _tied_images(subject)):
         yield CheckLine(name, error, FLOAT32_TOLERANCE, error <= FLOAT32_TOLERANCE)
     else:
@@ -246,6 +250,11 @@ def _compiled_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
         note = f"{len(tied)} of {subject.images} images tie within rounding: see the next line"
         yield CheckLine(name, error, FLOAT32_TOLERANCE, error <= FLOAT32_TOLERANCE, note)
         yield _tie_line(subject)
+
+
+def _referenced(subject: _Subject) -> bool:
+    rewritten = subject.applied.rewritten
+    return rewritten is not None and rewritten.referenced
 
 
 def _tied_images(subject: _Subject) -> set[int]:
@@ -289,7 +298,7 @@ def _low_precision_line(subject: _Subject) -> CheckLine:
 
 def _replayed(subject: _Subject) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Outputs of the eager and the compiled graph with the same assignments, and these."""
-    assigns = pytree.tree_leaves([c.result for c in subject.recorded.calls_of(*MATCHES)])
+    assigns = pytree.tree_leaves([c.result for c in subject.recorded.calls_of(*CHOICES)])
     graph = replayed(subject.graph)
     eager = tensors(graph(*subject.values, *assigns))
     return eager, tensors(subject.compile(graph)(*subject.values, *assigns)), assigns

@@ -10,8 +10,15 @@ from torch import Tensor, fx
 
 from tomepass.ops.match import match
 from tomepass.ops.match_by import match_by
+from tomepass.ops.match_greedy import match_greedy
+from tomepass.ops.match_kmeans import match_kmeans
+from tomepass.ops.match_sets import match_sets, order_by
+from tomepass.ops.prune import fuse_rest, select
 
 MATCHES = (match, match_by)
+"""Operators whose answers are held against the plain reference."""
+CHOICES = (*MATCHES, match_greedy, match_kmeans, match_sets, order_by, select, fuse_rest)
+"""All operators that decide which token goes where."""
 
 
 class Call(NamedTuple):
@@ -48,16 +55,16 @@ class Recorder(fx.Interpreter):
 
 
 def replayed(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy in which every result of a match is a further input: given, not found."""
+    """A copy in which all that was decided is a further input: given, not found."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     nodes = list(module.graph.nodes)
     for node in nodes:
         if node.op == "placeholder":
             copies[node] = graph.node_copy(node)
-    for number, node in enumerate(n for n in nodes if n.target in MATCHES):
-        if node.target is match:
-            copies[node] = graph.placeholder(f"assign_{number}")
+    for number, node in enumerate(n for n in nodes if n.target in CHOICES):
+        if isinstance(node.meta["val"], Tensor):
+            copies[node] = graph.placeholder(f"chosen_{number}")
             continue
         given = [graph.placeholder(f"{name}_{number}") for name in ("assign", "stands")]
         copies[node] = given[0]

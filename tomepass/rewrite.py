@@ -18,6 +18,7 @@ from torch import fx
 from tomepass.attention import FUSED, ignores_first
 from tomepass.axis import Axis, same_shape, shape_of
 from tomepass.capture import CanonicalGraph
+from tomepass.graphs import MATCHES
 from tomepass.merges import Merges
 from tomepass.methods import MLERP
 from tomepass.ops.combine import merge_max, mlerp
@@ -62,6 +63,7 @@ class Rewritten:
         source: the name of the node that maps original tokens of the first stream to final
             ones; None if it is not traced, or nothing merges.
         matches: for each stream and block, the name of its match, None where nothing merges.
+        referenced: whether :mod:`tomepass.reference` knows all that was done.
         unmerged: where and why tokens are unmerged before a reader, for the report.
         returned: how each token sequence leaves the graph, by its name in the captured graph.
         renamed: for each node of the captured graph, the node that stands for it now.
@@ -70,6 +72,7 @@ class Rewritten:
     module: fx.GraphModule
     source: str | None
     matches: tuple[tuple[str | None, ...], ...]
+    referenced: bool
     unmerged: tuple[Mismatch, ...]
     returned: dict[str, str]
     renamed: dict[str, str]
@@ -149,6 +152,7 @@ class _Sweep:
             module,
             None if source is None else source.name,
             tuple(m.matches for m in self.streams),
+            all(_is_referenced(r) for m in self.streams for r in m.reductions),
             tuple(self.unmerged),
             self.returned,
             {old.name: new.name for old, new in self.new.items() if new in live},
@@ -581,6 +585,11 @@ class _Sweep:
             effects = node.is_impure() and node.target is not FUSED
             if unused and not effects and node is not keep:
                 self.writer.graph.erase_node(node)
+
+
+def _is_referenced(reduction: Reduction) -> bool:
+    chosen, others = reduction.chosen, (reduction.weight, reduction.size, reduction.holds)
+    return chosen is not None and chosen.target in MATCHES and others == (None, None, None)
 
 
 def _beside(side: Side) -> str:
