@@ -17,7 +17,7 @@ from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
-from tomepass.methods import Method, RLike, resolve_method
+from tomepass.methods import Method, RLike, ToMe, resolve_method
 from tomepass.planning import plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
@@ -341,7 +341,13 @@ def make_applied(
 
 
 def _analyse(model: nn.Module, method: Method, call: dict[str, Any], outputs: Outputs) -> Applied:
-    capture = capture_module(model, call)
+    return apply_capture(model, capture_module(model, call), method, outputs)
+
+
+def apply_capture(
+    model: nn.Module, capture: Capture, method: Method, outputs: Outputs = "original"
+) -> Applied:
+    """Plans and rewrites a captured model; what is refused, the report says."""
     planned = plan_graph(capture.graph, method)
     rewritten, refused = None, None
     if planned.streams:
@@ -357,6 +363,11 @@ def _analyse(model: nn.Module, method: Method, call: dict[str, Any], outputs: Ou
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_output(rewritten.module, rewritten.source)
     return Applied(capture, rewritten, source_graph, report)
+
+
+def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
+    """Inputs in the shapes :meth:`MergedModel.prepare` takes them, as a model's keyword inputs."""
+    return _rebuild(model, ToMe(0), "raise", "original").bind(inputs)
 
 
 def read_state(model: nn.Module, capture: Capture) -> list[Tensor]:

@@ -333,7 +333,7 @@ def _to_target(
 
     def plans(step: int) -> list[StreamPlan]:
         stepped = method.step(step, tokens, depth)
-        return [_stepped(p, stepped, depth) for p in planned]
+        return [stepped_plan(p, stepped, depth) for p in planned]
 
     def left(step: int) -> float:
         saved = sum(c.saved(plan) for c, plan in zip(costs, plans(step), strict=True))
@@ -350,8 +350,8 @@ def _to_target(
     return [replace(p, plan=plan) for p, plan in zip(planned, plans(step), strict=True)]
 
 
-def _stepped(planned: PlannedStream, method: Method, depth: int) -> StreamPlan:
-    """A stream's plan under a method stepped for the deepest stream."""
+def stepped_plan(planned: PlannedStream, method: Method, depth: int) -> StreamPlan:
+    """A stream's plan under a method whose counts are those of the deepest stream."""
     own, schedule = len(planned.stream.blocks), method.schedule
     if own < depth and schedule.kind == "list":
         method = method.replace(r=[int(count) for count in schedule.values[:own]])

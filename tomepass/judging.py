@@ -1,0 +1,158 @@
+"""How far a reduced model is from the model itself, on images: divergence, agreement, top-1."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+
+from tomepass.capture import capture_module
+from tomepass.costs import StreamCosts, stream_costs
+from tomepass.errors import TomeError
+from tomepass.macs import macs_by_name
+from tomepass.methods import Method, ToMe
+from tomepass.module import MergedModel, apply_capture, call_of
+from tomepass.planning import PlannedStream, plan_graph, stepped_plan
+
+
+@dataclass(frozen=True)
+class Score:
+    """How close a reduced model is to the model, over some images.
+
+    Args:
+        divergence: mean KL(unmerged || reduced) in nats where the model returns logits, else the
+            mean squared distance over the mean square of the unmerged output.
+        agreement: the share of images with the same highest logit; None without logits.
+        top1: the share of images classified right; None without labels.
+        images: how many.
+    """
+
+    divergence: float
+    agreement: float | None
+    top1: float | None
+    images: int
+
+
+@dataclass(frozen=True, eq=False)
+class Outputs:
+    """What a model answers for images, and what a reduced one makes of it, ``[images]`` each."""
+
+    divergence: Tensor
+    same: Tensor | None
+    right: Tensor | None
+
+    def score(self, images: Sequence[int] | None = None) -> Score:
+        """Over some of the images; all by default."""
+        place = slice(None) if images is None else torch.tensor(list(images), dtype=torch.int64)
+        return Score(
+            float(self.divergence[place].mean()),
+            None if self.same is None else float(self.same[place].float().mean()),
+            None if self.right is None else float(self.right[place].float().mean()),
+            len(self.divergence[place]),
+        )
+
+
+class Judge:
+    """A model and images to hold its reduced forms against. The model runs once, when made.
+
+    Args:
+        model: in eval mode.
+        batches: of inputs, each as for :meth:`MergedModel.prepare`, alike but for their length.
+        labels: ``[images]`` class indices, if they are known.
+
+    Raises:
+        TomeError: if there are no batches, the model cannot be merged, or is in training mode.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Any], labels: Tensor | None = None
+    ) -> None:
+        self.model = model.original if isinstance(model, MergedModel) else model
+        if self.model.training:
+            raise TomeError(
+                "outputs are compared, which takes eval mode", advice="call model.eval() first"
+            )
+        self.calls = [call_of(self.model, batch) for batch in batches]
+        if not self.calls:
+            raise TomeError("there are no images", advice="give at least one batch of inputs")
+        self.labels = labels
+        self.capture = capture_module(self.model, self.calls[0])
+        planned = plan_graph(self.capture.graph, ToMe(0))
+        if not planned.streams:
+            raise apply_capture(self.model, self.capture, ToMe(0)).report.refusal()
+        self.streams: tuple[PlannedStream, ...] = planned.streams
+        macs = macs_by_name(self.capture.graph)
+        self.total = sum(macs.values())
+        self.costs: list[StreamCosts] = [
+            stream_costs(self.capture.graph, stream, macs) for stream in self.streams
+        ]
+        with torch.no_grad():
+            self.unmerged = torch.cat([_read(self.model(**call))[0] for call in self.calls])
+            self.classifies = _read(self.model(**self.calls[0]))[1]
+
+    @property
+    def images(self) -> int:
+        """How many there are."""
+        return len(self.unmerged)
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deepest stream."""
+        return max(len(stream.stream.blocks) for stream in self.streams)
+
+    def share(self, method: Method) -> float:
+        """The share of the multiply-accumulates that a method leaves; nothing is run."""
+        plans = [stepped_plan(stream, method, self.depth) for stream in self.streams]
+        saved = sum(c.saved(plan) for c, plan in zip(self.costs, plans, strict=True))
+        return (self.total - saved) / self.total
+
+    def outputs(self, method: Method) -> Outputs:
+        """Runs the reduced model, eagerly, on all images.
+
+        Raises:
+            TomeError: if the method does not fit the model.
+        """
+        applied = apply_capture(self.model, self.capture, method)
+        if applied.graph is None:
+            raise applied.report.refusal()
+        with torch.no_grad():
+            reduced = torch.cat(
+                [_read(applied.run(self.model, pytree.tree_leaves(call)))[0] for call in self.calls]
+            )
+        if not self.classifies:
+            return Outputs(_distance(reduced, self.unmerged), None, None)
+        same = reduced.argmax(-1) == self.unmerged.argmax(-1)
+        right = None if self.labels is None else reduced.argmax(-1) == self.labels
+        return Outputs(_kl(self.unmerged, reduced), same, right)
+
+    def score(self, method: Method) -> Score:
+        """How close the reduced model is, over all images."""
+        return self.outputs(method).score()
+
+
+def _read(outputs: Any) -> tuple[Tensor, bool]:
+    """What stands for a model's answer, ``[B, ...]``, and whether it is logits ``[B, classes]``."""
+    logits = getattr(outputs, "logits", None)
+    if isinstance(logits, Tensor) and logits.ndim == 2:
+        return logits, True
+    leaves = pytree.tree_leaves(outputs)
+    found = [v for v in leaves if isinstance(v, Tensor) and v.is_floating_point() and v.ndim]
+    if not found:
+        raise TomeError("the model returns no floating-point tensor to compare")
+    if isinstance(outputs, Tensor) and outputs.ndim == 2:
+        return outputs, True
+    return found[0], False
+
+
+def _kl(unmerged: Tensor, reduced: Tensor) -> Tensor:
+    before, after = unmerged.double().log_softmax(-1), reduced.double().log_softmax(-1)
+    return (before.exp() * (before - after)).sum(-1)
+
+
+def _distance(reduced: Tensor, unmerged: Tensor) -> Tensor:
+    difference = (reduced.double() - unmerged.double()).square().flatten(1).mean(-1)
+    return difference / unmerged.double().square().mean()
