@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from benchmarks import (
+    accuracy,
     attention,
     breakdown,
     capture_time,
@@ -25,6 +26,7 @@ app = typer.Typer(
     help="Measure tomepass on this machine; the unmerged compiled model is always in the same run.",
 )
 app.command("throughput", cls=MultiValueCommand)(throughput.main)
+app.command("accuracy", cls=MultiValueCommand)(accuracy.main)
 app.command("latency", cls=MultiValueCommand)(latency.main)
 app.command("breakdown")(breakdown.main)
 app.command("scaling", cls=MultiValueCommand)(scaling.main)

@@ -10,7 +10,7 @@ import torch.utils._pytree as pytree
 from zoo import COUNTS, make_inputs, make_model, output_of, relative_error
 
 import tomepass
-from tomepass import MLERP, ToMe, TomeBackend, TomeError
+from tomepass import MLERP, ToMe, TomeBackend
 from tomepass.module import make_applied, read_state
 from tomepass.recorded import record, reference_lines
 
@@ -123,11 +123,21 @@ def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
     assert all(list(node.args[3]) == [] for node in nodes)
 
 
-def test_queries_are_not_read_off_an_attention_written_out() -> None:
-    model, inputs = make_model("vit_eager"), make_inputs("vit_eager")
-    for choice in ({"metric": "queries"}, {"importance": "class_attention"}):
-        with pytest.raises(TomeError, match="off a fused attention"):
-            tomepass.apply(model, ToMe(COUNTS, **choice), example_inputs=inputs)
+@pytest.mark.parametrize(
+    "choice",
+    [{"metric": "queries"}, {"metric": "values"}, {"importance": "class_attention"}],
+    ids=lambda choice: "-".join(map(str, choice.values())),
+)
+@torch.no_grad()
+def test_an_attention_written_out_is_read_like_a_fused_one(choice: dict[str, Any]) -> None:
+    fused, written = make_model("vit"), make_model("vit_eager")
+    written.load_state_dict(fused.state_dict())
+    inputs, method = make_inputs("vit"), ToMe(COUNTS, **choice)
+    ours, theirs = (
+        tomepass.apply(model, method, example_inputs=inputs)(**inputs).logits
+        for model in (written, fused)
+    )
+    assert relative_error(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize(
@@ -136,14 +146,22 @@ def test_queries_are_not_read_off_an_attention_written_out() -> None:
         ({"metric": "norm"}, "metric must be one of 'keys', .*, got 'norm'"),
         ({"similarity": "cos"}, "similarity must be one of 'cosine', .*, got 'cos'"),
         ({"combine": "mlerp"}, r"combine must be one of .*, or MLERP\(...\), got 'mlerp'"),
-        ({"partition": "kth"}, "partition must be one of"),
+        ({"partition": "third"}, "partition must be one of"),
+        ({"k": 3}, "k=3 does nothing with partition='alternating'"),
+        ({"iterations": 5}, "iterations=5 does nothing with matching='bipartite'"),
+        ({"matching": "greedy", "partition": "random"}, "partition=.*matching='greedy'"),
+        ({"matching": "kmeans", "importance": "class_attention"}, "importance=.*matching='kmeans'"),
+        ({"matching": "greedy", "similarity": "dot"}, "similarity='dot'.*matching='greedy'"),
         ({"importance": "norm"}, "importance must be one of"),
         ({"importance": "class_attention", "similarity": "dot"}, "importance=.*similarity='dot'"),
         ({"importance": "class_attention", "similarity": "softmax"}, "similarity='softmax'"),
         ({"seed": 3}, "seed=3 does nothing with partition='alternating'"),
         ({"exponent": 0.5}, "exponent=0.5 does nothing with importance='none'"),
-        ({"partition": "random", "seed": -1}, "seed must be an int from 0"),
-        ({"importance": "class_attention", "exponent": 0.0}, "exponent must be a number above 0"),
+        ({"partition": "random", "seed": -1}, "seed: expected 0 or more, got -1"),
+        (
+            {"importance": "class_attention", "exponent": 0.0},
+            r"exponent: expected a number in \(0, 100\], got 0.0",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused_by_name(fields: dict[str, Any], said: str) -> None:

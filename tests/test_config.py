@@ -149,7 +149,11 @@ def test_replace_checks_what_it_is_given() -> None:
         ({"r": -1}, ValueError, "expected 0 or more, got -1"),
         ({"r": 8.0}, TypeError, r"expected an int, got 8\.0"),
         ({"r": True}, TypeError, "expected an int, got True"),
-        ({"r": 8, "macs": 0.6}, TypeError, "give one of r, macs and speedup, got r and macs"),
+        (
+            {"r": 8, "macs": 0.6},
+            TypeError,
+            "give one of r, macs, speedup and keep_rate, got r and macs",
+        ),
         ({"macs": 0.6, "speedup": 1.5}, TypeError, "got macs and speedup"),
         ({"macs": 0}, ValueError, "above 0 and at most 1, got 0"),
         ({"macs": 1.01}, ValueError, "at most 1, got 1.01"),

@@ -112,7 +112,7 @@ def test_a_model_that_cannot_be_merged_is_refused_before_anything_is_measured(
 
 
 def test_one_of_the_three_targets_at_most() -> None:
-    with pytest.raises(TypeError, match="give one of r, macs and speedup"):
+    with pytest.raises(TypeError, match="give one of r, macs, speedup and keep_rate"):
         planned(r=8, speedup=1.5)
 
 

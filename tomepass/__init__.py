@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tomepass.backend import TomeBackend, tome_backend
+    from tomepass.calibration import Calibration, calibrate
     from tomepass.equivalence import CheckReport, check
     from tomepass.errors import TomeError
-    from tomepass.methods import MLERP, Method, ToMe
+    from tomepass.methods import MLERP, DiffRate, EViT, Method, PiToMe, Prune, SPViT, ToFu, ToMe
     from tomepass.module import MergedModel, apply, explain
     from tomepass.plans import Plan, plan
     from tomepass.report import Report
@@ -23,15 +24,23 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MLERP",
+    "Calibration",
     "CheckReport",
+    "DiffRate",
+    "EViT",
     "MergedModel",
     "Method",
+    "PiToMe",
     "Plan",
+    "Prune",
     "Report",
+    "SPViT",
+    "ToFu",
     "ToMe",
     "TomeBackend",
     "TomeError",
     "apply",
+    "calibrate",
     "check",
     "explain",
     "plan",
@@ -39,16 +48,24 @@ __all__ = [
 ]
 
 _HOME = {
-    "CheckReport": "equivalence",
     "MLERP": "methods",
+    "Calibration": "calibration",
+    "CheckReport": "equivalence",
+    "DiffRate": "methods",
+    "EViT": "methods",
     "MergedModel": "module",
     "Method": "methods",
+    "PiToMe": "methods",
     "Plan": "plans",
+    "Prune": "methods",
     "Report": "report",
+    "SPViT": "methods",
+    "ToFu": "methods",
     "ToMe": "methods",
     "TomeBackend": "backend",
     "TomeError": "errors",
     "apply": "module",
+    "calibrate": "calibration",
     "check": "equivalence",
     "explain": "module",
     "plan": "plans",

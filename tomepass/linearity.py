@@ -33,22 +33,23 @@ def block_linearity(
         a figure a block.
     """
     values = [*read_state(model, capture), *pytree.tree_leaves(call)]
+    blocks = planned.stream.blocks
+    ends = [*(block.entry for block in blocks[1:]), _next_sum(blocks[-1].merge_at)]
+    stream = _run(capture.graph.module, values, {}, [block.merge_at for block in blocks])
     found = []
-    ends = [block.entry for block in planned.stream.blocks[1:]]
-    for index, block in enumerate(planned.stream.blocks):
-        end = ends[index] if index < len(ends) else _next_sum(block.merge_at)
-        if end is None or end is block.merge_at:
+    for block, end in zip(blocks, ends, strict=True):
+        if end is None or end is block.merge_at:  # it ends where it merges
             found.append(0.0)
             continue
-        (x,) = _run(capture.graph.module, values, {}, [block.merge_at])
-        first, second = _neighbours(x)
-        results = [
-            _run(capture.graph.module, values, {block.merge_at: given}, [end])[0]
-            for given in (first, second, (first + second) / 2)
-        ]
-        ours, theirs = results[2], (results[0] + results[1]) / 2
-        update = (theirs - (first + second) / 2).norm(dim=-1)
-        found.append(float((ours - theirs).norm(dim=-1).mean() / update.mean()))
+        pair = _neighbours(stream[block.merge_at])
+        middle = (pair[0] + pair[1]) / 2
+        of_first, of_second, of_middle = (
+            _run(capture.graph.module, values, {block.merge_at: x}, [end])[end]
+            for x in (*pair, middle)
+        )
+        mean = (of_first + of_second) / 2
+        gone = (of_middle - mean).norm(dim=-1).mean()
+        found.append(float(gone / (mean - middle).norm(dim=-1).mean()))
     return tuple(found)
 
 
@@ -74,17 +75,23 @@ def _next_sum(node: fx.Node) -> fx.Node | None:
 
 def _run(
     module: fx.GraphModule, values: list[Any], given: dict[fx.Node, Tensor], wanted: list[fx.Node]
-) -> list[Tensor]:
+) -> dict[fx.Node, Tensor]:
     """Some nodes of a graph, where others are given instead of worked out."""
-
-    class Runner(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            result = given[n] if n in given else super().run_node(n)
-            if n in wanted:
-                kept[n] = result
-            return result
-
-    kept: dict[fx.Node, Tensor] = {}
+    needed: set[fx.Node] = set()
+    waiting = list(wanted)
+    while waiting:
+        node = waiting.pop()
+        if node not in needed:
+            needed.add(node)
+            waiting += [] if node in given else node.all_input_nodes
+    known: dict[fx.Node, Any] = dict(given)
+    runner = fx.Interpreter(module)
+    inputs = iter(values)
     with torch.no_grad():
-        Runner(module).run(*values)
-    return [kept[node] for node in wanted]
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                known[node] = next(inputs)
+            elif node in needed and node not in given:
+                args, kwargs = fx.node.map_arg((node.args, node.kwargs), known.__getitem__)
+                known[node] = getattr(runner, node.op)(node.target, args, kwargs)
+    return {node: known[node] for node in wanted}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,10 @@ from tomepass.module import MergedModel, explain
 from tomepass.tables import progress_bar
 
 if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
     from tomepass.backend import Inner
+    from tomepass.calibration import Calibration
 
 _ATTEMPTS = 4
 # A goal missed by rounding alone would be tried again with the same counts.
@@ -51,19 +54,21 @@ class Plan:
 
     Args:
         method: the fastest of what was tried; ``ToMe(r=0)`` where merging does not pay.
-        speedup: as measured; 1 where nothing is merged.
+        speedup: as measured; 1 where nothing is merged; None where it was not.
         why: in words.
         tried: all that was measured, in order.
         inner: the backend that compiled both forms.
         environment: versions, processor, threads.
+        calibration: what :func:`tomepass.calibrate` measured.
     """
 
     method: Method
-    speedup: float
+    speedup: float | None
     why: str
     tried: tuple[Tried, ...]
     inner: str
     environment: tuple[tuple[str, Any], ...]
+    calibration: Calibration | None = None
 
     @property
     def merges(self) -> bool:
@@ -74,6 +79,7 @@ class Plan:
         """One JSON object; :meth:`from_json` reads it back."""
         data = asdict(self) | {"environment": dict(self.environment)}
         data["method"] = self.method.to_dict()
+        data["calibration"] = self.calibration and self.calibration.to_dict()
         data["tried"] = [asdict(t) | {"method": t.method.to_dict()} for t in self.tried]
         return json.dumps(data, indent=1)
 
@@ -89,7 +95,12 @@ class Plan:
             tried = [Tried(**{**t, "method": method_from_dict(t["method"])}) for t in data["tried"]]
             method = method_from_dict(data["method"])
             where = tuple(sorted(data["environment"].items()))
-            return Plan(**{**data, "method": method, "tried": tuple(tried), "environment": where})
+            known = {"method": method, "tried": tuple(tried), "environment": where}
+            if data.get("calibration") is not None:
+                from tomepass.calibration import Calibration
+
+                known["calibration"] = Calibration.from_dict(data["calibration"])
+            return Plan(**{**data, **known})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise TomeError(
                 f"this is no plan: {error}", advice="Plan.save() writes what Plan.load() reads"
@@ -104,12 +115,21 @@ class Plan:
         """The plan in a JSON file."""
         return Plan.from_json(Path(path).read_text())
 
+    def replace(self, **changes: Any) -> Plan:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
     def __str__(self) -> str:
-        lines = [f"{self.method!r}: {self.why}"]
-        for t in self.tried:
-            spread = f"{t.speedup:.2f}x ({t.least:.2f}-{t.greatest:.2f})"
-            lines.append(f"  {spread} with {t.macs:.0%} of the MACs: {t.method!r}")
-        return "\n".join(lines)
+        from tomepass.tables import to_text
+
+        return to_text(self)
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        from tomepass.tables import plan_tables
+
+        yield from plan_tables(self)
 
 
 def plan(

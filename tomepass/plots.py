@@ -113,6 +113,31 @@ def accuracy_plot(rows: Sequence[Any], path: str | Path, title: str = "") -> Non
     save(drawn, path)
 
 
+def profile_plot(
+    linearity: Sequence[float], sensitivity: Sequence[float], alone: int, path: str | Path
+) -> None:
+    """What a calibration measured of each block: two rows of bars over the blocks.
+
+    Args:
+        linearity: 0 where a block is linear.
+        sensitivity: divergence when a block alone loses tokens.
+        alone: how many.
+        path: the PNG to write.
+    """
+    drawn, axes = figure("What each block takes")
+    twin = axes.twinx()
+    places = range(len(linearity))
+    axes.bar([i - 0.2 for i in places], linearity, 0.36, color=_DEEP, label="not linear (left)")
+    label = f"divergence if {alone} tokens go here alone (right)"
+    twin.bar([i + 0.2 for i in places], sensitivity, 0.36, color=_SOFT, label=label)
+    twin.spines[["top", "left", "bottom"]].set_visible(False)
+    twin.tick_params(colors=INK, length=0, labelsize=10)
+    axes.set_xticks(list(places))
+    axes.set_xlabel("block")
+    drawn.legend(loc="outside lower center", ncols=2, frameon=False, labelcolor=INK)
+    save(drawn, path)
+
+
 def save(drawn: Figure, path: str | Path) -> None:
     """Writes a figure as a PNG, 1216 x 672 pixels."""
     drawn.savefig(path, dpi=_DOTS)

@@ -18,6 +18,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from tomepass.equivalence import CheckReport
+    from tomepass.plans import Plan
     from tomepass.report import Report, StreamReport
     from tomepass.structure import Mismatch
 
@@ -99,6 +100,35 @@ def check_table(report: CheckReport) -> Iterator[RenderableType]:
     if not failed:
         yield Text("  All checks pass.", "green")
     yield _facts(("inputs", [report.inputs]), ("versions", [_versions()]))
+
+
+def plan_tables(plan: Plan) -> Iterator[RenderableType]:
+    """The printed form of a plan."""
+    yield Text(f"{plan.method!r}: {plan.why}")
+    for t in plan.tried:
+        spread = f"{t.speedup:.2f}x ({t.least:.2f}-{t.greatest:.2f})"
+        yield Text(f"  {spread} with {t.macs:.0%} of the MACs: {t.method!r}")
+    if (found := plan.calibration) is None:
+        return
+    counts = plan.method.counts(len(found.linearity))
+    made = table("", "block", "r", "not linear", f"divergence if {found.alone} go here alone")
+    rows = zip(counts, found.linearity, found.sensitivity, strict=True)
+    for index, (r, bent, alone) in enumerate(rows):
+        made.add_row(str(index), str(r), f"{bent:.3f}", f"{alone:.4f}")
+    yield made
+    made = table("", "images", "divergence", "same top-1", "even ToMe's divergence")
+    for name, score, even in (
+        (f"{found.tuned.images} tuned on", found.tuned, ""),
+        (f"{found.held_out.images} held out", found.held_out, f"{found.even.divergence:.4f}"),
+    ):
+        agreed = "" if score.agreement is None else f"{score.agreement:.1%}"
+        made.add_row(name, f"{score.divergence:.4f}", agreed, even)
+    yield made
+    yield _facts(
+        ("MACs", [f"{found.macs:.1%} of the unmerged ones"]),
+        ("tried", [f"{len(found.tried)} candidates, seed {found.seed}"]),
+        ("versions", [_versions()]),
+    )
 
 
 def _figure(figure: float) -> str:

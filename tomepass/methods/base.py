@@ -143,6 +143,14 @@ class Method:
             counts[place] = number // len(places) + (order < number % len(places))
         return self.replace(r=counts)
 
+    def variants(self, linearity: tuple[float, ...]) -> tuple[Method, ...]:
+        """Others of its kind that a calibration should try, the counts aside.
+
+        Args:
+            linearity: of each block, 0 where it is linear (:mod:`tomepass.linearity`).
+        """
+        return ()
+
     # ---- what all have ----------------------------------------------------------------------
 
     @property

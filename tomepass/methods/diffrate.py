@@ -53,6 +53,10 @@ class DiffRate(Method):
             return int(self.pruned * r)
         return min(r, self.pruned[index]) if index < len(self.pruned) else 0
 
+    def variants(self, linearity: tuple[float, ...]) -> tuple[Method, ...]:
+        """Other shares."""
+        return tuple(self.replace(pruned=share) for share in (0.0, 0.25, 0.5, 0.75))
+
     def reduce(self, block: Reducing) -> Reduction:
         """Prunes the tail of the order, and merges the next into the head."""
         pruned, head = self.pruned_in(block.index, block.r), block.left - len(block.protected)

@@ -36,6 +36,10 @@ class PiToMe(Method):
         """Refuses a margin that no cosine reaches."""
         self._set(margin=number("margin", self.margin, -1, 1))
 
+    def variants(self, linearity: tuple[float, ...]) -> tuple[Method, ...]:
+        """Other margins."""
+        return tuple(self.replace(margin=margin) for margin in (0.45, 0.6, 0.9))
+
     def reduce(self, block: Reducing) -> Reduction:
         """Merges between neighbours in the order of energy."""
         margin = self.margin * (1 - block.index / block.depth)

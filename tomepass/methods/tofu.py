@@ -66,6 +66,18 @@ class ToFu(Method):
             )
         return self.strategies[index]
 
+    def variants(self, linearity: tuple[float, ...]) -> tuple[Method, ...]:
+        """Pruning in the quarter, half or three quarters of the blocks that are least linear."""
+        depth = len(linearity)
+        order = sorted(range(depth), key=lambda i: -linearity[i])
+        shares = (0, depth // 4, depth // 2, 3 * depth // 4)
+        return tuple(
+            self.replace(
+                strategies=tuple("prune" if i in order[:pruning] else "merge" for i in range(depth))
+            )
+            for pruning in shares
+        )
+
     def reduce(self, block: Reducing) -> Reduction:
         """Matches as ToMe does, then drops the sources or merges them."""
         args = (block.masked_size, None, 1.0, "cosine", "alternating", 0)

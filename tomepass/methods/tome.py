@@ -163,6 +163,17 @@ class ToMe(Method):
         features: fx.Node = getattr(block, self.metric)
         return features
 
+    def variants(self, linearity: tuple[float, ...]) -> tuple[Method, ...]:
+        """The choices that made a difference: importance, exponent, metric, combination."""
+        if self.matching != "bipartite" or self.similarity not in ("cosine", "euclidean"):
+            return ()
+        found: list[dict[str, Any]] = [
+            {"importance": "class_attention", "exponent": exponent} for exponent in (0.3, 0.5, 0.7)
+        ]
+        found += [{"metric": metric} for metric in ("keys_all_heads", "hidden")]
+        found += [{"combine": MLERP()}]
+        return tuple(self.replace(**changes) for changes in found)
+
     @property
     def _plain(self) -> bool:
         """Whether tokens are matched as the paper does by default: ``tome::match``."""

@@ -1,0 +1,270 @@
+"""Every method at equal multiply-accumulates: how far from the unmerged model, and how fast.
+
+    python -m benchmarks accuracy --model DIR --images DIR --methods all --macs 0.85 0.7 0.6 0.5
+
+Calibrated methods are tuned on images that are reported on by none. A run that was broken off goes
+on where it stopped, as long as ``--out`` is the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import nn
+
+import tomepass
+from benchmarks.results import OUT, Results, cell
+from tomepass import MLERP, DiffRate, EViT, Method, PiToMe, Prune, SPViT, ToFu, ToMe
+from tomepass.benchmarking import environment, measure
+from tomepass.errors import TomeError
+from tomepass.judging import Judge
+from tomepass.loading import ImageSet, load_images, load_model
+from tomepass.plots import INK, SERIES
+from tomepass.shapes import even
+from tomepass.tables import progress_bar
+
+METHODS: dict[str, Method] = {
+    "ToMe": ToMe(),
+    "ToMe, class attention": ToMe(importance="class_attention"),
+    "ToMe, all heads": ToMe(importance="class_attention", metric="keys_all_heads"),
+    "PiToMe": PiToMe(),
+    "ToFu, halves": ToFu(),
+    "DiffRate, half pruned": DiffRate(),
+    "EViT": EViT(),
+    "SPViT": SPViT(),
+    "Prune, class attention": Prune(),
+    "Prune, random": Prune(score="random"),
+}
+CALIBRATED: dict[str, Method] = {
+    "ToMe, calibrated": ToMe(importance="class_attention"),
+    "ToFu, calibrated": ToFu(),
+    "DiffRate, calibrated": DiffRate(),
+}
+ABLATIONS: dict[str, Method] = {
+    "as in the paper": ToMe(),
+    "metric: queries": ToMe(metric="queries"),
+    "metric: values": ToMe(metric="values"),
+    "metric: hidden": ToMe(metric="hidden"),
+    "metric: keys, all heads": ToMe(metric="keys_all_heads"),
+    "similarity: euclidean": ToMe(similarity="euclidean"),
+    "similarity: dot": ToMe(similarity="dot"),
+    "similarity: softmax": ToMe(similarity="softmax"),
+    "combine: MLERP, max": ToMe(combine=MLERP("max")),
+    "combine: MLERP, mean": ToMe(combine=MLERP("mean")),
+    "combine: mean": ToMe(combine="mean"),
+    "combine: max": ToMe(combine="max"),
+    "combine: keep": ToMe(combine="keep"),
+    "partition: random": ToMe(partition="random"),
+    "partition: sequential": ToMe(partition="sequential"),
+    "partition: every 4th": ToMe(partition="kth", k=4),
+    "matching: greedy": ToMe(matching="greedy"),
+    "matching: k-means, 2": ToMe(matching="kmeans"),
+    "matching: k-means, 5": ToMe(matching="kmeans", iterations=5),
+    "importance: class attention": ToMe(importance="class_attention"),
+    "prune: class attention": Prune(),
+    "prune: random": Prune(score="random"),
+    "prop. attention off": ToMe(prop_attn=False),
+}
+_GROUPS = {"all": {**METHODS, **CALIBRATED}, "ablations": ABLATIONS}
+
+
+def main(
+    model: Annotated[str | None, typer.Option(help="A model directory. Default: digits.")] = None,
+    images: Annotated[Path | None, typer.Option(help="A folder of images.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="Their labels, as in tomepass demo.")] = None,
+    methods: Annotated[
+        list[str] | None, typer.Option(help="Names; 'all' or 'ablations'. Default all.")
+    ] = None,
+    macs: Annotated[
+        list[float] | None, typer.Option(help="Shares to keep. Default 0.85 0.7 0.6 0.5.")
+    ] = None,
+    tuned: Annotated[int, typer.Option(min=4, help="Images that calibration may see.")] = 128,
+    speed: Annotated[bool, typer.Option(help="Measure compiled images a second.")] = True,
+    batch: Annotated[int, typer.Option(min=1, help="Images a call when timing.")] = 16,
+    rounds: Annotated[int, typer.Option(min=1, help="Interleaved samples of each form.")] = 5,
+    threads: Annotated[int | None, typer.Option(min=1, help="torch.set_num_threads.")] = None,
+    name: Annotated[str, typer.Option(help="Of the files.")] = "accuracy",
+    out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
+) -> None:
+    """Print divergence, agreement, top-1 and speed of each method at equal MACs."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    subject, data, label = _load(model, images, labels)
+    order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(0))
+    tuned = min(tuned, len(order) // 2)
+    run = _Run(subject, data, order[:tuned], order[tuned:], batch, rounds, out / f"{name}.cache")
+    out.mkdir(parents=True, exist_ok=True)
+    rows = []
+    with progress_bar() as bar:
+        task = bar.add_task("", total=None)
+        for what, method in _chosen(methods or ["all"]).items():
+            for share in macs or (0.85, 0.7, 0.6, 0.5):
+                bar.update(task, description=f"{what} at {share:.0%} of the MACs")
+                found = run.row(what, method, share, speed)
+                rows += [] if found is None else [found]
+    columns: dict[str, Callable[[Any], str]] = {
+        "method": cell("method"),
+        "MACs": cell("macs", "{:.1%}"),
+        "KL": cell("KL", "{:.4f}"),
+        "agreement": cell("agreement", "{:.1%}"),
+        "top-1": lambda row: "" if row["top-1"] is None else f"{row['top-1']:.1%}",
+    }
+    if speed:
+        columns |= {
+            "images/s": cell("images/s", "{:.1f}"),
+            "speed-up": lambda r: f"{r['speed-up']:.2f}x ({r['least']:.2f}-{r['greatest']:.2f})",
+            "ideal": lambda row: f"{1 / row['macs']:.2f}x",
+        }
+    settings = {"model": label, "images": len(order) - tuned, "tuned": tuned, "batch": batch}
+    Results(
+        name=name,
+        title=f"{label}, {len(order) - tuned} images, nothing trained",
+        columns=columns,
+        rows=rows,
+        settings=settings | {"rounds": rounds},
+        plot=_plot if speed else _plot_divergence,
+    ).publish(out)
+
+
+def _load(
+    model: str | None, images: Path | None, labels: Path | None
+) -> tuple[nn.Module, ImageSet, str]:
+    if model is None:
+        from tomepass import digits
+
+        pixels, classes = digits.load_images()
+        names = tuple(f"digit {int(c)}" for c in classes)
+        return digits.load_model(), ImageSet(pixels, classes, names), "digits"
+    if images is None:
+        raise TomeError("--model and --images belong together: give both or neither")
+    subject = load_model(model)
+    found = images / "labels.tsv"
+    labels = labels or (found if found.exists() else None)
+    return subject, load_images(subject, model, images, labels), Path(model).name
+
+
+def _chosen(names: Sequence[str]) -> dict[str, Method]:
+    every = {name: method for group in _GROUPS.values() for name, method in group.items()}
+    chosen: dict[str, Method] = {}
+    for name in names:
+        if name not in _GROUPS and name not in every:
+            known = ", ".join([*_GROUPS, *every])
+            raise TomeError(f"no method {name!r}; known: {known}")
+        chosen |= _GROUPS.get(name) or {name: every[name]}
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A model, the images it is tuned and judged on, and a file of what is known already."""
+
+    model: nn.Module
+    data: ImageSet
+    tuned: torch.Tensor
+    seen: torch.Tensor
+    batch: int
+    rounds: int
+    cache: Path
+
+    def row(self, name: str, method: Method, macs: float, speed: bool) -> dict[str, Any] | None:
+        """What one method does at one share of the MACs; None where it cannot reach it."""
+        known = json.loads(self.cache.read_text()) if self.cache.exists() else {}
+        key = f"{name}|{macs}|{speed}|{environment()['cpu']}"
+        if key not in known:
+            known[key] = self._measured(name, method, macs, speed)
+            self.cache.parent.mkdir(parents=True, exist_ok=True)
+            self.cache.write_text(json.dumps(known, indent=1))
+        found: dict[str, Any] | None = known[key]
+        return found
+
+    def _measured(self, name: str, method: Method, macs: float, speed: bool) -> Any:
+        judge = _judge(self)
+        try:
+            if name in CALIBRATED:
+                method = tomepass.calibrate(
+                    self.model,
+                    torch.split(self.data.pixel_values[self.tuned], 64),
+                    macs=macs,
+                    methods=method,
+                    cache=self.cache.with_suffix(".calibration"),
+                    progress=False,
+                ).method
+            else:
+                method = even(method, macs, judge.share, judge.streams[0].plan.tokens, judge.depth)
+        except TomeError:
+            return None
+        score = judge.score(method)
+        row = {
+            "method": name,
+            "asked": macs,
+            "macs": judge.share(method),
+            "KL": score.divergence,
+            "agreement": score.agreement,
+            "top-1": score.top1,
+            "exactly": method.to_dict(),
+        }
+        return row | self._speed(method) if speed else row
+
+    def _speed(self, method: Method) -> dict[str, float]:
+        inputs = self.data.pixel_values[: self.batch]
+        found = measure(self.model, inputs, method, rounds=self.rounds)
+        unmerged = 1000 / found.original.milliseconds.median
+        return {
+            "images/s": unmerged * found.ratio.median,
+            "unmerged images/s": unmerged,
+            "speed-up": found.ratio.median,
+            "least": found.ratio.low,
+            "greatest": found.ratio.high,
+        }
+
+
+_JUDGES: dict[int, Judge] = {}
+
+
+def _judge(run: _Run) -> Judge:
+    if id(run.model) not in _JUDGES:
+        batches = torch.split(run.data.pixel_values[run.seen], 64)
+        labels = None if run.data.labels is None else run.data.labels[run.seen]
+        _JUDGES[id(run.model)] = Judge(run.model, batches, labels)
+    return _JUDGES[id(run.model)]
+
+
+def _plot(axes: Any, rows: Sequence[Any]) -> None:
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    for index, name in enumerate(names):
+        mine = [row for row in rows if row["method"] == name]
+        axes.plot(
+            [row["images/s"] for row in mine],
+            [100 * row["agreement"] for row in mine],
+            color=SERIES[index % len(SERIES)],
+            linestyle=("-", "--", ":")[index // len(SERIES)],
+            marker="o",
+            markersize=4,
+            linewidth=1.6,
+            label=name,
+        )
+    axes.set_xlabel("compiled images per second")
+    axes.set_ylabel("agreement with unmerged (%)")
+    axes.figure.legend(loc="outside right upper", frameon=False, labelcolor=INK, fontsize=8.5)
+
+
+def _plot_divergence(axes: Any, rows: Sequence[Any]) -> None:
+    names = list(dict.fromkeys(row["method"] for row in rows))
+    shares = list(dict.fromkeys(row["asked"] for row in rows))
+    height = 0.8 / len(shares)
+    for index, share in enumerate(shares):
+        mine = {row["method"]: row["KL"] for row in rows if row["asked"] == share}
+        places = [i + (index - (len(shares) - 1) / 2) * height for i in range(len(names))]
+        values = [mine.get(name, 0.0) for name in names]
+        axes.barh(places, values, 0.9 * height, color=SERIES[index], label=f"{share:.0%} of MACs")
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.grid(axis="x")
+    axes.set_xlabel("KL(unmerged || reduced)")
+    axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)

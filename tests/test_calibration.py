@@ -1,0 +1,190 @@
+"""Calibration finds gentler schedules, the same each time, without labels."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from zoo import make_inputs, make_vit
+
+import tomepass
+from tomepass import DiffRate, Plan, ToFu, ToMe, TomeBackend, TomeError, calibration
+from tomepass.capture import capture_module
+from tomepass.linearity import block_linearity
+from tomepass.methods import method_from_dict
+from tomepass.planning import plan_graph
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_vit(num_hidden_layers=4)
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Any]:
+    return list(make_inputs("vit", 16)["pixel_values"].split(8))
+
+
+@pytest.fixture(scope="module")
+def plan(model: Any, batches: list[Any], tmp_path_factory: pytest.TempPathFactory) -> Plan:
+    cache = tmp_path_factory.mktemp("calibration") / "cache.json"
+    return tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
+
+
+def test_the_plan_keeps_its_goal_and_beats_even_counts_where_it_was_tuned(plan: Plan) -> None:
+    found = plan.calibration
+    assert found is not None
+    assert 0.59 < found.macs <= 0.6
+    assert found.tuned.divergence == min(t.divergence for t in found.tried)
+    assert (found.tuned.images, found.held_out.images) == (12, 4)
+    assert all(0.59 < t.macs <= 0.6 for t in found.tried)
+    even = [t for t in found.tried if t.method.schedule.values == _even_counts(plan)]
+    assert all(found.tuned.divergence <= t.divergence for t in even)
+    assert plan.speedup is None
+
+
+def _even_counts(plan: Plan) -> tuple[int, ...]:
+    counts = plan.method.schedule.values
+    return (counts[0],) * len(counts)  # type: ignore[return-value]
+
+
+def test_profile_and_sensitivity_have_a_figure_a_block(plan: Plan, tmp_path: Path) -> None:
+    found = plan.calibration
+    assert found is not None
+    depth = len(plan.method.schedule.values)
+    assert len(found.linearity) == len(found.sensitivity) == depth
+    assert all(bent > 0 for bent in found.linearity)
+    assert all(s >= 0 for s in found.sensitivity)
+    found.plot(tmp_path / "profile.png")
+    assert (tmp_path / "profile.png").stat().st_size > 10_000
+
+
+def test_it_prints_saves_and_is_taken_by_every_door(
+    plan: Plan, model: Any, batches: list[Any], tmp_path: Path
+) -> None:
+    text = str(plan)
+    assert "held out" in text
+    assert "not linear" in text
+    plan.save(tmp_path / "plan.json")
+    again = Plan.load(tmp_path / "plan.json")
+    assert again == plan
+    merged = tomepass.apply(model, plan)
+    assert merged.method == plan.method
+    assert tomepass.explain(model, again).method == plan.method
+    assert TomeBackend(plan) == TomeBackend(plan.method)
+    assert hash(TomeBackend(plan)) == hash(TomeBackend(plan.method))
+
+
+def test_the_same_seed_finds_the_same_and_a_cache_measures_nothing_again(
+    plan: Plan, model: Any, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache.json"
+    first = tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
+    assert first == plan
+    monkeypatch.setattr(calibration, "block_linearity", _not_again)
+    monkeypatch.setattr(calibration.Judge, "outputs", _not_again)
+    assert tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False) == plan
+    with pytest.raises(AssertionError, match="again"):
+        tomepass.calibrate(model, batches, macs=0.7, cache=cache, progress=False)
+
+
+def _not_again(*_: Any) -> None:
+    raise AssertionError("measured again")
+
+
+def test_a_cache_of_other_images_is_refused(model: Any, batches: list[Any], tmp_path: Path) -> None:
+    cache = tmp_path / "cache.json"
+    cache.write_text(json.dumps({"outputs": "others", "known": {}}))
+    with pytest.raises(TomeError, match="another model or other images"):
+        tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
+
+
+def test_tofu_s_strategies_follow_the_measured_profile(model: Any, batches: list[Any]) -> None:
+    plan = tomepass.calibrate(model, batches, macs=0.7, methods=ToFu(), progress=False)
+    found = plan.calibration
+    assert found is not None
+    order = sorted(range(len(found.linearity)), key=lambda i: -found.linearity[i])
+    measured = [t.method for t in found.tried if t.method.strategies != "halves"]
+    assert measured
+    for method in measured:
+        pruning = {i for i, s in enumerate(method.strategies) if s == "prune"}
+        assert pruning == set(order[: len(pruning)])
+
+
+def test_diffrate_searches_its_shares(model: Any, batches: list[Any]) -> None:
+    plan = tomepass.calibrate(model, batches, macs=0.7, methods=[DiffRate()], progress=False)
+    assert plan.calibration is not None
+    assert {t.method.pruned for t in plan.calibration.tried} >= {0.0, 0.25, 0.5, 0.75}
+    assert method_from_dict(plan.method.to_dict()) == plan.method
+
+
+class Squares(torch.nn.Module):
+    """Attention whose MLP is linear in one block and a square in the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = torch.nn.ModuleList(torch.nn.LayerNorm(8) for _ in range(2))
+        self.qkv = torch.nn.ModuleList(torch.nn.Linear(8, 24) for _ in range(2))
+        self.embed = torch.nn.Linear(4, 8)
+        self.head = torch.nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        for index, (norm, qkv) in enumerate(zip(self.norms, self.qkv, strict=True)):
+            q, k, v = qkv(norm(x))[:, None].chunk(3, dim=-1)
+            x = x + torch.nn.functional.scaled_dot_product_attention(q, k, v)[:, 0]
+            x = x + (0.5 * x if index == 0 else x.square())
+        return self.head(x.mean(1))
+
+
+def test_a_linear_block_measures_0_and_a_square_one_does_not() -> None:
+    torch.manual_seed(0)
+    model, x = Squares().eval(), torch.randn(2, 12, 4)
+    capture = capture_module(model, {"x": x})
+    (stream,) = plan_graph(capture.graph, ToMe(0)).streams
+    first, second = block_linearity(model, capture, stream, {"x": x})
+    assert first < 1e-5
+    assert second > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("goal", "kind", "said"),
+    [
+        ({}, TypeError, "give the goal"),
+        ({"macs": 0.6, "speedup": 1.5}, TypeError, "give one of"),
+        ({"macs": 1.5}, ValueError, "above 0 and at most 1"),
+        ({"macs": 0.6, "held_out": 1.0}, ValueError, "held_out"),
+        ({"macs": 0.6, "methods": ["tome"]}, TypeError, "methods must be"),
+        ({"macs": 0.02}, TomeError, "cannot leave 0.02"),
+    ],
+)
+def test_wrong_goals_are_refused(
+    model: Any, batches: list[Any], goal: Any, kind: type[Exception], said: str
+) -> None:
+    with pytest.raises(kind, match=said):
+        tomepass.calibrate(model, batches, progress=False, **goal)
+
+
+def test_too_few_images_are_refused(model: Any, batches: list[Any]) -> None:
+    with pytest.raises(TomeError, match="3 images are too few"):
+        tomepass.calibrate(model, [batches[0][:3]], macs=0.6, progress=False)
+
+
+def test_a_speedup_is_measured_and_what_is_missed_is_said(
+    model: Any, batches: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def measured(_: Any, __: Any, method: Any, **options: Any) -> Any:
+        asked.append(method)
+        ratio = type("Ratio", (), {"median": 1.1 + 0.1 * len(asked)})
+        return type("Measured", (), {"ratio": ratio})
+
+    monkeypatch.setattr(calibration, "measure", measured)
+    plan = tomepass.calibrate(model, batches, speedup=1.25, methods=ToFu(), progress=False)
+    assert plan.speedup == pytest.approx(1.3)
+    assert len(asked) == 2
+    assert plan.why.startswith("1.30x measured")

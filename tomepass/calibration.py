@@ -1,0 +1,355 @@
+"""Calibration: which method, and how many tokens in which block, on a few images without labels."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tomepass.benchmarking import environment, inner_name, measure
+from tomepass.errors import TomeError
+from tomepass.judging import Judge, Outputs, Score
+from tomepass.linearity import block_linearity
+from tomepass.methods import Method, ToMe, method_from_dict
+from tomepass.plans import Plan
+from tomepass.shapes import Shape, even, fitted
+from tomepass.tables import progress_bar
+
+if TYPE_CHECKING:
+    from tomepass.backend import Inner
+
+_ATTEMPTS = 4
+_PROFILED = 32  # images that the linearity is measured on
+_SHAPES = (
+    Shape(),
+    Shape(start=1, power=0.5),
+    Shape(start=2, ramp=True, power=1.0, last="most"),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One method that was tried.
+
+    Args:
+        method: with its counts.
+        macs: the share of the multiply-accumulates it leaves.
+        divergence: on the images it was tuned on.
+    """
+
+    method: Method
+    macs: float
+    divergence: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What :func:`calibrate` measured.
+
+    Args:
+        macs: the share of the multiply-accumulates that the chosen method leaves.
+        tuned: the chosen method, on the images it was chosen by.
+        held_out: the same on images that had no say.
+        even: ``ToMe`` with even counts at the same MACs, on the images held out.
+        linearity: of each block, 0 linear (ToFu, arXiv 2312.01026).
+        sensitivity: the divergence when that block alone loses ``alone`` tokens.
+        alone: tokens.
+        tried: every candidate, in order.
+        seed: of the choice of images held out.
+    """
+
+    macs: float
+    tuned: Score
+    held_out: Score
+    even: Score
+    linearity: tuple[float, ...]
+    sensitivity: tuple[float, ...]
+    alone: int
+    tried: tuple[Candidate, ...]
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        tried = [asdict(t) | {"method": t.method.to_dict()} for t in self.tried]
+        return asdict(self) | {"tried": tried}
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Calibration:
+        """What :meth:`to_dict` wrote."""
+        scores = {name: Score(**data[name]) for name in ("tuned", "held_out", "even")}
+        lists = {name: tuple(data[name]) for name in ("linearity", "sensitivity")}
+        tried = [Candidate(**{**t, "method": method_from_dict(t["method"])}) for t in data["tried"]]
+        return Calibration(**{**data, **scores, **lists, "tried": tuple(tried)})
+
+    def plot(self, path: str | Path) -> None:
+        """Draws linearity and sensitivity, a bar a block, into a PNG."""
+        from tomepass.plots import profile_plot
+
+        profile_plot(self.linearity, self.sensitivity, self.alone, path)
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    macs: float | None = None,
+    speedup: float | None = None,
+    methods: Method | Sequence[Method] | None = None,
+    held_out: float = 0.25,
+    seed: int = 0,
+    cache: str | Path | None = None,
+    inner: Inner = "inductor",
+    inner_options: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Plan:
+    """Finds the method and the counts a block that change a model's outputs least, untrained.
+
+    On some of the images it measures how linear each block is and how much the output suffers
+    when one block alone loses tokens; then it tries shapes of the schedule and the variants of the
+    methods, all at the same multiply-accumulates, and keeps what diverges least. Labels are not
+    needed. The images held out have no say; the plan reports what they say.
+
+    Args:
+        model: in eval mode; or an applied one.
+        batches: of inputs as they will come, 128 images or so in all. They are read once.
+        macs: the share of the unmerged multiply-accumulates to keep, as in 0.6.
+        speedup: instead: the measured ratio to reach, compiled, on the first batch.
+        methods: one or more to choose from; by default ToMe and its variants.
+        held_out: the share of the images that have no say.
+        seed: of the choice of these.
+        cache: a JSON file that keeps what was measured, so that a run that was broken off goes on.
+        inner: the backend that compiles, with ``speedup``.
+        inner_options: its options.
+        progress: show a bar on standard error.
+
+    Returns:
+        a plan with a :class:`Calibration`; ``apply``, ``explain`` and ``TomeBackend`` take it.
+
+    Raises:
+        TypeError: if not one of macs and speedup is given.
+        ValueError: if they, or ``held_out``, are out of range.
+        TomeError: if the model cannot be merged, the goal cannot be reached, or there are fewer
+            than four images.
+    """
+    goal = ToMe(macs=macs, speedup=speedup).schedule.macs
+    if goal is None:
+        raise TypeError("give the goal: macs=0.6 or speedup=1.5")
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
+    judge = Judge(model, batches)
+    asked = _asked(methods)
+    with progress_bar(progress) as bar:
+        task = bar.add_task("calibrating", total=None)
+
+        def say(text: str) -> None:
+            bar.update(task, description=text)
+
+        search = _Search(judge, held_out, seed, cache, say)
+        if speedup is None:
+            return search.run(goal, asked)
+        return _until_measured(search, float(speedup), asked, inner, inner_options or {})
+
+
+def _asked(methods: Method | Sequence[Method] | None) -> tuple[Method, ...]:
+    if methods is None:
+        return (ToMe(importance="class_attention"),)
+    found = (methods,) if isinstance(methods, Method) else tuple(methods)
+    if not found or not all(isinstance(method, Method) for method in found):
+        raise TypeError(f"methods must be one or more tomepass methods, got {methods!r}")
+    return found
+
+
+class _Search:
+    """Candidates held against the tuning images, each once."""
+
+    def __init__(
+        self,
+        judge: Judge,
+        held_out: float,
+        seed: int,
+        cache: str | Path | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.judge, self.seed, self.say = judge, seed, say
+        order = torch.randperm(judge.images, generator=torch.Generator().manual_seed(seed))
+        kept = max(1, round(judge.images * held_out))
+        if judge.images < 4 or kept >= judge.images:
+            raise TomeError(
+                f"{judge.images} images are too few to calibrate on and hold some out",
+                advice="give at least four; 128 are enough",
+            )
+        self.held, self.tuned = order[:kept].tolist(), order[kept:].tolist()
+        self.memory = _Memory(judge, cache)
+        stream = max(judge.streams, key=lambda s: len(s.stream.blocks))
+        self.stream, self.depth = stream, judge.depth
+        self.tokens, self.protected = stream.plan.tokens, len(stream.plan.protected)
+
+    def divergence(self, method: Method) -> float:
+        """On the tuning images."""
+        self.say(f"trying {method!r}")
+        return self.memory.outputs(method).score(self.tuned).divergence
+
+    def run(self, macs: float, asked: Sequence[Method]) -> Plan:
+        """The whole search at one share of the multiply-accumulates."""
+        self.say("measuring how linear each block is")
+        linearity = self.memory.linearity(self.stream)
+        alone = max(1, (self.tokens - self.protected) // 8)
+        sensitivity = tuple(self._alone(asked[0], index, alone) for index in range(self.depth))
+        tried: dict[Method, float] = {}
+        for method in asked:
+            self._search(method, macs, linearity, tried)
+        if not tried:
+            even(asked[0], macs, self.judge.share, self.tokens, self.depth)  # says why
+            raise TomeError(f"no schedule leaves {macs} of the multiply-accumulates")
+        chosen = min(tried, key=lambda m: tried[m])
+        plain = even(ToMe(), macs, self.judge.share, self.tokens, self.depth)
+        found = self.memory.outputs(chosen)
+        calibration = Calibration(
+            macs=self.judge.share(chosen),
+            tuned=found.score(self.tuned),
+            held_out=found.score(self.held),
+            even=self.memory.outputs(plain).score(self.held),
+            linearity=linearity,
+            sensitivity=sensitivity,
+            alone=alone,
+            tried=tuple(Candidate(m, self.judge.share(m), d) for m, d in tried.items()),
+            seed=self.seed,
+        )
+        return Plan(chosen, None, _why(calibration), (), "", _where(), calibration)
+
+    def _alone(self, method: Method, index: int, r: int) -> float:
+        counts = [0] * self.depth
+        counts[index] = r
+        return self.divergence(method.replace(r=counts))
+
+    def _search(
+        self, method: Method, macs: float, linearity: tuple[float, ...], tried: dict[Method, float]
+    ) -> None:
+        """Shapes for the method, then its variants in the best one, then its neighbours."""
+
+        def attempt(candidate: Method, shape: Shape) -> float:
+            share = self.judge.share
+            of_shape = (macs, share, self.tokens, self.protected, self.depth)
+            counted = fitted(shape, candidate, *of_shape)
+            if counted is None:
+                return float("inf")
+            if counted not in tried:
+                tried[counted] = self.divergence(counted)
+            return tried[counted]
+
+        shape = min(_SHAPES, key=lambda s: attempt(method, s))
+        shape = self._walked(method, shape, attempt)
+        best = method
+        while True:
+            variants = (best, *best.variants(linearity))
+            better = min(variants, key=lambda v: attempt(v, shape))
+            if better == best:
+                break
+            best = better
+        if best != method:
+            self._walked(best, shape, attempt)
+
+    def _walked(
+        self, method: Method, shape: Shape, attempt: Callable[[Method, Shape], float]
+    ) -> Shape:
+        """Downhill from shape to shape."""
+        while True:
+            nearby = min(shape.neighbours(self.depth), key=lambda s: attempt(method, s))
+            if attempt(method, nearby) >= attempt(method, shape):
+                return shape
+            shape = nearby
+
+
+class _Memory:
+    """What was measured, in memory and, if asked for, in a file."""
+
+    def __init__(self, judge: Judge, path: str | Path | None) -> None:
+        self.judge = judge
+        self.path = None if path is None else Path(path)
+        digest = hashlib.sha256(judge.unmerged.double().numpy(force=True).tobytes())
+        self.key = digest.hexdigest()
+        self.known: dict[str, Any] = {}
+        if self.path is not None and self.path.exists():
+            stored = json.loads(self.path.read_text())
+            if stored.get("outputs") != self.key:
+                raise TomeError(
+                    f"{self.path} holds measurements of another model or other images",
+                    advice="give another file, or remove it",
+                )
+            self.known = stored["known"]
+
+    def outputs(self, method: Method) -> Outputs:
+        """A method on all images."""
+        name = method.to_json()
+        if name not in self.known:
+            found = self.judge.outputs(method)
+            same = None if found.same is None else found.same.tolist()
+            self._keep(name, [found.divergence.tolist(), same])
+        divergence, same = self.known[name]
+        agreed = None if same is None else torch.tensor(same)
+        return Outputs(torch.tensor(divergence, dtype=torch.float64), agreed, None)
+
+    def linearity(self, stream: Any) -> tuple[float, ...]:
+        """Of the blocks, on some images of the first batch."""
+        if "linearity" not in self.known:
+            call = {
+                name: value[:_PROFILED] if isinstance(value, torch.Tensor) and value.ndim else value
+                for name, value in self.judge.calls[0].items()
+            }
+            found = block_linearity(self.judge.model, self.judge.capture, stream, call)
+            self._keep("linearity", list(found))
+        return tuple(self.known["linearity"])
+
+    def _keep(self, name: str, value: Any) -> None:
+        self.known[name] = value
+        if self.path is not None:
+            self.path.write_text(json.dumps({"outputs": self.key, "known": self.known}))
+
+
+def _until_measured(
+    search: _Search,
+    speedup: float,
+    asked: Sequence[Method],
+    inner: Inner,
+    options: Mapping[str, Any],
+) -> Plan:
+    """Calibrates at fewer and fewer MACs until the speed-up is measured."""
+    ideal = speedup
+    plan = None
+    for _ in range(_ATTEMPTS):
+        try:
+            plan = search.run(1 / ideal, asked)
+        except TomeError:
+            if plan is None:
+                raise
+            break
+        search.say(f"measuring {plan.method!r}")
+        judge = search.judge
+        found = measure(
+            judge.model, judge.calls[0], plan.method, inner=inner, inner_options=options, rounds=5
+        )
+        ratio = found.ratio.median
+        why = f"{ratio:.2f}x measured; {plan.why}"
+        plan = plan.replace(speedup=ratio, why=why, inner=inner_name(inner))
+        if ratio >= speedup:
+            return plan
+        ideal *= max(speedup / ratio, 1.0) * 1.01
+    assert plan is not None
+    return plan.replace(why=f"{plan.why}; {speedup:g}x was asked for and not reached")
+
+
+def _why(found: Calibration) -> str:
+    return (
+        f"{found.macs:.1%} of the multiply-accumulates; divergence {found.held_out.divergence:.4f} "
+        f"on {found.held_out.images} images held out, {found.even.divergence:.4f} with even counts"
+    )
+
+
+def _where() -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(environment().items()))

@@ -1,0 +1,120 @@
+"""Where the counts of a schedule go: a few shapes, each scaled to a share of the MACs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from tomepass.errors import TomeError
+from tomepass.methods import Method
+
+Share = Callable[[Method], float]
+_STEPS = 40  # of a bisection: far below one token
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the tokens that go are spread over the blocks.
+
+    Block i loses tokens in proportion to ``N_i ** power``, N_i its unprotected tokens.
+
+    Args:
+        start: blocks at the front that lose none.
+        ramp: whether the first block that loses some loses half.
+        power: 0 spreads evenly, 1 takes the same share of what is left each time.
+        last: what the last block loses: ``"same"`` as its place says, ``"none"``, or the ``"most"``
+            the method can: what reads the class token alone never sees its other tokens again.
+    """
+
+    start: int = 0
+    ramp: bool = False
+    power: float = 0.0
+    last: str = "same"
+
+    def neighbours(self, depth: int) -> list[Shape]:
+        """Shapes one step away, in a fixed order."""
+        found = [replace(self, last=last) for last in ("same", "none", "most")]
+        found += [replace(self, ramp=not self.ramp)]
+        found += [replace(self, start=self.start + step) for step in (-1, 1)]
+        found += [replace(self, power=self.power + step) for step in (-0.25, 0.25)]
+        return [s for s in found if s != self and 0 <= s.start < depth - 1 and 0 <= s.power <= 2]
+
+    def counts(self, scale: float, method: Method, tokens: int, held: int, depth: int) -> list[int]:
+        """Tokens each block loses; ``scale`` is the share that the first of them loses."""
+        free, counts = tokens - held, []
+        whole = free
+        for index in range(depth):
+            most = method.most(held + free, tuple(range(held)))
+            part = 0.5 if self.ramp and index == self.start else 1.0
+            r = round(part * scale * whole * (free / whole) ** self.power)
+            if index < self.start or (index == depth - 1 and self.last == "none"):
+                r = 0
+            elif index == depth - 1 and self.last == "most":
+                r = most
+            counts.append(min(r, most))
+            free -= counts[-1]
+        return counts
+
+
+def fitted(
+    shape: Shape, method: Method, macs: float, share: Share, tokens: int, held: int, depth: int
+) -> Method | None:
+    """A method with counts in a shape, at the most multiply-accumulates that are allowed.
+
+    Args:
+        macs: the share of the unmerged ones.
+        share: what a method leaves of them.
+        tokens: entering the stream.
+        held: protected ones among them.
+
+    Returns:
+        None where the shape cannot save so much.
+    """
+
+    def at(scale: float) -> Method:
+        return method.replace(r=shape.counts(scale, method, tokens, held, depth))
+
+    low, high = 0.0, 1.0
+    if share(at(high)) > macs:
+        return None
+    for _ in range(_STEPS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if share(at(middle)) <= macs else (middle, high)
+    return _filled(at(high), macs, share)
+
+
+def _filled(method: Method, macs: float, share: Share) -> Method:
+    """Gives tokens back, block by block, as long as the goal is kept."""
+    counts = [int(count) for count in method.schedule.values]
+    for index in range(len(counts)):
+        while counts[index]:
+            fewer = [*counts[:index], counts[index] - 1, *counts[index + 1 :]]
+            if share(method.replace(r=fewer)) > macs:
+                break
+            counts = fewer
+    return method.replace(r=counts)
+
+
+def even(method: Method, macs: float, share: Share, tokens: int, depth: int) -> Method:
+    """A method with its own spread of counts, at the most MACs that are allowed.
+
+    Raises:
+        TomeError: if all it can do is not enough.
+    """
+    low, high = 0, tokens * depth
+    if share(method.step(high, tokens, depth)) > macs:
+        raise TomeError(
+            f"{type(method).__name__} cannot leave {macs} of the multiply-accumulates",
+            advice=f"ask for {share(method.step(high, tokens, depth)):.3f} or more",
+        )
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (
+            (low, middle)
+            if share(method.step(middle, tokens, depth)) <= macs
+            else (
+                middle + 1,
+                high,
+            )
+        )
+    return method.step(high, tokens, depth)
