@@ -70,6 +70,12 @@ class _Settings:
         if not isinstance(self.inner, str) and not callable(self.inner):
             raise TypeError(f"inner must be a backend's name or a callable, got {self.inner!r}")
         check_choices(self.on_unmatched, self.outputs)
+        if self.method is not None and self.method.adaptive is not False:
+            raise TomeError(
+                "adaptive is not available under torch.compile's backend: images of one batch go "
+                "to different graphs",
+                advice="use tomepass.apply(model, method, example_inputs=images) and its compile()",
+            )
         if self.method is not None and self.method.trace_source:
             raise TomeError(
                 "trace_source is not available under torch.compile's backend: a compiled model "

@@ -39,7 +39,7 @@ def apply(
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
-) -> MergedModel:
+) -> Any:
     """A module that computes what ``model`` computes, with redundant tokens merged.
 
     The model itself is not changed; its parameters are shared, as with ``torch.compile``.
@@ -55,6 +55,10 @@ def apply(
         outputs: ``"original"`` returns token sequences unmerged, at their original length;
             ``"merged"`` returns the short ones.
 
+    Returns:
+        a :class:`MergedModel`; an :class:`tomepass.adaptive.AdaptiveModel` where the method is
+        adaptive.
+
     Raises:
         TomeError: if the model cannot be merged exactly, with block, node, source line, reason.
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
@@ -67,6 +71,10 @@ def apply(
             advice="apply tomepass to the original model",
         )
     _check_model(model)
+    if method.adaptive is not False:
+        from tomepass.adaptive import make_adaptive
+
+        return make_adaptive(model, method, example_inputs, on_unmatched, outputs)
     merged = _rebuild(model, method, on_unmatched, outputs)
     if example_inputs is not None:
         merged.prepare(example_inputs)

@@ -9,7 +9,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from tomepass.counts import StreamPlan, plan_counts
-from tomepass.methods.fields import flag, positions, whole
+from tomepass.methods.fields import flag, number, positions, whole
 from tomepass.schedule import (
     TARGETS,
     Schedule,
@@ -49,6 +49,8 @@ class Method:
         protected: positions never reduced. None reads them off the graph: the tokens that do
             not come from the input (class, distillation and register tokens).
         trace_source: keep the map from every original token to its final one.
+        adaptive: give every image one of a few budgets by how redundant it is: True measures the
+            thresholds on the ``example_inputs`` of ``apply``, a tuple gives them.
         multiple_of: after the first reduction, the counts of tokens left are rounded down to
             multiples of this, at equal or fewer multiply-accumulates: matrix units take 16.
 
@@ -77,6 +79,7 @@ class Method:
     protected: tuple[int, ...] | None = None
     trace_source: bool = False
     multiple_of: int = 1
+    adaptive: bool | tuple[float, ...] = False
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,6 +97,7 @@ class Method:
             protected=positions("protected", self.protected),
             trace_source=flag("trace_source", self.trace_source),
             multiple_of=whole("multiple_of", self.multiple_of, least=1),
+            adaptive=_adaptive(self.adaptive, self.trace_source),
         )
         self.check()
 
@@ -250,6 +254,22 @@ def _schedule(given: dict[str, Any], standard: Schedule) -> Schedule:
     if not names:
         return standard
     return parse_schedule(given["r"]) if names == ["r"] else parse_target(names[0], given[names[0]])
+
+
+def _adaptive(value: Any, trace_source: bool) -> bool | tuple[float, ...]:
+    if value is not False and trace_source:
+        raise ValueError(
+            "trace_source=True and adaptive=... make no sense together: images of one batch have "
+            "different sequences"
+        )
+    if isinstance(value, bool):
+        return value
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"adaptive must be True, False or thresholds, got {value!r}")
+    limits = tuple(number("adaptive", limit, -1, 1) for limit in value)
+    if len(limits) != 2 or limits[0] > limits[1]:
+        raise ValueError(f"adaptive takes two rising thresholds, got {value!r}")
+    return limits
 
 
 def _to_json(value: Any) -> Any:

@@ -1,0 +1,111 @@
+"""A budget for each image, by how redundant it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from zoo import make_inputs, make_vit, relative_error
+
+import tomepass
+from tomepass import EViT, Prune, ToMe, TomeBackend, TomeError
+from tomepass.adaptive import BUDGETS, AdaptiveModel, redundancy
+from tomepass.methods import Method, method_from_dict
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    """Twelve images, each smoother than the one before."""
+    pixels = make_inputs("vit", 12)["pixel_values"]
+    smooth = pixels.mean((2, 3), keepdim=True)
+    weight = torch.linspace(0, 0.9, 12).view(-1, 1, 1, 1)
+    return pixels * (1 - weight) + smooth * weight
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return make_vit()
+
+
+@pytest.fixture(scope="module")
+def adaptive(model: Any, images: Tensor) -> AdaptiveModel:
+    return tomepass.apply(model, ToMe(10, adaptive=True), example_inputs=images)
+
+
+def test_redundancy_is_the_mean_cosine_with_the_nearest_other() -> None:
+    x = torch.tensor([[[9.0, 9], [1, 0], [1, 1], [0, 2]]])
+    near = 2**-0.5
+    assert redundancy(x, (0,)) == pytest.approx((near + near + near) / 3)
+
+
+@torch.no_grad()
+def test_images_are_split_evenly_and_keep_their_order(
+    adaptive: AdaptiveModel, model: Any, images: Tensor
+) -> None:
+    routes = adaptive.routes(images)
+    assert torch.bincount(routes).tolist() == [4, 4, 4]
+    shuffled = torch.randperm(12, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(adaptive.routes(images[shuffled]), routes[shuffled])
+    ours = adaptive(images[shuffled]).logits
+    for number, budget in enumerate(adaptive.budgets):
+        mine = routes[shuffled] == number
+        alone = budget(images[shuffled][mine]).logits
+        assert relative_error(ours[mine], alone) < 1e-5
+
+
+@torch.no_grad()
+def test_the_budgets_are_shares_of_the_counts(adaptive: AdaptiveModel, images: Tensor) -> None:
+    counts = [
+        [block.r for block in budget.captured(images).report.blocks] for budget in adaptive.budgets
+    ]
+    assert [c[0] for c in counts] == [round(10 * share) for share in BUDGETS]
+
+
+@torch.no_grad()
+def test_a_result_does_not_depend_on_its_neighbours(
+    adaptive: AdaptiveModel, images: Tensor
+) -> None:
+    whole = adaptive(images).logits
+    for i in (0, 5, 11):
+        assert relative_error(adaptive(images[i : i + 1]).logits, whole[i : i + 1]) < 1e-5
+
+
+@pytest.mark.parametrize("method", [Prune(20, adaptive=True), EViT(adaptive=True)])
+@torch.no_grad()
+def test_it_takes_every_method(method: Method, model: Any, images: Tensor) -> None:
+    found = tomepass.apply(model, method, example_inputs=images)
+    assert found(images).logits.shape == (12, 10)
+    assert len({budget.method for budget in found.budgets}) == 3
+
+
+@torch.no_grad()
+def test_compiled_is_eager(adaptive: AdaptiveModel, model: Any, images: Tensor) -> None:
+    fast = tomepass.apply(model, adaptive.method, example_inputs=images)
+    fast.compile(backend="aot_eager")
+    for batch in (images, images[:7], images[3:4]):
+        assert relative_error(fast(batch).logits, adaptive(batch).logits) < 1e-4
+
+
+def test_thresholds_are_part_of_the_method(adaptive: AdaptiveModel) -> None:
+    method = adaptive.method
+    assert isinstance(method.adaptive, tuple)
+    assert method_from_dict(method.to_dict()) == method
+
+
+def test_what_it_cannot_do_is_refused(model: Any, images: Tensor) -> None:
+    with pytest.raises(TomeError, match="give example_inputs=: a batch of real images"):
+        tomepass.apply(model, ToMe(8, adaptive=True))
+    with pytest.raises(TomeError, match="which hold 2"):
+        tomepass.apply(model, ToMe(8, adaptive=True), example_inputs=images[:2])
+    with pytest.raises(TomeError, match="adaptive is not available"):
+        TomeBackend(ToMe(8, adaptive=True))
+    with pytest.raises(ValueError, match="trace_source=True and adaptive"):
+        ToMe(8, adaptive=True, trace_source=True)
+    with pytest.raises(ValueError, match="outputs='merged' and adaptive"):
+        tomepass.apply(model, ToMe(8, adaptive=True), example_inputs=images, outputs="merged")
+    with pytest.raises(ValueError, match="two rising thresholds"):
+        ToMe(8, adaptive=(0.5, 0.2))
+    with pytest.raises(TypeError, match="adaptive must be"):
+        ToMe(8, adaptive=3)  # type: ignore[arg-type]
