@@ -6,6 +6,7 @@ import typer
 
 from benchmarks import (
     accuracy,
+    adaptive,
     attention,
     breakdown,
     capture_time,
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command("throughput", cls=MultiValueCommand)(throughput.main)
 app.command("accuracy", cls=MultiValueCommand)(accuracy.main)
+app.command("adaptive", cls=MultiValueCommand)(adaptive.main)
 app.command("latency", cls=MultiValueCommand)(latency.main)
 app.command("breakdown")(breakdown.main)
 app.command("scaling", cls=MultiValueCommand)(scaling.main)

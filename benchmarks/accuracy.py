@@ -95,7 +95,7 @@ def main(
     """Print divergence, agreement, top-1 and speed of each method at equal MACs."""
     if threads is not None:
         torch.set_num_threads(threads)
-    subject, data, label = _load(model, images, labels)
+    subject, data, label = load(model, images, labels)
     order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(0))
     tuned = min(tuned, len(order) // 2)
     run = _Run(subject, data, order[:tuned], order[tuned:], batch, rounds, out / f"{name}.cache")
@@ -132,9 +132,10 @@ def main(
     ).publish(out)
 
 
-def _load(
+def load(
     model: str | None, images: Path | None, labels: Path | None
 ) -> tuple[nn.Module, ImageSet, str]:
+    """A model, its images, and what to call it: the embedded digits where none is named."""
     if model is None:
         from tomepass import digits
 

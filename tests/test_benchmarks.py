@@ -11,14 +11,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from benchmarks import attention, breakdown, compile_time, kernels, linear, results
+from benchmarks import accuracy, attention, breakdown, compile_time, kernels, linear, results
 from benchmarks.__main__ import app
 from benchmarks.results import Results, cell
 
 WIDTH = 768
 NAMES = {
     *("throughput", "latency", "breakdown", "scaling", "attention", "kernels", "linear"),
-    *("openvino-layers", "compile-time", "capture-time"),
+    *("openvino-layers", "compile-time", "capture-time", "accuracy", "adaptive"),
 }
 
 
@@ -165,3 +165,35 @@ def test_every_way_to_write_proportional_attention_is_exact(path: Any, tokens: i
     expected = (weights @ v) / weights.sum(-1, keepdim=True)
     torch.testing.assert_close(path(q, k, v, log), expected, rtol=1e-10, atol=1e-12)
     assert not torch.allclose(attention.without_sizes(q, k, v, log), expected, atol=1e-3)
+
+
+@pytest.fixture
+def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The digits model with 24 images."""
+    model, data, label = accuracy.load(None, None, None)
+    few = type(data)(data.pixel_values[:24], data.labels[:24], data.names[:24])
+    monkeypatch.setattr(accuracy, "load", lambda *_: (model, few, label))
+
+
+def test_accuracy_compares_methods_at_equal_macs_and_goes_on(
+    few_digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ["accuracy", "--no-speed", "--methods", "ToMe", "Prune, random", "--macs", "0.7"]
+    result = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0
+    data = json.loads((tmp_path / "accuracy.json").read_text())
+    merged, pruned = data["rows"]
+    assert (merged["method"], pruned["method"]) == ("ToMe", "Prune, random")
+    assert 0.69 < merged["macs"] <= 0.7
+    assert 0.69 < pruned["macs"] <= 0.7
+    assert merged["KL"] < pruned["KL"]
+    assert data["settings"]["images"] == 12
+    assert (tmp_path / "accuracy.png").stat().st_size > 10_000
+    monkeypatch.setattr(accuracy, "_judge", None)  # nothing is measured again
+    again = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)], catch_exceptions=False)
+    assert again.exit_code == 0
+
+
+def test_accuracy_knows_its_methods_by_name(few_digits: None, tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["accuracy", "--methods", "Tome", "--out", str(tmp_path)])
+    assert "no method 'Tome'; known: all, ablations, ToMe" in str(result.exception)
