@@ -11,7 +11,7 @@ import torch
 from zoo import make_model
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 HUB_ID = "google/vit-base-patch16-224"
 
 

@@ -19,7 +19,11 @@ from tomepass.ops.attention_to import attention_to
 from tomepass.ops.combine import mlerp
 from tomepass.ops.match import match
 from tomepass.ops.match_by import match_by
+from tomepass.ops.match_greedy import match_greedy
+from tomepass.ops.match_kmeans import match_kmeans
+from tomepass.ops.match_sets import energy, match_sets
 from tomepass.ops.merge import merge
+from tomepass.ops.prune import nearest
 from tomepass.ops.side import merge_bias, merge_rows
 
 aten = torch.ops.aten
@@ -102,6 +106,28 @@ def _match(node: fx.Node) -> int:
     return batch * (free // 2) * (free - free // 2) * width
 
 
+def _all_pairs(node: fx.Node) -> int:
+    batch, _, tokens, width = _shape(node.args[0])
+    return batch * tokens * tokens * width
+
+
+def _match_kmeans(node: fx.Node) -> int:
+    batch, _, tokens, width = _shape(node.args[0])
+    clusters = tokens - len(argument(node, 2, "protected")) - int(argument(node, 1, "r"))
+    iterations = int(argument(node, 5, "iterations"))
+    return batch * tokens * clusters * width * (2 * iterations - 1)
+
+
+def _match_sets(node: fx.Node) -> int:
+    batch, _, _, width = _shape(node.args[0])
+    return batch * _shape(node.args[1])[1] * _shape(node.args[2])[1] * width
+
+
+def _nearest(node: fx.Node) -> int:
+    batch, _, tokens, width = _shape(node.args[0])
+    return batch * tokens * _shape(node.args[1])[1] * width
+
+
 def _attention_to(node: fx.Node) -> int:
     batch, heads, tokens, width = _shape(node.args[0])
     paying = len(argument(node, 3, "queries")) or tokens
@@ -139,6 +165,11 @@ _MACS: dict[Any, Callable[[fx.Node], int]] = {
     FUSED: _attention,
     match: _match,
     match_by: _match,
+    match_greedy: _all_pairs,
+    match_kmeans: _match_kmeans,
+    match_sets: _match_sets,
+    nearest: _nearest,
+    energy: _all_pairs,
     attention_to: _attention_to,
     merge: _merge,
     mlerp: _merge,
