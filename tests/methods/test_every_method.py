@@ -13,6 +13,8 @@ from zoo import make_inputs, output_of, relative_error
 
 import tomepass
 from tomepass import TomeBackend
+from tomepass.capture import capture_module
+from tomepass.duplicates import check_duplicates
 from tomepass.methods import Method, method_from_dict
 
 every_method = pytest.mark.parametrize("name", ROWS)
@@ -112,3 +114,17 @@ def test_it_travels_as_json_and_by_replace(name: str) -> None:
     assert type(method).from_json(method.to_json()) == method
     assert method.replace(r=8) == method != method.replace(r=9)
     assert repr(method.schedule) in repr(method)
+
+
+@every_method
+@torch.no_grad()
+def test_duplicates_are_lossless_or_it_is_said_why_not(name: str, shared_models: Any) -> None:
+    model, inputs, method = shared_models["vit"], make_inputs("vit"), made(name)
+    capture = capture_module(model, inputs)
+    found = check_duplicates(model, capture, method, inputs)
+    if method.lossy:
+        assert found.blind == method.lossy
+        return
+    assert found.blind is None, found.blind
+    assert found.error < 1e-4
+    assert found.control > 1e-3
