@@ -6,11 +6,26 @@ import dataclasses
 from typing import Any
 
 from tomepass.errors import TomeError
+from tomepass.methods.ats import ATS
+from tomepass.methods.avit import AViT
 from tomepass.methods.base import KNOWN, Method, RLike
 from tomepass.methods.prune import Prune
+from tomepass.methods.threshold import Threshold, calibrate_tau
 from tomepass.methods.tome import MLERP, ToMe
 
-__all__ = ["MLERP", "Method", "Prune", "RLike", "ToMe", "method_from_dict", "resolve_method"]
+__all__ = [
+    "ATS",
+    "MLERP",
+    "AViT",
+    "Method",
+    "Prune",
+    "RLike",
+    "Threshold",
+    "ToMe",
+    "calibrate_tau",
+    "method_from_dict",
+    "resolve_method",
+]
 
 
 def method_from_dict(data: dict[str, Any]) -> Method:

@@ -65,6 +65,9 @@ class Method:
     """Why reducing tokens that are all alike changes the result, where it does."""
     holes: ClassVar[bool] = False
     """Whether a block may leave tokens of size 0, out of use, in the sequence."""
+    every_block: ClassVar[bool] = False
+    """Whether, where some block of a stream loses tokens, :meth:`reduce` sees the others too: with
+    no token to lose."""
 
     r: RLike | None = None
     _: KW_ONLY

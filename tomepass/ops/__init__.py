@@ -8,11 +8,14 @@ One file an operator; importing this package registers them all.
 from tomepass.ops import (
     attention_to,
     combine,
+    halt,
     log_size,
     match,
     match_by,
     merge,
     prune,
+    sample,
+    threshold,
     unmerge,
     weighted_mean,
 )
@@ -20,11 +23,14 @@ from tomepass.ops import (
 __all__ = [
     "attention_to",
     "combine",
+    "halt",
     "log_size",
     "match",
     "match_by",
     "merge",
     "prune",
+    "sample",
+    "threshold",
     "unmerge",
     "weighted_mean",
 ]
