@@ -1,8 +1,8 @@
-"""Small surgeries on graphs, for the harness: record, replay, zero."""
+"""Small surgeries on graphs: other outputs; for the harness: record, replay, zero."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +45,20 @@ class Recorder(fx.Interpreter):
     def calls_of(self, *targets: Any) -> list[Call]:
         """The calls of some operators."""
         return [call for call in self.calls if call.node.target in targets]
+
+
+def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of a graph that returns some of its nodes alone."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    made: dict[str, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            made[node.name] = copies[node]
+    graph.output(tuple(made[name] for name in names))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(module, graph)
 
 
 def replayed(module: fx.GraphModule) -> fx.GraphModule:

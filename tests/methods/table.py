@@ -8,7 +8,7 @@ from typing import NamedTuple
 import plain
 from plain import Rule
 
-from tomepass.methods import Method, Prune
+from tomepass.methods import ATS, AViT, Method, Prune, Threshold
 
 R = [5, 0, 9]
 
@@ -34,4 +34,10 @@ ROWS: dict[str, Row] = {
         lambda r, **fields: Prune(r, score="random", seed=7, **fields),
         plain.prune(lambda seen: plain.shuffled(seen, 7)),
     ),
+    "ats": Row(ATS, plain.ats),
+    "threshold": Row(lambda r, **fields: Threshold(r, tau=0.85, **fields), plain.threshold(0.85)),
+    "threshold_unweighted": Row(
+        lambda r, **fields: Threshold(r, tau=0.7, prop_attn=False, **fields), plain.threshold(0.7)
+    ),
+    "avit": Row(lambda r, **fields: AViT(r, gamma=1.0, beta=-0.9, **fields), plain.avit(1.0, -0.9)),
 }

@@ -32,6 +32,7 @@ def expected(family: str, model: Any, inputs: Any, method: Method, name: str) ->
         *(parts.embedded, parts.blocks, parts.norm, left, parts.protected),
         rule=ROWS[name].rule,
         prop_attn=method.prop_attn,
+        every_block=method.every_block,
     )
     size = encoded.size if method.prop_attn else (encoded.size > 0).float()
     if family == "dinov2_registers":  # a mean counts original tokens whatever attention does

@@ -10,9 +10,7 @@ from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant
 
 
-@register(
-    "halting(Tensor hidden, Tensor? before, Tensor? size, float gamma, float beta) -> Tensor"
-)
+@register("halting(Tensor hidden, Tensor? before, Tensor? size, float gamma, float beta) -> Tensor")
 def halting(
     hidden: Tensor, before: Tensor | None, size: Tensor | None, gamma: float, beta: float
 ) -> Tensor:
