@@ -170,8 +170,8 @@ class Reducing:
         return self.attention_to(self.protected[:1])
 
     def attention_to(self, queries: list[int]) -> fx.Node:
-        """``[B, N]``: what the tokens at some positions pay each token, or all if none is named;
-        the mean over them and over heads, summing to 1.
+        """``[B, N]``: what the tokens at some positions pay each token, or all that are in use if
+        none is named; the mean over them and over heads, summing to 1.
         """
         attention = self._block.attention
         if attention.scores:
@@ -244,6 +244,11 @@ class Reducing:
             x = self.call(aten.permute.default, x, order)
         if not same(layout.batch.after, 1):
             x = self.call(aten.unflatten.int, x, 0, [-1, int(layout.batch.after)])
+        if not queries and self.masked_size is not None:
+            x = self.call(aten.to.dtype, x, torch.float32)
+            if len(shape_of(x)) > 3:
+                x = self.call(aten.mean.dim, x, list(range(1, len(shape_of(x)) - 2)))
+            return self.call("received", x, self.masked_size)
         rows = queries or list(range(self.tokens))
         x = self._writer.slices(self._node, x, len(shape_of(x)) - 2, rows)
         return self.call(

@@ -43,8 +43,8 @@ class Seen(NamedTuple):
 
     @property
     def class_attention(self) -> Tensor:
-        """[N], of the first protected token, or the mean over all."""
-        rows = self.weights[:, :1] if self.protected else self.weights
+        """[N], of the first protected token, or the mean over all in use."""
+        rows = self.weights[:, :1] if self.protected else self.weights[:, self.size > 0]
         return rows.mean((0, 1))
 
     @property

@@ -67,9 +67,11 @@ def sample(
         # The first position that reaches a goal has as many before it as do not.
         found = (reached.unsqueeze(1) < goal.to(reached.dtype).unsqueeze(-1)).sum(-1)
         found = found.clamp(max=total - 1)
-        again = torch.nn.functional.pad(found[:, 1:] == found[:, :-1], (1, 0))
-        used = torch.where(torch.cat([torch.zeros_like(held).bool(), again], dim=1), 0.0, 1.0)
-        return torch.cat([held, found], dim=1), used.float()
+        # Samples ascend: one that is there again follows itself. (Bools are not padded: Inductor's
+        # C++ of torch 2.13 does not compile then.)
+        before = torch.nn.functional.pad(found[:, :-1], (1, 0), value=-1)
+        used = torch.cat([torch.ones_like(held).float(), (found != before).float()], dim=1)
+        return torch.cat([held, found], dim=1), used
 
 
 def _distribution(score: Tensor, usable: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ def match_threshold(
         r: tokens to lose, already capped.
         protected: positions that neither merge nor are merged into.
         size: ``[B, N]``, given where some tokens are padding or out of use: these are lost first,
-            and merge with one another, as long as there are some left to merge with.
+            and merge with their own kind, as long as there are some left to merge with.
         tau: the similarity above which tokens merge.
 
     Returns:
@@ -52,9 +52,11 @@ def match_threshold(
         scores = torch.where(scores.isnan(), -float("inf"), scores)
         idle = torch.zeros_like(sources, dtype=torch.bool)
         if size is not None:
-            idle, idle_odd = (take(size, places) < PADDED for places in (even, odd))
-            apart = idle.unsqueeze(2) != idle_odd.unsqueeze(1)
+            # Tokens, padding and what is out of use each keep to themselves: 2, 1 and 0.
+            kind, kind_odd = (_kind(take(size, places)) for places in (even, odd))
+            apart = kind.unsqueeze(2) != kind_odd.unsqueeze(1)
             scores = torch.where(apart, -float("inf"), scores)
+            idle = kind < 2
         similarity, partner = scores.max(dim=-1)
         lost = rank(torch.where(idle, float("inf"), similarity)) < r
         merged = lost | (~idle & (similarity > tau))
@@ -70,3 +72,7 @@ def match_threshold(
     position = torch.cat([constant(held, batch, keys.device), sources, destinations], dim=1)
     stands = torch.where(sent(stays, tokens - r), position.unsqueeze(1), -1).amax(-1)
     return goes[:, position[0].argsort()], stands
+
+
+def _kind(size: Tensor) -> Tensor:
+    return (size > 0).long() + (size >= PADDED).long()
