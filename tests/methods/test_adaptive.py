@@ -17,7 +17,6 @@ from zoo import make_inputs, make_model, output_of, relative_error
 
 import tomepass
 from tomepass import ToMe, TomeBackend, TomeError
-from tomepass.capture import capture_module
 from tomepass.methods import ATS, AViT, Method, Prune, Threshold, calibrate_tau
 from tomepass.module import read_state
 from tomepass.planning import plan_graph
@@ -26,8 +25,8 @@ from tomepass.rewrite import _Sweep
 R = [5, 0, 9]
 METHODS: dict[str, Method] = {
     "ats": ATS(R),
-    "threshold": Threshold(R, tau=0.8),
-    "threshold_unweighted": Threshold(R, tau=0.8, prop_attn=False),
+    "threshold": Threshold(R, tau=0.7),
+    "threshold_unweighted": Threshold(R, tau=0.7, prop_attn=False),
     "avit": AViT(R, gamma=1.0, beta=-0.9),
 }
 every_adaptive = pytest.mark.parametrize("name", METHODS)
@@ -68,7 +67,7 @@ def overwritten(
 ) -> tuple[list[Tensor], Tensor]:
     """What a model makes of tokens that were overwritten after every reduction, and which of
     those places were out of use."""
-    capture = capture_module(model, inputs)
+    capture = tomepass.apply(model, method, example_inputs=inputs).captured(inputs).capture
     planned = plan_graph(capture.graph, method)
     sweep = _Sweep(capture.graph, planned, keep_short=False, keep_sizes=True)
     module, merges = sweep.run().module, sweep.streams[0]
