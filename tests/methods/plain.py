@@ -234,7 +234,7 @@ def threshold(tau: float) -> Rule:
 
 
 def avit(gamma: float, beta: float, epsilon: float = 0.01) -> Rule:
-    """A-ViT, arXiv 2112.07658, section 3.1."""
+    """A-ViT, arXiv 2112.07658, section 3."""
 
     def rule(seen: Seen) -> list[Group]:
         running = [i for i in seen.free if seen.size[i] > 0]

@@ -17,8 +17,11 @@ from zoo import make_inputs, make_model, output_of, relative_error
 
 import tomepass
 from tomepass import ToMe, TomeBackend, TomeError
+from tomepass.graphs import Recorder
 from tomepass.methods import ATS, AViT, Method, Prune, Threshold, calibrate_tau
 from tomepass.module import read_state
+from tomepass.ops.attention_to import attention_to
+from tomepass.ops.padding import PADDED
 from tomepass.planning import plan_graph
 from tomepass.rewrite import _Sweep
 
@@ -104,6 +107,29 @@ def test_places_out_of_use_are_left_out_exactly(family: str, name: str, shared_m
     assert same_bits(ours, theirs)
     others, _ = overwritten(model, inputs, method, in_use)
     assert not same_bits(others, theirs)
+
+
+@torch.no_grad()
+def test_nor_do_they_pay_attention_where_it_is_written_out() -> None:
+    model, inputs = make_model("siglip_vision"), make_inputs("siglip_vision", 3)
+    model.set_attn_implementation("eager")
+    theirs, empty = overwritten(model, inputs, ATS(R), None)
+    ours, _ = overwritten(model, inputs, ATS(R), out_of_use)
+    assert int(empty.sum()) > 0
+    assert same_bits(ours, theirs)
+
+
+@torch.no_grad()
+def test_attention_is_read_as_it_is_paid_without_the_sizes(shared_models: Any) -> None:
+    model, inputs = shared_models["bert_padded"], make_inputs("bert_padded", 3)
+    method = ToMe([4, 0, 4], importance="class_attention", prop_attn=False)
+    applied = tomepass.apply(model, method, example_inputs=inputs).captured(inputs)
+    assert applied.graph is not None
+    recorder = Recorder(applied.graph, [attention_to])
+    recorder.run(*read_state(model, applied.capture), *pytree.tree_leaves(inputs))
+    sizes = recorder.calls[-1].args[2]
+    assert sizes[sizes >= PADDED].unique().tolist() == [1.0]
+    assert int((sizes < PADDED).sum()) > 0
 
 
 @every_adaptive

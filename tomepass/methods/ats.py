@@ -17,10 +17,10 @@ class ATS(Method):
     """Adaptive Token Sampling, arXiv 2111.15667: tokens sampled by what they add to the class
     token, a different number for each image.
 
-    A token scores the class token's attention times the length of its value (eq. 3; where there
-    is no class token, the attention of all tokens). The scores summed over the sequence are a
+    A token scores the class token's attention times the length of its value (where there is no
+    class token, the attention of all tokens). The scores summed over the sequence are a
     distribution function, and the token is kept at which it reaches each of K evenly spaced
-    quantiles (section 3.2). One that dominates is found at several and kept once, and the places
+    quantiles (section 3). One that dominates is found at several and kept once, and the places
     it leaves are out of use: no attention sees them, no mean counts them. The rest is dropped.
 
     K, the most that is kept of the tokens that are not protected, is what the plan leaves of

@@ -21,15 +21,15 @@ class AViT(Method):
     """A-ViT, arXiv 2112.07658: every token halts as soon as its halting scores add up to one.
 
     In each block a token scores h = sigmoid(gamma x + beta), x its first channel in the residual
-    stream (eq. 4), and halts when the sum over the blocks so far has reached 1 - epsilon (eq. 5).
+    stream and halts when the sum over the blocks so far has reached 1 - epsilon (section 3).
     A halted token is out of use from then on: no attention sees it, no mean counts it. Protected
     tokens never halt, and of the others one is always left.
 
     Shapes are static: the plan says how many tokens each block drops, halted ones first and then
     those with the highest sums. Where it drops none at all nothing is done; elsewhere scores add
     up in every block. The scores are read where tokens are dropped, after a block's attention.
-    Models are trained to halt, with a first channel that means it; the paper's mean over blocks
-    of the class token (eq. 8) is part of that training and left out: the head reads the last.
+    Models are trained to halt, with a first channel that means it. The paper's head reads a mean
+    of the class token over blocks, weighted by its scores: here it reads that of the last block.
 
     Args:
         gamma: the scale of the score.

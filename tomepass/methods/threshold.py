@@ -26,8 +26,8 @@ class Threshold(Method):
     Edges are drawn as :class:`ToMe` draws them: each token on an even position draws one to the
     odd one whose keys are most alike. The ``r`` most similar merge whatever their similarity, so
     that shapes are static; those beyond them merge if they are above ``tau``, and the places they
-    leave are out of use: no attention sees them, no mean counts them, and the next block that
-    reduces loses them first. Where the plan says 0 nothing merges.
+    leave are out of use: no attention sees them, no mean counts them, and of the even positions
+    the next block that reduces loses them first. Where the plan says 0 nothing merges.
 
     Args:
         tau: the cosine above which tokens merge, from -1, all of them, to 1, the ``r`` alone.

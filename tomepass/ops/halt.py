@@ -15,7 +15,7 @@ def halting(
     hidden: Tensor, before: Tensor | None, size: Tensor | None, gamma: float, beta: float
 ) -> Tensor:
     """Halting scores summed over blocks: h = sigmoid(gamma x + beta) of each token's first
-    channel x in each (A-ViT, arXiv 2112.07658, eq. 4).
+    channel x in each (A-ViT, arXiv 2112.07658, section 3).
 
     Args:
         hidden: ``[B, N, C]``, the residual stream of a block.
@@ -39,7 +39,7 @@ def halting(
 def halt(
     total: Tensor, size: Tensor | None, protected: list[int], limit: float
 ) -> tuple[Tensor, Tensor]:
-    """Sizes after tokens halted: 0 where the sum of scores has reached the limit (eq. 5).
+    """Sizes after tokens halted: 0 where the sum of scores has reached the limit.
 
     Args:
         total: ``[B, N]``, the sums of the halting scores.

@@ -13,7 +13,7 @@ from tomepass.ops.positions import constant
 @register("significance(Tensor attention, Tensor values) -> Tensor")
 def significance(attention: Tensor, values: Tensor) -> Tensor:
     """What each token adds to a token that attends to it: its attention times the length of its
-    value (ATS, arXiv 2111.15667, eq. 3, before it is normalised).
+    value (the score of ATS, arXiv 2111.15667, section 3, before it is normalised).
 
     Args:
         attention: ``[B, N]``, the mean over heads.
@@ -33,9 +33,9 @@ def significance(attention: Tensor, values: Tensor) -> Tensor:
 def sample(
     score: Tensor, tokens: int, protected: list[int], size: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Tokens at evenly spaced quantiles of their scores (ATS, arXiv 2111.15667, section 3.2).
+    """Tokens at evenly spaced quantiles of their scores (ATS, arXiv 2111.15667, section 3).
 
-    The scores of the tokens that are not protected, summed by position and normalised, are a
+    The scores of the tokens that are not protected, summed along the sequence and normalised, are a
     distribution function; the k-th of K samples is the first token at which it reaches
     (2k - 1) / 2K. A token sampled several times is kept once: the other places are out of use.
 
