@@ -41,7 +41,8 @@ def attention_to(
         paid = scores.softmax(-1)
         if queries or size is None:
             return paid.mean((1, 2))
-        return received(paid.mean(1), size)
+        found: Tensor = received(paid.mean(1), size)
+        return found
 
 
 @register("received(Tensor paid, Tensor size) -> Tensor")
