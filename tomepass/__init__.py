@@ -15,7 +15,20 @@ if TYPE_CHECKING:
     from tomepass.calibration import Calibration, calibrate
     from tomepass.equivalence import CheckReport, check
     from tomepass.errors import TomeError
-    from tomepass.methods import MLERP, DiffRate, EViT, Method, PiToMe, Prune, SPViT, ToFu, ToMe
+    from tomepass.methods import (
+        ATS,
+        MLERP,
+        AViT,
+        DiffRate,
+        EViT,
+        Method,
+        PiToMe,
+        Prune,
+        SPViT,
+        Threshold,
+        ToFu,
+        ToMe,
+    )
     from tomepass.module import MergedModel, apply, explain
     from tomepass.plans import Plan, plan
     from tomepass.report import Report
@@ -23,7 +36,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ATS",
     "MLERP",
+    "AViT",
     "Calibration",
     "CheckReport",
     "DiffRate",
@@ -35,6 +50,7 @@ __all__ = [
     "Prune",
     "Report",
     "SPViT",
+    "Threshold",
     "ToFu",
     "ToMe",
     "TomeBackend",
@@ -48,7 +64,9 @@ __all__ = [
 ]
 
 _HOME = {
+    "ATS": "methods",
     "MLERP": "methods",
+    "AViT": "methods",
     "Calibration": "calibration",
     "CheckReport": "equivalence",
     "DiffRate": "methods",
@@ -60,6 +78,7 @@ _HOME = {
     "Prune": "methods",
     "Report": "report",
     "SPViT": "methods",
+    "Threshold": "methods",
     "ToFu": "methods",
     "ToMe": "methods",
     "TomeBackend": "backend",

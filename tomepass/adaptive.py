@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from tomepass.capture import Capture, capture_module
 from tomepass.errors import TomeError
+from tomepass.graphs import only_outputs
 from tomepass.methods import Method, ToMe
 from tomepass.module import (
     MergedModel,
@@ -18,7 +19,6 @@ from tomepass.module import (
     Outputs,
     apply_capture,
     call_of,
-    only_output,
     read_state,
 )
 from tomepass.planning import PlannedStream, plan_graph
@@ -199,7 +199,7 @@ class _Router:
 
 
 def _router(model: nn.Module, capture: Capture, stream: PlannedStream) -> _Router:
-    graph = only_output(capture.graph.module, stream.stream.entry.name)
+    graph = only_outputs(capture.graph.module, [stream.stream.entry.name])
     return _Router(model, capture, graph, stream.plan.protected)
 
 

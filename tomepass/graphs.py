@@ -1,23 +1,29 @@
-"""Small surgeries on graphs, for the harness: record, replay, zero."""
+"""Small surgeries on graphs: other outputs; for the harness: record, replay, zero."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from tomepass.ops.halt import halt
 from tomepass.ops.match import match
 from tomepass.ops.match_by import match_by
 from tomepass.ops.match_greedy import match_greedy
 from tomepass.ops.match_kmeans import match_kmeans
 from tomepass.ops.match_sets import match_sets, order_by
 from tomepass.ops.prune import fuse_rest, select
+from tomepass.ops.sample import sample
+from tomepass.ops.threshold import match_threshold
 
 MATCHES = (match, match_by)
 """Operators whose answers are held against the plain reference."""
-CHOICES = (*MATCHES, match_greedy, match_kmeans, match_sets, order_by, select, fuse_rest)
+CHOICES = (
+    *(*MATCHES, match_greedy, match_kmeans, match_sets, match_threshold),
+    *(order_by, select, fuse_rest, sample, halt),
+)
 """All operators that decide which token goes where."""
 
 
@@ -52,6 +58,20 @@ class Recorder(fx.Interpreter):
     def calls_of(self, *targets: Any) -> list[Call]:
         """The calls of some operators."""
         return [call for call in self.calls if call.node.target in targets]
+
+
+def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of a graph that returns some of its nodes alone."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    made: dict[str, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op != "output":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+            made[node.name] = copies[node]
+    graph.output(tuple(made[name] for name in names))
+    graph.eliminate_dead_code()
+    return fx.GraphModule(module, graph)
 
 
 def replayed(module: fx.GraphModule) -> fx.GraphModule:

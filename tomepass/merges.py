@@ -20,6 +20,7 @@ class Merges:
         planned: the stream.
         tokens: there are at each epoch.
         reductions: from each epoch to the next.
+        blocks: the block that each of them is in, by its index.
         sizes: of the tokens at each epoch, None while nothing has merged.
         sources: which token holds each original one, or stands in for it.
         holds: the same without the tokens that were dropped, which are -1.
@@ -33,6 +34,7 @@ class Merges:
     tokens: list[int] = field(default_factory=list)
     masked: bool = False
     reductions: list[Reduction] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
     sizes: list[fx.Node | None] = field(default_factory=lambda: [None])
     sources: list[fx.Node | None] = field(default_factory=lambda: [None])
     holds: list[fx.Node | None] = field(default_factory=lambda: [None])
@@ -63,9 +65,15 @@ class Merges:
     @property
     def matches(self) -> tuple[str | None, ...]:
         """The match of each block, None where nothing merges."""
-        found = (reduction.chosen for reduction in self.reductions)
-        names = (None if chosen is None else chosen.name for chosen in found)
-        return tuple(next(names) if b.r else None for b in self.planned.plan.blocks)
+        chosen = dict(zip(self.blocks, (r.chosen for r in self.reductions), strict=True))
+        found = (chosen.get(b.index) for b in self.planned.plan.blocks)
+        return tuple(None if node is None else node.name for node in found)
+
+    @property
+    def counted(self) -> tuple[fx.Node | None, ...]:
+        """The sizes after each block, None while nothing was reduced."""
+        after = (sum(i <= b.index for i in self.blocks) for b in self.planned.plan.blocks)
+        return tuple(self.sizes[epoch] if epoch else None for epoch in after)
 
     def length(self, layout: Layout, epoch: int) -> int:
         """Tokens a value with this layout holds at an epoch."""

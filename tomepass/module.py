@@ -17,6 +17,8 @@ from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
+from tomepass.graphs import only_outputs
+from tomepass.kept import Counting, KeptReport
 from tomepass.methods import Method, RLike, ToMe, resolve_method
 from tomepass.planning import plan_graph
 from tomepass.report import Report, make_report
@@ -197,6 +199,28 @@ class MergedModel(nn.Module):
         # Nothing merges: every token is its own.
         return torch.arange(stream.tokens, device=first.device).expand(first.shape[0], -1)
 
+    def kept(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Tokens in use after each block of the first stream, for each image: ``[B, blocks]``.
+
+        Takes the model's inputs. Padding and places out of use do not count.
+
+        Raises:
+            TomeError: if the model is left unmerged.
+        """
+        call = self._bind(args, kwargs)
+        applied = self._applied(call)
+        if applied.graph is None:
+            raise TomeError("this model is left unmerged, so no block loses a token")
+        state = read_state(self.original, applied.capture)
+        return applied.counting.counts(state, pytree.tree_leaves(call))
+
+    def kept_report(self, inputs: Any) -> KeptReport:
+        """The distribution of :meth:`kept` over the images of inputs like those it takes."""
+        call = self.bind(inputs)
+        kept = self.kept(**call)
+        (stream, *_) = self._applied(call).report.streams
+        return KeptReport.of(type(self.original).__name__, self.method, stream, kept)
+
     def report(self, inputs: Any) -> Report:
         """What was read off the graph for inputs like these, and done."""
         return self.captured(inputs).report
@@ -316,6 +340,11 @@ class Applied:
         """The graph that runs."""
         return None if self.rewritten is None else self.rewritten.module
 
+    @functools.cached_property
+    def counting(self) -> Counting:
+        """A graph that counts tokens, made when it is asked for."""
+        return Counting.of(self.capture, self.report.method)
+
     def run(
         self, model: nn.Module, leaves: Iterable[Any], graph: fx.GraphModule | None = None
     ) -> Any:
@@ -369,7 +398,7 @@ def apply_capture(
         report = replace(report, paths=paths)
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
-        source_graph = only_output(rewritten.module, rewritten.source)
+        source_graph = only_outputs(rewritten.module, [rewritten.source])
     return Applied(capture, rewritten, source_graph, report)
 
 
@@ -381,20 +410,6 @@ def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
 def read_state(model: nn.Module, capture: Capture) -> list[Tensor]:
     """The parameters and buffers a capture needs, as the model holds them now."""
     return [path if isinstance(path, Tensor) else _attribute(model, path) for path in capture.state]
-
-
-def only_output(module: fx.GraphModule, name: str) -> fx.GraphModule:
-    """A copy of a graph that returns one of its nodes alone."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.op != "output":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            if node.name == name:
-                wanted = copies[node]
-    graph.output((wanted,))
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph)
 
 
 def _rebuild(

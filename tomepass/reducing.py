@@ -35,7 +35,7 @@ class Reducing:
         index: of the block.
         depth: blocks of the stream.
         tokens: N, there are now.
-        r: tokens to lose.
+        r: tokens to lose; 0 for a method of ``every_block`` alone.
         protected: positions now that stay, the class token first where there is one.
         memory: what a method keeps from block to block of a stream, nodes by name.
     """
@@ -90,21 +90,27 @@ class Reducing:
             holds=self.call("places", stands, self.tokens),
         )
 
-    def pruned(self, stands: fx.Node) -> Reduction:
+    def pruned(self, stands: fx.Node, size: fx.Node | None = None) -> Reduction:
         """Keeps the tokens at ``stands``, ``[B, N']`` positions, and drops the rest.
 
         For the way back to all tokens the most similar token kept, by its keys, stands in for
         each one dropped.
+
+        Args:
+            size: ``[B, N']`` float32 afterwards, 0 at places out of use, which hold none; None:
+                that of the tokens kept.
         """
-        size = self.call("gather_size", self.size, stands)
+        if size is None:
+            size = self.call("gather_size", self.size, stands)
         masked = size if self._merges.masked else None
+        where = (stands, self.tokens) if masked is None else (stands, self.tokens, masked)
         return Reduction(
             assign=self.call("nearest", self.keys, stands, self.protected, masked),
             chosen=stands,
             stands=stands,
             combine="keep",
             size=size,
-            holds=self.call("places", stands, self.tokens),
+            holds=self.call("places", *where),
         )
 
     # ---- what there is to read ---------------------------------------------------------------
@@ -153,16 +159,15 @@ class Reducing:
         return self.attention_to(self.protected[:1])
 
     def attention_to(self, queries: list[int]) -> fx.Node:
-        """``[B, N]``: what the tokens at some positions pay each token, or all if none is named;
-        the mean over them and over heads, summing to 1.
+        """``[B, N]``: what the tokens at some positions pay each token, or all that are in use if
+        none is named; the mean over them and over heads, summing to 1.
         """
         attention = self._block.attention
         if attention.scores:
             return self._read_weights(attention, queries)
         scale = attention.result.kwargs.get("scale")
         scale = shape_of(self.queries)[-1] ** -0.5 if scale is None else scale
-        size = self.size if self._method.prop_attn or self._merges.masked else None
-        return self.call("attention_to", self.queries, self.keys, size, queries, scale)
+        return self.call("attention_to", self.queries, self.keys, self._counted, queries, scale)
 
     def side_by_side(self, x: fx.Node) -> fx.Node:
         """All heads of ``[B, H, N, D]`` in one, or ``[B, N, C]`` as one head: ``[B, 1, N, C]``."""
@@ -172,6 +177,15 @@ class Reducing:
         return self.call(aten.unsqueeze.default, x, 1)
 
     # ---- reading an attention, fused or written out ------------------------------------------
+
+    @property
+    def _counted(self) -> fx.Node | None:
+        """The sizes as the block's attention counts them: without proportional attention what
+        is left of them hides padding and what is out of use.
+        """
+        if self._method.prop_attn or self.masked_size is None:
+            return self.size if self._method.prop_attn else None
+        return self.call(aten.clamp.default, self.size, None, 1.0)
 
     def _heads(self, operand: fx.Node, product: int) -> fx.Node:
         """An operand as ``[B, H, N, D]``, whatever an attention written out has made of it."""
@@ -219,6 +233,11 @@ class Reducing:
             x = self.call(aten.permute.default, x, order)
         if not same(layout.batch.after, 1):
             x = self.call(aten.unflatten.int, x, 0, [-1, int(layout.batch.after)])
+        if not queries and self.masked_size is not None:
+            x = self.call(aten.to.dtype, x, torch.float32)
+            if len(shape_of(x)) > 3:
+                x = self.call(aten.mean.dim, x, list(range(1, len(shape_of(x)) - 2)))
+            return self.call("received", x, self.masked_size)
         rows = queries or list(range(self.tokens))
         x = self._writer.slices(self._node, x, len(shape_of(x)) - 2, rows)
         return self.call(

@@ -24,7 +24,8 @@ class Reduction:
         combine: how tokens become one, as in :class:`tomepass.ToMe`.
         weight: ``[B, N]`` float32, in the weighted mean instead of the sizes.
         size: ``[B, N']`` float32 afterwards; None: the sums.
-        holds: ``[B, N]`` int64, ``assign`` with -1 for tokens that are dropped; None: none is.
+        holds: ``[B, N]`` int64, ``assign`` with -1 for tokens that are dropped, or left in a place
+            out of use; None: none is.
     """
 
     assign: fx.Node

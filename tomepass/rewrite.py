@@ -7,7 +7,7 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,8 @@ class Rewritten:
         module: the graph, callable like the one it was made from.
         source: the name of the node that maps original tokens of the first stream to final
             ones; None if it is not traced, or nothing merges.
+        sizes: the name of the sizes after each block of the first stream, if they were asked for:
+            None while nothing was reduced.
         matches: for each stream and block, the name of its match, None where nothing merges.
         referenced: whether :mod:`tomepass.reference` knows all that was done.
         unmerged: where and why tokens are unmerged before a reader, for the report.
@@ -76,30 +78,37 @@ class Rewritten:
     unmerged: tuple[Mismatch, ...]
     returned: dict[str, str]
     renamed: dict[str, str]
+    sizes: tuple[str | None, ...] = ()
 
 
-def rewrite(captured: CanonicalGraph, planned: Planned, *, outputs: str = "original") -> Rewritten:
+def rewrite(
+    captured: CanonicalGraph, planned: Planned, *, outputs: str = "original", sizes: bool = False
+) -> Rewritten:
     """Inserts the plan's merges. The given graph is left as it is.
 
     Args:
         outputs: ``"original"`` unmerges token sequences that the model returns, ``"merged"``
             returns them short.
+        sizes: keep those after each block of the first stream in the graph.
 
     Raises:
         TomeError: if a value cannot be carried through a merge.
     """
     _dump(captured.module, "before")
-    sweep = _Sweep(captured, planned, keep_short=outputs == "merged")
+    sweep = _Sweep(captured, planned, keep_short=outputs == "merged", keep_sizes=sizes)
     rewritten = sweep.run()
     _dump(rewritten.module, "after")
     return rewritten
 
 
 class _Sweep:
-    def __init__(self, captured: CanonicalGraph, planned: Planned, *, keep_short: bool) -> None:
+    def __init__(
+        self, captured: CanonicalGraph, planned: Planned, *, keep_short: bool, keep_sizes: bool
+    ) -> None:
         self.captured = captured
         self.method = planned.method
         self.keep_short = keep_short
+        self.keep_sizes = keep_sizes
         self.writer = Writer(captured.fake_mode)
         self.new: dict[fx.Node, fx.Node] = {}
         self.epoch: dict[fx.Node, int] = {}
@@ -122,9 +131,11 @@ class _Sweep:
         self.layouts.update(flow.layouts)
         self.outcomes.update(flow.outcomes)
         self.stream_of.update(dict.fromkeys(flow.layouts, merges))
-        for block, plan in zip(stream.blocks, merges.planned.plan.blocks, strict=True):
+        plans = merges.planned.plan.blocks
+        every = self.method.every_block and any(plan.r for plan in plans)
+        for block, plan in zip(stream.blocks, plans, strict=True):
             self.entries[block.entry] = block.index
-            if plan.r:
+            if plan.r or every:
                 self.merge_points[block.merge_at] = (merges, block)
 
     # ---- the sweep -------------------------------------------------------------------------
@@ -143,7 +154,8 @@ class _Sweep:
             if any(node is m.planned.stream.blocks[-1].merge_at for m in self.streams):
                 self.writer.block = None
         source = self.streams[0].sources[-1] if self.method.trace_source else None
-        self._drop_dead(keep=source)
+        sizes = self.streams[0].counted if self.keep_sizes else ()
+        self._drop_dead(keep={source, *sizes})
         self.writer.graph.lint()
         module = fx.GraphModule(self.captured.module, self.writer.graph)
         module.meta.update(self.captured.module.meta)
@@ -156,6 +168,7 @@ class _Sweep:
             tuple(self.unmerged),
             self.returned,
             {old.name: new.name for old, new in self.new.items() if new in live},
+            tuple(None if size is None else size.name for size in sizes),
         )
 
     def _node(self, node: fx.Node) -> fx.Node:
@@ -377,6 +390,7 @@ class _Sweep:
         reduction = self._reduction(node, merges, block)
         assign, size = reduction.assign, merges.sizes[epoch]
         merges.reductions.append(reduction)
+        merges.blocks.append(block.index)
         merges.tokens.append(plan.tokens_out)
         # Kernels make the sizes together with the tokens, so these come first.
         merged = self._combined(node, self.new[node], merges, epoch)
@@ -576,20 +590,22 @@ class _Sweep:
                 )
         copy.update_arg(at, sizes)
 
-    def _drop_dead(self, keep: fx.Node | None) -> None:
+    def _drop_dead(self, keep: Collection[fx.Node | None]) -> None:
         # A dropped mask leaves its arithmetic behind; what the captured graph already held
         # for its effects (assertions) stays.
         for node in reversed(self.writer.graph.nodes):
             unused = node.op == "call_function" and not node.users
             # fx takes a fused attention for impure, as it may draw random numbers.
             effects = node.is_impure() and node.target is not FUSED
-            if unused and not effects and node is not keep:
+            if unused and not effects and node not in keep:
                 self.writer.graph.erase_node(node)
 
 
 def _is_referenced(reduction: Reduction) -> bool:
     chosen, others = reduction.chosen, (reduction.weight, reduction.size, reduction.holds)
-    return chosen is not None and chosen.target in MATCHES and others == (None, None, None)
+    if chosen is None or chosen.target not in MATCHES or "kth" in chosen.args:
+        return False
+    return others == (None, None, None)
 
 
 def _beside(side: Side) -> str:

@@ -18,6 +18,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:
     from tomepass.equivalence import CheckReport
+    from tomepass.kept import KeptReport
     from tomepass.plans import Plan
     from tomepass.report import Report, StreamReport
     from tomepass.structure import Mismatch
@@ -129,6 +130,20 @@ def plan_tables(plan: Plan) -> Iterator[RenderableType]:
         ("tried", [f"{len(found.tried)} candidates, seed {found.seed}"]),
         ("versions", [_versions()]),
     )
+
+
+def kept_table(report: KeptReport) -> Table:
+    """The printed form of ``kept_report``."""
+    title = f"{report.model}: {report.method!r}"
+    columns = ("places", "min", "25 %", "50 %", "75 %", "max", "mean")
+    caption = f"tokens in use, of {report.tokens}, over {report.images} images"
+    made = table(title, "block", *columns, caption=caption)
+    for b in report.blocks:
+        quartiles = (f"{figure:g}" for figure in (b.lower, b.median, b.upper))
+        made.add_row(
+            *(str(b.index), str(b.places), str(b.least), *quartiles, str(b.most)), f"{b.mean:.1f}"
+        )
+    return made
 
 
 def _figure(figure: float) -> str:

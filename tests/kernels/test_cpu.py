@@ -15,7 +15,7 @@ from tomepass import reference
 from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
-from tomepass.ops.merge import merge_size
+from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.padding import PADDED
 from tomepass.ops.side import merge_bias
 from tomepass.schedule import capped
@@ -140,6 +140,30 @@ def test_a_token_by_itself_and_equal_tokens_stay_bit_by_bit(dtype: torch.dtype) 
     merged, size = merge_cpu(x, torch.tensor([[3.0, 2.0, 2.0]]), torch.tensor([[0, 1, 1]]), 2)
     assert torch.equal(merged.view(torch.uint8), x[:, :2].contiguous().view(torch.uint8))
     assert size.tolist() == [[3.0, 4.0]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_where_nothing_of_any_size_goes_there_is_nothing(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 6, 9).to(dtype)
+    assign = torch.tensor([[0, 1, 1, 3, 4, 4]])
+    size = torch.tensor([[2.0, 0.0, 3.0, 0.0, 0.0, 0.0]])
+    merged, after = merge_cpu(x, size, assign, 5)
+    assert after.tolist() == [[2.0, 3.0, 0.0, 0.0, 0.0]]
+    assert merged[0, 2:].tolist() == [[0.0] * 9] * 3  # no token, one and two of no size
+    expected = merge(x, size, assign, 5)
+    torch.testing.assert_close(merged, expected)
+    torch.testing.assert_close(merged[0, :2], x[0, [0, 2]])
+    merged, after = merge_cpu(x, None, assign, 5)
+    assert after.tolist() == [[1.0, 2.0, 0.0, 1.0, 2.0]]
+    assert merged[0, 2].tolist() == [0.0] * 9
+
+
+def test_a_bias_to_and_from_where_nothing_goes_is_nothing() -> None:
+    bias = torch.randn(1, 3, 6, 6)
+    source = torch.tensor([[0, 1, 1, 3, 4, 3], [0, 1, 2, 3, -1, 1]])
+    got = merge_bias_cpu(bias, source, 5)
+    torch.testing.assert_close(got, merge_bias(bias, source, 5))
+    assert got[0, :, 2].abs().max() == got[1, :, :, 4].abs().max() == 0
 
 
 def test_what_is_not_a_number_stays_none() -> None:

@@ -43,8 +43,8 @@ class Seen(NamedTuple):
 
     @property
     def class_attention(self) -> Tensor:
-        """[N], of the first protected token, or the mean over all."""
-        rows = self.weights[:, :1] if self.protected else self.weights
+        """[N], of the first protected token, or the mean over all in use."""
+        rows = self.weights[:, :1] if self.protected else self.weights[:, self.size > 0]
         return rows.mean((0, 1))
 
     @property
@@ -96,8 +96,10 @@ def encode(
     protected: int,
     rule: Rule,
     prop_attn: bool,
+    every_block: bool = False,
 ) -> Result:
-    """Blocks and final norm over embedded tokens `[B, N, C]`; `left`: tokens after each block."""
+    """Blocks and final norm over embedded tokens `[B, N, C]`; `left`: tokens after each block;
+    `every_block`: the rule sees those that lose none, too."""
     images, tokens, _ = x.shape
     blocks = list(blocks)
     size = torch.ones(images, tokens)
@@ -107,7 +109,7 @@ def encode(
         counted = size if prop_attn else (size > 0).float()
         update, q, k, v = attend(block.attention, block.norm1(x), counted)
         x = x + block.scale1(update)
-        if goal < x.shape[1]:
+        if goal < x.shape[1] or every_block:
             made = []
             for i in range(images):
                 weights = _weights(q[i], k[i], counted[i], block.attention.scale)
@@ -303,5 +305,77 @@ def kth(k: int) -> Rule:
         sources = [i for i in seen.free if i not in destinations]
         into = _edges(seen.cosines, sources, destinations, seen.tokens - seen.left)
         return _merged(seen, into, [*range(seen.protected), *sources, *destinations], "mean")
+
+    return rule
+
+
+def hole(stand: int) -> Group:
+    """A place out of use."""
+    return Group(stand, [], [], 0.0)
+
+
+def ats(seen: Seen) -> list[Group]:
+    """ATS, arXiv 2111.15667, section 3: inverse transform sampling at fixed quantiles."""
+    lengths = seen.v.transpose(0, 1).flatten(1).norm(dim=-1)
+    score = [float(s) for s in seen.class_attention * lengths]
+    free = [i for i in seen.free if seen.size[i] > 0]
+    total = sum(score[i] for i in free)
+    groups, samples = [alone(seen, i, "keep") for i in range(seen.protected)], []
+    places = seen.left - seen.protected
+    for k in range(1, places + 1):
+        reached = 0.0
+        for position in free:
+            reached += score[position] / total
+            if reached >= (2 * k - 1) / (2 * places):
+                break
+        new = position not in samples
+        groups.append(alone(seen, position, "keep") if new else hole(position))
+        samples.append(position)
+    return groups
+
+
+def threshold(tau: float) -> Rule:
+    """Bipartite matching of the r best edges, and of those above tau."""
+
+    def rule(seen: Seen) -> list[Group]:
+        even = [i for i in seen.free if i % 2 == 0]
+        odd = [i for i in seen.free if i % 2 == 1]
+        cosines, used = seen.cosines, [bool(size > 0) for size in seen.size]
+        partner, similarity = dict.fromkeys(even, odd[0]), dict.fromkeys(even, -math.inf)
+        for i in even:
+            for j in odd:
+                if used[i] == used[j] and float(cosines[i, j]) > similarity[i]:
+                    partner[i], similarity[i] = j, float(cosines[i, j])
+        # What is out of use is lost first.
+        lost = sorted(even, key=lambda i: (used[i], -similarity[i] if used[i] else 0.0, i))
+        lost = lost[: seen.tokens - seen.left]
+        merged = [i for i in even if i in lost or (used[i] and similarity[i] > tau)]
+        groups = [alone(seen, i) for i in range(seen.protected)]
+        for i in even:
+            if i not in lost:
+                groups.append(hole(i) if i in merged or not used[i] else alone(seen, i))
+        for j in odd:
+            groups.append(together(seen, j, [j, *(i for i in merged if partner[i] == j)]))
+        return groups
+
+    return rule
+
+
+def avit(gamma: float, beta: float, epsilon: float = 0.01) -> Rule:
+    """A-ViT, arXiv 2112.07658, section 3."""
+
+    def rule(seen: Seen) -> list[Group]:
+        running = [i for i in seen.free if seen.size[i] > 0]
+        total = list(seen.memory.get("total", [0.0] * seen.tokens))
+        for i in running:
+            total[i] += 1 / (1 + math.exp(-(gamma * float(seen.hidden[i, 0]) + beta)))
+        spared = min(running, key=lambda i: (total[i], i))
+        on = [i for i in running if total[i] < 1 - epsilon or i == spared]
+        order = sorted(on, key=lambda i: (total[i], i)) + [i for i in seen.free if i not in on]
+        kept = sorted(order[: seen.left - seen.protected])
+        stays = [*range(seen.protected), *kept]
+        seen.memory["total"] = [total[i] for i in stays]
+        halted = [i for i in kept if i not in on]
+        return [hole(i) if i in halted else alone(seen, i, "keep") for i in stays]
 
     return rule

@@ -8,7 +8,19 @@ from typing import NamedTuple
 import plain
 from plain import Rule
 
-from tomepass.methods import DiffRate, EViT, Method, PiToMe, Prune, SPViT, ToFu, ToMe
+from tomepass.methods import (
+    ATS,
+    AViT,
+    DiffRate,
+    EViT,
+    Method,
+    PiToMe,
+    Prune,
+    SPViT,
+    Threshold,
+    ToFu,
+    ToMe,
+)
 
 R = [5, 0, 9]
 
@@ -60,4 +72,10 @@ ROWS: dict[str, Row] = {
         lambda r, **fields: ToMe(r, partition="kth", k=4, **fields),
         plain.kth(4),
     ),
+    "ats": Row(ATS, plain.ats),
+    "threshold": Row(lambda r, **fields: Threshold(r, tau=0.85, **fields), plain.threshold(0.85)),
+    "threshold_unweighted": Row(
+        lambda r, **fields: Threshold(r, tau=0.7, prop_attn=False, **fields), plain.threshold(0.7)
+    ),
+    "avit": Row(lambda r, **fields: AViT(r, gamma=1.0, beta=-0.9, **fields), plain.avit(1.0, -0.9)),
 }

@@ -34,6 +34,7 @@ def expected(family: str, model: Any, inputs: Any, method: Method, name: str) ->
         *(parts.embedded, parts.blocks, parts.norm, left, parts.protected),
         rule=ROWS[name].rule,
         prop_attn=method.prop_attn,
+        every_block=method.every_block,
     )
     size = encoded.size if method.prop_attn else (encoded.size > 0).float()
     if family == "dinov2_registers":  # a mean counts original tokens whatever attention does
@@ -124,6 +125,9 @@ def test_duplicates_are_lossless_or_it_is_said_why_not(name: str, shared_models:
     found = check_duplicates(model, capture, method, inputs)
     if method.lossy:
         assert found.blind == method.lossy
+        return
+    if not method.prop_attn:
+        assert found.blind == "proportional attention is off"
         return
     assert found.blind is None, found.blind
     assert found.error < 1e-4

@@ -214,7 +214,11 @@ void merge(const T* x, const int64_t* strides, const float* size, const int64_t*
                 for (int32_t i = head; i >= 0; i = next[i]) total += sizes ? sizes[i] : 1.f;
                 size_out[b * left + j] = total;
                 T* to = out + (b * left + j) * width;
-                if (head >= 0 && next[head] < 0) {
+                if (!(total > 0.f)) {  // out of use: nothing goes there, or nothing of any size
+                    std::fill(to, to + width, T{});
+                    continue;
+                }
+                if (next[head] < 0) {
                     std::memcpy(to, x + b * strides[0] + head * strides[1], width * sizeof(T));
                     continue;
                 }
@@ -273,7 +277,7 @@ void merge_head(const float* plain, const float* exponential, const float* large
             const float* key = (single ? plain : exponential) + i * tokens;
             for (int64_t q = 0; q < tokens; ++q) sum[q] += key[q];
         }
-        if (!single)
+        if (!single && count > 0)  // without a key it stays 0
             for (int64_t q = 0; q < tokens; ++q)
                 sum[q] = logarithm(sum[q] / float(count)) + largest[q];
         for (int64_t q = 0; q < tokens; ++q) columns[q * left + j] = sum[q];
@@ -283,11 +287,12 @@ void merge_head(const float* plain, const float* exponential, const float* large
         int64_t count = 0;
         for (int32_t q = first[i]; q >= 0; q = successor[q], ++count)
             for (int64_t j = 0; j < left; ++j) sum[j] += columns[q * left + j];
-        for (int64_t j = 0; j < left; ++j) narrow(sum[j] / float(count), out[i * left + j]);
+        const float number = float(std::max<int64_t>(count, 1));
+        for (int64_t j = 0; j < left; ++j) narrow(sum[j] / number, out[i * left + j]);
     }
 }
 
-// An index that no token goes to is left out: there is none in a source map.
+// The bias to and from an index that no token goes to is 0.
 template <class T>
 void merge_bias(const T* bias, const int64_t* source, int64_t batch, int64_t heads, int64_t tokens,
                 int64_t left, float* scratch, T* out, int threads) {

@@ -6,16 +6,21 @@ import dataclasses
 from typing import Any
 
 from tomepass.errors import TomeError
+from tomepass.methods.ats import ATS
+from tomepass.methods.avit import AViT
 from tomepass.methods.base import KNOWN, Method, RLike
 from tomepass.methods.diffrate import DiffRate
 from tomepass.methods.fuse import EViT, SPViT
 from tomepass.methods.pitome import PiToMe
 from tomepass.methods.prune import Prune
+from tomepass.methods.threshold import Threshold, calibrate_tau
 from tomepass.methods.tofu import ToFu
 from tomepass.methods.tome import MLERP, ToMe
 
 __all__ = [
+    "ATS",
     "MLERP",
+    "AViT",
     "DiffRate",
     "EViT",
     "Method",
@@ -23,8 +28,10 @@ __all__ = [
     "Prune",
     "RLike",
     "SPViT",
+    "Threshold",
     "ToFu",
     "ToMe",
+    "calibrate_tau",
     "method_from_dict",
     "resolve_method",
 ]

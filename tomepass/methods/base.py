@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from dataclasses import KW_ONLY, InitVar, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tomepass.counts import StreamPlan, plan_counts
 from tomepass.methods.fields import flag, number, positions, whole
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from tomepass.reduction import Reduction
 
 RLike = int | list[int] | tuple[int, float] | Schedule
+Own = TypeVar("Own", bound="Method")
 KNOWN: dict[str, type[Method]] = {}
 """Every method by its name, a user's own too."""
 
@@ -68,6 +69,9 @@ class Method:
     """Why reducing tokens that are all alike changes the result, where it does."""
     holes: ClassVar[bool] = False
     """Whether a block may leave tokens of size 0, out of use, in the sequence."""
+    every_block: ClassVar[bool] = False
+    """Whether, where some block of a stream loses tokens, :meth:`reduce` sees the others too: with
+    no token to lose."""
 
     r: RLike | None = None
     _: KW_ONLY
@@ -135,7 +139,7 @@ class Method:
         """The graph-building step: which tokens a block loses, in ``tome::`` operators."""
         raise NotImplementedError(f"{type(self).__name__} says not how it reduces a block")
 
-    def step(self, number: int, tokens: int, depth: int) -> Self:
+    def step(self: Own, number: int, tokens: int, depth: int) -> Own:
         """This method, reducing the more the greater a number is: from 0 for nothing to
         ``tokens * depth`` for all it can. A share of the multiply-accumulates is solved so.
         """
@@ -204,7 +208,7 @@ class Method:
 
         return method_from_dict(json.loads(text))
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: Own, **changes: Any) -> Own:
         """A copy with some fields changed; ``macs``, ``speedup`` or ``keep_rate`` takes the place
         of ``r``.
         """

@@ -8,6 +8,7 @@ One file an operator; importing this package registers them all.
 from tomepass.ops import (
     attention_to,
     combine,
+    halt,
     log_size,
     match,
     match_by,
@@ -16,6 +17,8 @@ from tomepass.ops import (
     match_sets,
     merge,
     prune,
+    sample,
+    threshold,
     unmerge,
     weighted_mean,
 )
@@ -23,6 +26,7 @@ from tomepass.ops import (
 __all__ = [
     "attention_to",
     "combine",
+    "halt",
     "log_size",
     "match",
     "match_by",
@@ -31,6 +35,8 @@ __all__ = [
     "match_sets",
     "merge",
     "prune",
+    "sample",
+    "threshold",
     "unmerge",
     "weighted_mean",
 ]

@@ -1,4 +1,4 @@
-"""``tome::attention_to``: how much attention each token gets."""
+"""``tome::attention_to`` and ``tome::received``: how much attention each token gets."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.log_size import log_size
+from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import take
 
 
@@ -22,7 +23,7 @@ def attention_to(
         query: ``[B, H, N, D]``.
         key: ``[B, H', N, D]``, H a multiple of H'.
         size: ``[B, N]`` float32 of the keys, None where attention does not count it.
-        queries: positions that pay; none for all of them.
+        queries: positions that pay; none for all of them, but for padding and what is out of use.
         scale: of the scores.
 
     Returns:
@@ -37,4 +38,20 @@ def attention_to(
         scores = query @ key.transpose(-1, -2) * scale
         if size is not None:
             scores = scores + log_size(size, scores)
-        return scores.softmax(-1).mean((1, 2))
+        paid = scores.softmax(-1)
+        if queries or size is None:
+            return paid.mean((1, 2))
+        found: Tensor = received(paid.mean(1), size)
+        return found
+
+
+@register("received(Tensor paid, Tensor size) -> Tensor")
+def received(paid: Tensor, size: Tensor) -> Tensor:
+    """The mean of what tokens pay each token, ``[B, N, N]`` to ``[B, N]``, over those in use.
+
+    Args:
+        paid: the attention weights, float32 or wider.
+        size: ``[B, N]`` of the tokens that pay: padding and what is out of use has next to none.
+    """
+    pays = (size >= PADDED).to(paid.dtype)
+    return (pays.unsqueeze(1) @ paid).squeeze(1) / pays.sum(-1, keepdim=True)

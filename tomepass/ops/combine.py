@@ -39,7 +39,8 @@ def mlerp(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int, norm: str
             weighted mean of the directions, at the weighted mean of the norms.
 
     Returns:
-        ``[B, N', C]`` in the dtype of ``x``. A token by itself stays as it is.
+        ``[B, N', C]`` in the dtype of ``x``. A token by itself stays as it is; 0 where no token
+        goes, or none of any size.
     """
     with without_autocast(x.device):
         wide = x.to(at_least_float32(x.dtype))
@@ -47,7 +48,8 @@ def mlerp(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int, norm: str
         weight = goes.to(wide.dtype)
         if size is not None:
             weight = weight * size.to(wide.dtype).unsqueeze(1)
-        weight = weight / weight.sum(-1, keepdim=True)
+            goes = goes & (size > 0).unsqueeze(1)  # what is out of use has no say
+        weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
         length = torch.linalg.vector_norm(wide, dim=-1)
         if norm == "max":
             direction = weight @ wide

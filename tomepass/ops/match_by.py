@@ -14,7 +14,7 @@ from tomepass.ops.positions import constant, sent
 from tomepass.ops.prune import shuffle
 from tomepass.ops.similarity import similarities
 
-PARTITIONS = ("alternating", "sequential", "random", "kth")
+PARTITIONS = ("alternating", "sequential", "random")
 
 
 @register(
@@ -48,7 +48,7 @@ def match_by(
             the r smallest merge.
         exponent: of the importance.
         similarity: as in :func:`tomepass.ops.similarity.similarities`.
-        partition: one of :data:`PARTITIONS`: sources are the even positions, the first half of
+        partition: one of :data:`PARTITIONS`, or ``"kth"``: sources are the even positions, the first half of
             the tokens, a half drawn with ``seed``, the same everywhere, or all but every k-th.
         seed: of a random partition; k of a ``"kth"`` one.
 

@@ -46,19 +46,24 @@ def select(score: Tensor, tokens: int, protected: list[int], size: Tensor | None
         return torch.cat([held, chosen], dim=1)
 
 
-@register("places(Tensor stands, SymInt tokens) -> Tensor")
-def places(stands: Tensor, tokens: int) -> Tensor:
+@register("places(Tensor stands, SymInt tokens, Tensor? size=None) -> Tensor")
+def places(stands: Tensor, tokens: int, size: Tensor | None = None) -> Tensor:
     """Where each of N tokens stands among those kept, -1 where it was dropped.
 
     Args:
         stands: ``[B, N']`` positions of the tokens kept.
         tokens: N.
+        size: ``[B, N']`` of the tokens kept, given where some places are out of use: of size 0,
+            they hold none.
 
     Returns:
         ``[B, N]`` int64.
     """
+    here = sent(stands, tokens).transpose(1, 2)
+    if size is not None:
+        here = here & (size != 0).unsqueeze(-1)
     place = torch.arange(stands.shape[1], device=stands.device)[:, None]
-    return torch.where(sent(stands, tokens).transpose(1, 2), place, -1).amax(1)
+    return torch.where(here, place, -1).amax(1)
 
 
 @register("nearest(Tensor features, Tensor stands, int[] protected, Tensor? size=None) -> Tensor")
@@ -71,8 +76,8 @@ def nearest(
         features: ``[B, H, N, D]``, compared by the cosine of their mean over H.
         stands: ``[B, N']`` positions of the tokens kept, the protected ones first.
         protected: positions that stand in for none but themselves, unless nothing else is kept.
-        size: ``[B, N']`` of the tokens kept, given where some are out of use: these stand in for
-            none.
+        size: ``[B, N']`` of the tokens kept, given where some are padding or out of use: these
+            stand in for none, and what is out of use is found at another one itself.
 
     Returns:
         ``[B, N]`` int64 indices into the tokens kept.
@@ -86,7 +91,7 @@ def nearest(
             scores = torch.where((size < PADDED).unsqueeze(1), -3.0, scores)
         held = torch.arange(stands.shape[1], device=stands.device) < len(protected)
         scores = torch.where(held, -4.0, scores)
-        own = places(stands, features.shape[2])
+        own = places(stands, features.shape[2], size)
         return torch.where(own < 0, scores.argmax(-1), own)
 
 

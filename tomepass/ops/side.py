@@ -83,17 +83,22 @@ def merge_bias(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
         tokens: N' there are now.
 
     Returns:
-        ``[B, H or 1, N', N']`` in the dtype of ``bias``.
+        ``[B, H or 1, N', N']`` in the dtype of ``bias``; 0 to and from a token that holds none.
     """
     with without_autocast(bias.device):
         wide = bias.to(at_least_float32(bias.dtype))
         wide = wide.reshape([1] * (4 - bias.ndim) + list(bias.shape))
         held = sent(source, tokens).to(wide.dtype)
-        weight = (held / held.sum(-1, keepdim=True)).unsqueeze(1)
+        count = held.sum(-1, keepdim=True)
+        weight = (held / count.clamp(min=1)).unsqueeze(1)
         if wide.shape[-1] > 1:
             # The largest of a row stays out of the exponential, or it could overflow.
             largest = wide.detach().amax(-1, keepdim=True)
-            wide = ((wide - largest).exp() @ weight.transpose(-1, -2)).log() + largest
+            mean = (wide - largest).exp() @ weight.transpose(-1, -2)
+            # The logarithm of nothing would spread to all rows, and its gradient to all biases.
+            nothing = (count == 0).transpose(-1, -2).unsqueeze(1)
+            merged = torch.where(nothing, 1.0, mean).log() + largest
+            wide = torch.where(nothing, 0.0, merged)
         if wide.shape[-2] > 1:
             wide = weight @ wide
         return wide.to(bias.dtype)
