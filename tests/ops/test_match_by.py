@@ -14,8 +14,9 @@ from tomepass import reference
 from tomepass.ops.attention_to import attention_to
 from tomepass.ops.combine import merge_max, mlerp
 from tomepass.ops.match import match
-from tomepass.ops.match_by import PARTITIONS, SIMILARITIES, match_by
+from tomepass.ops.match_by import PARTITIONS, match_by
 from tomepass.ops.padding import PADDED
+from tomepass.ops.similarity import SIMILARITIES
 
 CHOICES = list(itertools.product(SIMILARITIES, PARTITIONS))
 CLEAR = 1e-6

@@ -48,8 +48,8 @@ def match_by(
             the r smallest merge.
         exponent: of the importance.
         similarity: as in :func:`tomepass.ops.similarity.similarities`.
-        partition: one of :data:`PARTITIONS`, or ``"kth"``: sources are the even positions, the first half of
-            the tokens, a half drawn with ``seed``, the same everywhere, or all but every k-th.
+        partition: one of :data:`PARTITIONS`, or ``"kth"``: sources are the even positions, the
+            first half, a half drawn with ``seed``, the same everywhere, or all but every k-th.
         seed: of a random partition; k of a ``"kth"`` one.
 
     Returns:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+SIMILARITIES = ("cosine", "dot", "euclidean", "softmax")
+
 
 def similarities(sources: Tensor, destinations: Tensor, similarity: str) -> Tensor:
     """``[B, A, D]`` and ``[B, C, D]`` to ``[B, A, C]``: the larger the more alike.
