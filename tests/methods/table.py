@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import plain
+import torch
 from plain import Rule
 
-from tomepass.methods import Method, Prune
+from tomepass.methods import AdaViT, DynamicViT, Learned, Method, Policy, Prune
 
 R = [5, 0, 9]
 
@@ -19,6 +20,18 @@ class Row(NamedTuple):
     make: Callable[..., Method]
     rule: Rule
 
+
+def weights(kind: type[Learned], blocks: int = 3, width: int = 32) -> plain.Weights:
+    """Random ones for each block, under which some tokens stay and some do not."""
+    drawn = torch.Generator().manual_seed(3)
+    shapes = kind(policy=None).shapes(width)
+    return {
+        i: {name: torch.randn(shape, generator=drawn) * 0.4 for name, shape in shapes.items()}
+        for i in range(blocks)
+    }
+
+
+DYNAMICVIT, ADAVIT = weights(DynamicViT), weights(AdaViT)
 
 ROWS: dict[str, Row] = {
     "prune": Row(Prune, plain.prune(lambda seen: seen.class_attention)),
@@ -33,5 +46,13 @@ ROWS: dict[str, Row] = {
     "prune_random": Row(
         lambda r, **fields: Prune(r, score="random", seed=7, **fields),
         plain.prune(lambda seen: plain.shuffled(seen, 7)),
+    ),
+    "dynamicvit": Row(
+        lambda r, **fields: DynamicViT(r, policy=Policy(DYNAMICVIT), **fields),
+        plain.dynamicvit(DYNAMICVIT),
+    ),
+    "adavit": Row(
+        lambda r, **fields: AdaViT(r, policy=Policy(ADAVIT), **fields),
+        plain.adavit(ADAVIT),
     ),
 }

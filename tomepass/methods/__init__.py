@@ -7,10 +7,24 @@ from typing import Any
 
 from tomepass.errors import TomeError
 from tomepass.methods.base import KNOWN, Method, RLike
+from tomepass.methods.learned import AdaViT, DynamicViT, Learned
+from tomepass.methods.policy import Policy
 from tomepass.methods.prune import Prune
 from tomepass.methods.tome import MLERP, ToMe
 
-__all__ = ["MLERP", "Method", "Prune", "RLike", "ToMe", "method_from_dict", "resolve_method"]
+__all__ = [
+    "MLERP",
+    "AdaViT",
+    "DynamicViT",
+    "Learned",
+    "Method",
+    "Policy",
+    "Prune",
+    "RLike",
+    "ToMe",
+    "method_from_dict",
+    "resolve_method",
+]
 
 
 def method_from_dict(data: dict[str, Any]) -> Method:

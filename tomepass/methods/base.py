@@ -65,6 +65,8 @@ class Method:
     """Why reducing tokens that are all alike changes the result, where it does."""
     holes: ClassVar[bool] = False
     """Whether a block may leave tokens of size 0, out of use, in the sequence."""
+    soft: ClassVar[bool] = False
+    """Whether sizes are a mask with gradients that multiplies the exponentials of attention."""
 
     r: RLike | None = None
     _: KW_ONLY
@@ -100,6 +102,9 @@ class Method:
 
     def check(self) -> None:
         """Raises where fields are wrong or make no sense together; :meth:`_set` normalises."""
+
+    def ready(self) -> None:
+        """Raises a TomeError where something is missing without which no block can be reduced."""
 
     def most(self, tokens: int, protected: tuple[int, ...]) -> int:
         """How many of ``tokens``, the protected positions among them, a block can lose."""

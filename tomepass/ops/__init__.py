@@ -8,11 +8,13 @@ One file an operator; importing this package registers them all.
 from tomepass.ops import (
     attention_to,
     combine,
+    keep_score,
     log_size,
     match,
     match_by,
     merge,
     prune,
+    soft,
     unmerge,
     weighted_mean,
 )
@@ -20,11 +22,13 @@ from tomepass.ops import (
 __all__ = [
     "attention_to",
     "combine",
+    "keep_score",
     "log_size",
     "match",
     "match_by",
     "merge",
     "prune",
+    "soft",
     "unmerge",
     "weighted_mean",
 ]
