@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tomepass.module import MergedModel, apply, explain
     from tomepass.plans import Plan, plan
     from tomepass.report import Report
+    from tomepass.training import train_policy
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "explain",
     "plan",
     "tome_backend",
+    "train_policy",
 ]
 
 _HOME = {
@@ -53,6 +55,7 @@ _HOME = {
     "explain": "module",
     "plan": "plans",
     "tome_backend": "backend",
+    "train_policy": "training",
 }
 
 

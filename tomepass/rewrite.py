@@ -7,7 +7,7 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,7 +140,8 @@ class _Sweep:
             if any(node is m.planned.stream.blocks[-1].merge_at for m in self.streams):
                 self.writer.block = None
         source = self.streams[0].sources[-1] if self.method.trace_source else None
-        self._drop_dead(keep=source)
+        chosen = [r.chosen for m in self.streams for r in m.reductions if self.method.soft]
+        self._drop_dead(keep=[source, *chosen])
         module = self.writer.module(self.captured.module)
         module.meta.update(self.captured.module.meta)
         live = set(self.writer.graph.nodes)
@@ -595,14 +596,14 @@ class _Sweep:
                 )
         copy.update_arg(at, sizes)
 
-    def _drop_dead(self, keep: fx.Node | None) -> None:
+    def _drop_dead(self, keep: Collection[fx.Node | None]) -> None:
         # A dropped mask leaves its arithmetic behind; what the captured graph already held
         # for its effects (assertions) stays.
         for node in reversed(self.writer.graph.nodes):
             unused = node.op == "call_function" and not node.users
             # fx takes a fused attention for impure, as it may draw random numbers.
             effects = node.is_impure() and node.target is not FUSED
-            if unused and not effects and node is not keep:
+            if unused and not effects and node not in keep:
                 self.writer.graph.erase_node(node)
 
 

@@ -131,11 +131,12 @@ class _Training:
         self.stream = _planned(model, self.capture, method)
         self.rates = list(_rates(self.stream.plan))
         self.weights = _first_weights(self.stream, method, self.rates)
+        self.held = _Held(self.weights)
         soft = _Soft(
             [block.r for block in self.stream.plan.blocks],
             protected=self.stream.plan.protected,
             of=method,
-            weights=_Held(self.weights),
+            weights=self.held,
         )
         rewritten = rewrite(self.capture.graph, plan_graph(self.capture.graph, soft))
         masks = [name for name in rewritten.matches[0] if name is not None]
@@ -195,6 +196,8 @@ class _Held:
 
     def __init__(self, blocks: dict[int, dict[str, nn.Parameter]]) -> None:
         self.blocks = blocks
+        device = next(weight.device for held in blocks.values() for weight in held.values())
+        self.noise = torch.ones((), device=device)
 
 
 @dataclass(frozen=True)
@@ -233,7 +236,8 @@ class _Soft(Method):
         held = self.weights.blocks[block.index]
         weights = [block.constant(held[name]) for name in self.of.shapes(block.width)]
         score = self.of.score(block, weights, block.size)
-        keep = block.call("gumbel_keep", score, block.size, block.protected)
+        noise = block.constant(self.weights.noise)
+        keep = block.call("gumbel_keep", score, noise, block.size, block.protected)
         stands = block.call("select", score, block.tokens, block.protected)
         size = block.call("gather_size", keep, stands)
         places = block.call("places", stands, block.tokens)

@@ -85,7 +85,8 @@ def used_size(score: Tensor, size: Tensor | None, stands: Tensor, protected: lis
     """
     with torch.no_grad():
         kept = gather_size(size, stands)
-        score = torch.where(score.isnan(), -float("inf"), score).gather(1, stands)
+        lowest = torch.finfo(score.dtype).min  # what is not a number still is some token's
+        score = torch.where(score.isnan(), lowest, score).clamp(min=lowest).gather(1, stands)
         place = torch.arange(stands.shape[1], device=stands.device)
         held = place < len(protected)
         free = torch.where(held | (kept < PADDED), -float("inf"), score)

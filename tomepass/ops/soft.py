@@ -9,8 +9,10 @@ from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.positions import constant
 
 
-@register("gumbel_keep(Tensor score, Tensor? keep, int[] protected) -> Tensor")
-def gumbel_keep(score: Tensor, keep: Tensor | None, protected: list[int]) -> Tensor:
+@register("gumbel_keep(Tensor score, Tensor noise, Tensor? keep, int[] protected) -> Tensor")
+def gumbel_keep(
+    score: Tensor, noise: Tensor, keep: Tensor | None, protected: list[int]
+) -> Tensor:
     """Draws which tokens stay, with gradients (DynamicViT, arXiv 2106.02034, eq. 6 and 9).
 
     The Gumbel-softmax of two classes at temperature 1: the difference of two Gumbel variables is
@@ -18,6 +20,7 @@ def gumbel_keep(score: Tensor, keep: Tensor | None, protected: list[int]) -> Ten
 
     Args:
         score: ``[B, N]`` log-odds of keeping.
+        noise: a scalar, the share of the noise: 1 draws by these odds, 0 takes the likelier.
         keep: ``[B, N]``, the mask so far: a token that went stays away. None: all are there.
         protected: positions that always stay.
 
@@ -26,7 +29,7 @@ def gumbel_keep(score: Tensor, keep: Tensor | None, protected: list[int]) -> Ten
     """
     tiny = torch.finfo(score.dtype).eps
     drawn = torch.rand_like(score).clamp(tiny, 1 - tiny)
-    soft = (score + drawn.log() - (-drawn).log1p()).sigmoid()
+    soft = (score + noise * (drawn.log() - (-drawn).log1p())).sigmoid()
     mask = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
     mask = mask.scatter(1, constant(sorted(protected), score.shape[0], score.device), 1.0)
     return mask if keep is None else mask * keep
