@@ -74,6 +74,8 @@ def masked_attention(
         seen = keep.to(wide)[:, None, None, :]
         if own:
             seen = seen + (1 - seen) * torch.eye(keep.shape[1], dtype=wide, device=keep.device)
-        weights = (scores - scores.detach().amax(-1, keepdim=True)).exp() * seen
+        # Where keys that are left out would outweigh all others their gradient is bounded.
+        left = scores.detach().masked_fill(seen.detach() == 0, torch.finfo(wide).min)
+        weights = (scores - left.amax(-1, keepdim=True)).clamp(max=0).exp() * seen
         total = weights.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
         return ((weights / total) @ value.to(wide)).to(value.dtype)
