@@ -18,7 +18,7 @@ from benchmarks.results import Results, cell
 WIDTH = 768
 NAMES = {
     *("throughput", "latency", "breakdown", "scaling", "attention", "kernels", "linear"),
-    *("openvino-layers", "compile-time", "capture-time"),
+    *("openvino-layers", "compile-time", "capture-time", "policy"),
 }
 
 

@@ -189,8 +189,9 @@ def carry_marks(gm: fx.GraphModule, rewritten: fx.GraphModule) -> fx.GraphModule
         new._dynamo_source = getattr(old, "_dynamo_source", None)
     # With Inductor's freezing the parameters are constants in the graph, under new names.
     if hasattr(gm, "_param_name_to_source") and not any(True for _ in rewritten.parameters()):
+        sources: Any = gm._param_name_to_source
         own = {name: ConstantSource(name) for name, _ in rewritten.named_buffers()}
-        rewritten._param_name_to_source = own | gm._param_name_to_source
+        rewritten._param_name_to_source = own | sources
     return rewritten
 
 

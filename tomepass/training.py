@@ -35,6 +35,8 @@ LearnedMethod = TypeVar("LearnedMethod", bound=Learned)
 # What the terms of the loss count (DynamicViT, section 4.1), besides cross entropy with 1.
 OUTPUTS, TOKENS, RATE = 0.5, 0.5, 2.0
 GRADIENT_NORM = 1.0
+# In use no noise is drawn: it falls to this share, over this share of the epochs.
+LEAST_NOISE, FALLING = 0.1, 0.8
 
 
 def train_policy(
@@ -51,11 +53,11 @@ def train_policy(
     """Trains the policy of a learned method for a model, which is not changed (arXiv 2106.02034).
 
     All tokens stay in training. Each block that reduces draws a mask of those that would, by the
-    Gumbel-softmax, and the mask multiplies the exponentials of the attentions that follow. The
-    loss is that of DynamicViT: the squared distance of each block's share of tokens from the one
-    planned; the divergence of the logits from the whole model's; the squared distance of the
-    tokens left at the end from the whole model's, where the model returns them; and the cross
-    entropy, if there are labels.
+    Gumbel-softmax, whose noise falls from epoch to epoch, and the mask multiplies the exponentials
+    of the attentions that follow. The loss is that of DynamicViT: the squared distance of each
+    block's share of tokens from the one planned; the divergence of the logits from the whole
+    model's; the squared distance of the tokens left at the end from the whole model's, where the
+    model returns them; and the cross entropy, if there are labels.
 
     Args:
         model: in eval mode, its attention fused.
@@ -91,6 +93,7 @@ def train_policy(
         with progress_bar(progress) as bar:
             task = bar.add_task("training", total=rounds)
             for epoch in range(rounds):
+                trained.held.noise.fill_(max(LEAST_NOISE, 1 - epoch / (FALLING * rounds)))
                 for group in optimizer.param_groups:
                     group["lr"] = rate * (1 + math.cos(math.pi * epoch / rounds)) / 2
                 loss = _epoch(trained, optimizer, batches, labelled)
@@ -295,7 +298,7 @@ def _first_weights(
     for index, before, after in zip(places, [1.0, *rates], rates, strict=False):
         share = after / before
         # Of the logits of all random policies, the seed's.
-        generator = torch.Generator().manual_seed(torch.randint(2**31, ()).item() + index)
+        generator = torch.Generator().manual_seed(int(torch.randint(2**31, ())) + index)
         drawn = method.initial(width, math.log(share / (1 - share)), generator)
         weights[index] = {n: nn.Parameter(t.to(value.device)) for n, t in drawn.items()}
     return weights
@@ -330,7 +333,8 @@ class _Tokens:
         """Of the tokens left (DynamicViT, eq. 14)."""
         ours, theirs = (side[self.output][:, list(self.free)] for side in (student, teacher))
         squared = (ours.float() - theirs.float()).square().mean(-1)
-        return (squared * mask).sum() / mask.sum().clamp(min=1)
+        mean: Tensor = (squared * mask).sum() / mask.sum().clamp(min=1)
+        return mean
 
 
 def _returned_tokens(capture: Capture, stream: PlannedStream) -> _Tokens | None:

@@ -280,7 +280,7 @@ def test_an_untrained_method_is_refused(kind: type[Learned], vit: Any, images: T
 def test_a_policy_for_other_blocks_or_another_model_is_refused(vit: Any, images: Tensor) -> None:
     policy = trained().policy
     fewer = Policy({0: policy.weights(0)})
-    with pytest.raises(TomeError, match="block 2 is to lose tokens.*blocks 0 alone"):
+    with pytest.raises(TomeError, match=r"block 2 is to lose tokens.*blocks 0 alone"):
         tomepass.apply(vit, DynamicViT([5, 0, 9], policy=fewer), example_inputs=images)
     with pytest.raises(TomeError, match="for another method than AdaViT"):
         tomepass.apply(vit, AdaViT(4, policy=policy), example_inputs=images)
@@ -320,8 +320,8 @@ def test_bad_arguments_are_refused_by_name(options: Any, error: Any, told: str, 
 
 def test_what_cannot_be_trained_is_refused(vit: Any, images: Tensor) -> None:
     def refused(told: str, model: Any = vit, given: Any = None, method: Any = None) -> None:
+        chosen = DynamicViT(keep_rate=0.5) if method is None else method
         with pytest.raises((TomeError, ValueError), match=told):
-            chosen = DynamicViT(keep_rate=0.5) if method is None else method
             train_policy(model, chosen, given or [images], epochs=2, progress=False)
 
     refused("training mode", make_model("vit").train())

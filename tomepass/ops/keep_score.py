@@ -132,4 +132,5 @@ def _mean(x: Tensor, size: Tensor | None, protected: list[int]) -> Tensor:
     count = x.new_ones(x.shape[:2], dtype=wide) if size is None else size.to(wide)
     count = count.scatter(1, constant(sorted(protected), x.shape[0], x.device), 0.0)
     total = count.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return ((count / total).unsqueeze(1) @ x.to(wide)).squeeze(1)
+    mean: Tensor = ((count / total).unsqueeze(1) @ x.to(wide)).squeeze(1)
+    return mean

@@ -10,9 +10,7 @@ from tomepass.ops.positions import constant
 
 
 @register("gumbel_keep(Tensor score, Tensor noise, Tensor? keep, int[] protected) -> Tensor")
-def gumbel_keep(
-    score: Tensor, noise: Tensor, keep: Tensor | None, protected: list[int]
-) -> Tensor:
+def gumbel_keep(score: Tensor, noise: Tensor, keep: Tensor | None, protected: list[int]) -> Tensor:
     """Draws which tokens stay, with gradients (DynamicViT, arXiv 2106.02034, eq. 6 and 9).
 
     The Gumbel-softmax of two classes at temperature 1: the difference of two Gumbel variables is
