@@ -36,7 +36,7 @@ LearnedMethod = TypeVar("LearnedMethod", bound=Learned)
 OUTPUTS, TOKENS, RATE = 0.5, 0.5, 2.0
 GRADIENT_NORM = 1.0
 # In use no noise is drawn: it falls to this share, over this share of the epochs.
-LEAST_NOISE, FALLING = 0.1, 0.8
+LEAST_NOISE, FALLING = 0.3, 0.5
 
 
 def train_policy(
@@ -53,7 +53,8 @@ def train_policy(
     """Trains the policy of a learned method for a model, which is not changed (arXiv 2106.02034).
 
     All tokens stay in training. Each block that reduces draws a mask of those that would, by the
-    Gumbel-softmax, whose noise falls from epoch to epoch, and the mask multiplies the exponentials
+    Gumbel-softmax, whose noise falls from epoch to epoch: as many as are kept in use, or, of a
+    method whose images differ in that, each by itself. The mask multiplies the exponentials
     of the attentions that follow. The loss is that of DynamicViT: the squared distance of each
     block's share of tokens from the one planned; the divergence of the logits from the whole
     model's; the squared distance of the tokens left at the end from the whole model's, where the
@@ -132,9 +133,9 @@ class _Training:
         self.leaves = _shapes(call)
         self.capture = capture_module(model, call)
         self.stream = _planned(model, self.capture, method)
-        self.rates = list(_rates(self.stream.plan))
+        self.rates = _rates(self.stream.plan)
         self.weights = _first_weights(self.stream, method, self.rates)
-        self.held = _Held(self.weights)
+        self.held = _Held(self.weights, _left(self.stream.plan))
         soft = _Soft(
             [block.r for block in self.stream.plan.blocks],
             protected=self.stream.plan.protected,
@@ -195,10 +196,10 @@ class _Training:
 
 
 class _Held:
-    """Weights in training, compared by identity."""
+    """Weights in training, compared by identity; tokens a block is to leave, without protected."""
 
-    def __init__(self, blocks: dict[int, dict[str, nn.Parameter]]) -> None:
-        self.blocks = blocks
+    def __init__(self, blocks: dict[int, dict[str, nn.Parameter]], left: dict[int, int]) -> None:
+        self.blocks, self.left = blocks, left
         device = next(weight.device for held in blocks.values() for weight in held.values())
         self.noise = torch.ones((), device=device)
 
@@ -240,7 +241,8 @@ class _Soft(Method):
         weights = [block.constant(held[name]) for name in self.of.shapes(block.width)]
         score = self.of.score(block, weights, block.size)
         noise = block.constant(self.weights.noise)
-        keep = block.call("gumbel_keep", score, noise, block.size, block.protected)
+        count = self.weights.left[block.index] if self.of.counted else None
+        keep = block.call("gumbel_keep", score, noise, block.size, block.protected, count)
         stands = block.call("select", score, block.tokens, block.protected)
         size = block.call("gather_size", keep, stands)
         places = block.call("places", stands, block.tokens)
@@ -280,12 +282,16 @@ def _planned(model: nn.Module, capture: Capture, method: Learned) -> PlannedStre
     return stream
 
 
-def _rates(plan: StreamPlan) -> Iterator[float]:
-    """The share of the tokens there were at first that each reducing block is to leave."""
+def _left(plan: StreamPlan) -> dict[int, int]:
+    """How many tokens that are not protected each reducing block leaves."""
     held = len(plan.protected)
-    for block in plan.blocks:
-        if block.r:
-            yield (block.tokens_out - held) / (plan.tokens - held)
+    return {block.index: block.tokens_out - held for block in plan.blocks if block.r}
+
+
+def _rates(plan: StreamPlan) -> list[float]:
+    """The same as shares of those there were at first."""
+    free = plan.tokens - len(plan.protected)
+    return [left / free for left in _left(plan).values()]
 
 
 def _first_weights(

@@ -29,6 +29,8 @@ class Learned(Method):
 
     standard: ClassVar[Schedule] = Schedule("keep_rate", (0.7,))
     lossy: ClassVar[str] = DROPS
+    counted: ClassVar[bool] = True
+    """Whether all images keep the tokens the plan counts, in training too."""
 
     policy: Policy | None = None
     prop_attn: bool = False
@@ -179,6 +181,7 @@ class AdaViT(Learned):
 
     name: ClassVar[str] = "adavit"
     holes: ClassVar[bool] = True
+    counted: ClassVar[bool] = False
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """A norm, a linear layer on the token and one on the class token."""

@@ -106,7 +106,8 @@ def places_used(stands: Tensor, size: Tensor, tokens: int) -> Tensor:
     Returns:
         ``[B, N]`` int64.
     """
-    return places(torch.where(size < PADDED, -1, stands), tokens)
+    found: Tensor = places(torch.where(size < PADDED, -1, stands), tokens)
+    return found
 
 
 @register("nearest_used(Tensor features, Tensor stands, Tensor size, int[] protected) -> Tensor")
@@ -132,5 +133,5 @@ def _mean(x: Tensor, size: Tensor | None, protected: list[int]) -> Tensor:
     count = x.new_ones(x.shape[:2], dtype=wide) if size is None else size.to(wide)
     count = count.scatter(1, constant(sorted(protected), x.shape[0], x.device), 0.0)
     total = count.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    mean: Tensor = ((count / total).unsqueeze(1) @ x.to(wide)).squeeze(1)
-    return mean
+    mean: Tensor = torch.matmul((count / total).unsqueeze(1), x.to(wide))
+    return mean.squeeze(1)

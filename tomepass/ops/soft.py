@@ -9,8 +9,17 @@ from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.positions import constant
 
 
-@register("gumbel_keep(Tensor score, Tensor noise, Tensor? keep, int[] protected) -> Tensor")
-def gumbel_keep(score: Tensor, noise: Tensor, keep: Tensor | None, protected: list[int]) -> Tensor:
+@register(
+    "gumbel_keep(Tensor score, Tensor noise, Tensor? keep, int[] protected, int? count=None) "
+    "-> Tensor"
+)
+def gumbel_keep(
+    score: Tensor,
+    noise: Tensor,
+    keep: Tensor | None,
+    protected: list[int],
+    count: int | None = None,
+) -> Tensor:
     """Draws which tokens stay, with gradients (DynamicViT, arXiv 2106.02034, eq. 6 and 9).
 
     The Gumbel-softmax of two classes at temperature 1: the difference of two Gumbel variables is
@@ -21,16 +30,32 @@ def gumbel_keep(score: Tensor, noise: Tensor, keep: Tensor | None, protected: li
         noise: a scalar, the share of the noise: 1 draws by these odds, 0 takes the likelier.
         keep: ``[B, N]``, the mask so far: a token that went stays away. None: all are there.
         protected: positions that always stay.
+        count: of the others to keep: those whose odds are highest after the draw, as when tokens
+            are counted in use. None: each is drawn by itself.
 
     Returns:
         ``[B, N]`` in the dtype of ``score``: 0 or 1.
     """
     tiny = torch.finfo(score.dtype).eps
     drawn = torch.rand_like(score).clamp(tiny, 1 - tiny)
-    soft = (score + noise * (drawn.log() - (-drawn).log1p())).sigmoid()
+    odds = score + noise * (drawn.log() - (-drawn).log1p())
+    held = constant(sorted(protected), score.shape[0], score.device)
+    if count is not None:
+        odds = odds - _threshold(odds.detach(), keep, held, count)
+    soft = odds.sigmoid()
     mask = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
-    mask = mask.scatter(1, constant(sorted(protected), score.shape[0], score.device), 1.0)
+    mask = mask.scatter(1, held, 1.0)
     return mask if keep is None else mask * keep
+
+
+def _threshold(odds: Tensor, keep: Tensor | None, held: Tensor, count: int) -> Tensor:
+    """What ``count`` of the odds of tokens that are there lie above: ``[B, 1]``."""
+    lowest = torch.finfo(odds.dtype).min / 4
+    free = odds.scatter(1, held, lowest)
+    if keep is not None:
+        free = torch.where(keep > 0, free, lowest)
+    ordered = free.sort(-1, descending=True).values
+    return (ordered[:, count - 1 : count] + ordered[:, count : count + 1]) / 2
 
 
 @register(
