@@ -363,17 +363,14 @@ class _Mean(torch.nn.Module):
 
 
 def test_a_short_training_beats_random_pruning_on_digits() -> None:
-    """Five tokens of 64 left after the second block, the same for all: only which ones differs."""
+    """One patch of 64 is left beside the class token: a policy finds one that tells."""
     model, (pixels, _) = digits.load_model(), digits.load_images()
-    # Held out are those there are: a policy sees one half of them, without labels.
-    seen, held = list(pixels[:180].split(12)), pixels[180:]
-    counts = [0, 59]
-    method = train_policy(
-        model, DynamicViT(counts), seen, epochs=6, learning_rate=3e-3, progress=False
-    )
-    learned = divergence(model, method, held)
+    seen, held = list(pixels[:180].split(9)), pixels[180:]  # no labels
+    counts = [0, 63]
+    options: dict[str, Any] = {"epochs": 8, "learning_rate": 3e-3, "progress": False}
+    learned = divergence(model, train_policy(model, DynamicViT(counts), seen, **options), held)
     random = [divergence(model, Prune(counts, score="random", seed=s), held) for s in range(5)]
-    assert learned < sum(random) / len(random)
+    assert learned < 0.75 * sum(random) / len(random)
 
 
 @torch.no_grad()
