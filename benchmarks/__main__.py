@@ -15,6 +15,7 @@ from benchmarks import (
     latency,
     linear,
     openvino_layers,
+    policy,
     scaling,
     throughput,
 )
@@ -35,6 +36,7 @@ app.command("scaling", cls=MultiValueCommand)(scaling.main)
 app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
 app.command("linear", cls=MultiValueCommand)(linear.main)
+app.command("policy", cls=MultiValueCommand)(policy.main)
 app.command("openvino-layers")(openvino_layers.main)
 app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from tomepass.methods import (
         ATS,
         MLERP,
+        AdaViT,
         AViT,
         DiffRate,
+        DynamicViT,
         EViT,
         Method,
         PiToMe,
+        Policy,
         Prune,
         SPViT,
         Threshold,
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from tomepass.module import MergedModel, apply, explain
     from tomepass.plans import Plan, plan
     from tomepass.report import Report
+    from tomepass.training import train_policy
 
 __version__ = "0.1.0"
 
@@ -39,14 +43,17 @@ __all__ = [
     "ATS",
     "MLERP",
     "AViT",
+    "AdaViT",
     "Calibration",
     "CheckReport",
     "DiffRate",
+    "DynamicViT",
     "EViT",
     "MergedModel",
     "Method",
     "PiToMe",
     "Plan",
+    "Policy",
     "Prune",
     "Report",
     "SPViT",
@@ -61,20 +68,24 @@ __all__ = [
     "explain",
     "plan",
     "tome_backend",
+    "train_policy",
 ]
 
 _HOME = {
     "ATS": "methods",
     "MLERP": "methods",
     "AViT": "methods",
+    "AdaViT": "methods",
     "Calibration": "calibration",
     "CheckReport": "equivalence",
     "DiffRate": "methods",
+    "DynamicViT": "methods",
     "EViT": "methods",
     "MergedModel": "module",
     "Method": "methods",
     "PiToMe": "methods",
     "Plan": "plans",
+    "Policy": "methods",
     "Prune": "methods",
     "Report": "report",
     "SPViT": "methods",
@@ -89,6 +100,7 @@ _HOME = {
     "explain": "module",
     "plan": "plans",
     "tome_backend": "backend",
+    "train_policy": "training",
 }
 
 

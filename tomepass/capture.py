@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
+from torch._dynamo.source import ConstantSource
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
@@ -188,7 +189,9 @@ def carry_marks(gm: fx.GraphModule, rewritten: fx.GraphModule) -> fx.GraphModule
         new._dynamo_source = getattr(old, "_dynamo_source", None)
     # With Inductor's freezing the parameters are constants in the graph, under new names.
     if hasattr(gm, "_param_name_to_source") and not any(True for _ in rewritten.parameters()):
-        rewritten._param_name_to_source = gm._param_name_to_source
+        sources: Any = gm._param_name_to_source
+        own = {name: ConstantSource(name) for name, _ in rewritten.named_buffers()}
+        rewritten._param_name_to_source = own | sources
     return rewritten
 
 

@@ -17,6 +17,7 @@ from tomepass.axis import argument
 from tomepass.capture import CanonicalGraph
 from tomepass.ops.attention_to import attention_to
 from tomepass.ops.combine import mlerp
+from tomepass.ops.keep_score import keep_score, keep_score_linear
 from tomepass.ops.match import match
 from tomepass.ops.match_by import match_by
 from tomepass.ops.match_greedy import match_greedy
@@ -134,6 +135,13 @@ def _attention_to(node: fx.Node) -> int:
     return batch * heads * paying * _shape(node.args[1])[2] * width
 
 
+def _keep_score(node: fx.Node) -> int:
+    batch, tokens, _ = _shape(node.args[0])
+    held: list[fx.Node] = node.args[2]  # type: ignore[assignment]
+    matrices = [shape for shape in map(_shape, held) if len(shape) == 2]
+    return batch * tokens * sum(prod(shape) for shape in matrices)
+
+
 def _merge_rows(node: fx.Node) -> int:
     return prod(_shape(node)) * _shape(node.args[1])[-1]
 
@@ -173,6 +181,8 @@ _MACS: dict[Any, Callable[[fx.Node], int]] = {
     attention_to: _attention_to,
     merge: _merge,
     mlerp: _merge,
+    keep_score: _keep_score,
+    keep_score_linear: _keep_score,
     merge_rows: _merge_rows,
     merge_bias: _merge_bias,
 }

@@ -81,8 +81,10 @@ def plan_graph(captured: CanonicalGraph, method: Method) -> Planned:
 
     Raises:
         ValueError: if the method lists more counts than a stream has blocks.
-        TomeError: if it names a share of the multiply-accumulates that cannot be reached.
+        TomeError: if it names a share of the multiply-accumulates that cannot be reached, or is
+            not trained.
     """
+    method.ready()
     if (write := hidden_write(captured.graph, captured.data)) is not None:
         reason = (
             f"{target_name(write)} writes in place into a tensor that is also read elsewhere, so "

@@ -62,6 +62,10 @@ class Reducing:
         target = getattr(torch.ops.tome, name).default if isinstance(name, str) else name
         return self._writer.emit(self._node, target, *args, **kwargs)
 
+    def constant(self, tensor: torch.Tensor) -> fx.Node:
+        """A tensor of the method's own, on the device of the stream."""
+        return self._writer.constant(self._node, tensor.to(self.hidden.meta["val"].device))
+
     def item(self, results: fx.Node, index: int) -> fx.Node:
         """One of several results of an operator."""
         return self.call(operator.getitem, results, index)
@@ -124,6 +128,11 @@ class Reducing:
     def hidden(self) -> fx.Node:
         """The residual stream ``[B, N, C]``, after the block's attention."""
         return self._hidden
+
+    @property
+    def width(self) -> int:
+        """C of the residual stream."""
+        return int(shape_of(self.hidden)[-1])
 
     @property
     def size(self) -> fx.Node | None:

@@ -26,6 +26,7 @@ from tomepass.ops.log_size import log_size
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.padding import padded_size
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
+from tomepass.ops.soft import masked_attention
 from tomepass.ops.unmerge import compose, compose_held, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.outcomes import (
@@ -155,9 +156,9 @@ class _Sweep:
                 self.writer.block = None
         source = self.streams[0].sources[-1] if self.method.trace_source else None
         sizes = self.streams[0].counted if self.keep_sizes else ()
-        self._drop_dead(keep={source, *sizes})
-        self.writer.graph.lint()
-        module = fx.GraphModule(self.captured.module, self.writer.graph)
+        chosen = [r.chosen for m in self.streams for r in m.reductions if self.method.soft]
+        self._drop_dead(keep={source, *sizes, *chosen})
+        module = self.writer.module(self.captured.module)
         module.meta.update(self.captured.module.meta)
         live = set(self.writer.graph.nodes)
         return Rewritten(
@@ -334,6 +335,8 @@ class _Sweep:
             if outcome.bias is not None and epoch:
                 return self._unmerge_first(node, Positional(_beside(Side(outcome.bias, "bias"))))
         q, k, v = (self._at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
+        if self.method.soft and epoch:
+            return self._attend_softly(node, outcome, merges, epoch, (q, k, v))
         bias = self._attention_bias(node, outcome, merges, epoch, q)
         kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
         copy = self.writer.emit(node, node.target, q, k, v, bias, *node.args[4:], **kwargs)
@@ -342,17 +345,39 @@ class _Sweep:
             self.writer.compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
 
+    def _attend_softly(
+        self,
+        node: fx.Node,
+        outcome: Attended,
+        merges: Merges,
+        epoch: int,
+        operands: tuple[fx.Node, fx.Node, fx.Node],
+    ) -> fx.Node:
+        """In training, attention whose exponentials the sizes multiply."""
+        keep = self._sizes(node, merges, outcome.keys, epoch)
+        bias = self._position_bias(node, outcome, merges, epoch)
+        own = outcome.layout is not None and outcome.layout.positions == outcome.keys.positions
+        scale = node.kwargs.get("scale")
+        copy = self.writer.emit(node, masked_attention, *operands, keep, bias, scale, own)
+        if outcome.layout is not None:
+            self.epoch[node] = epoch
+        return copy
+
+    def _position_bias(
+        self, node: fx.Node, outcome: Attended, merges: Merges, epoch: int
+    ) -> fx.Node | None:
+        if outcome.bias is None:
+            return None
+        scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
+        return self._side(node, merges, Side(outcome.bias, "bias"), scores, epoch)
+
     def _attention_bias(
         self, node: fx.Node, outcome: Attended, merges: Merges, epoch: int, query: fx.Node
     ) -> fx.Node | None:
         """What is added to the scores of a fused attention: position bias and log(size)."""
         if epoch == 0 and outcome.padding is not None:
             return self.new[outcome.padding]
-        bias = None
-        if outcome.bias is not None:
-            scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
-            side = Side(outcome.bias, "bias")
-            bias = self._side(node, merges, side, scores, epoch)
+        bias = self._position_bias(node, outcome, merges, epoch)
         if not epoch or not (self.method.prop_attn or merges.masked):
             return bias
         size = self._sizes(node, merges, outcome.keys, epoch)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -29,6 +30,7 @@ class Writer:
     Attributes:
         graph: what is written.
         touched: the nodes whose values are no longer those of the captured graph.
+        constants: tensors that the graph holds besides the captured ones, by attribute.
         block: what is being written, for errors.
     """
 
@@ -36,6 +38,7 @@ class Writer:
         self.fake_mode = fake_mode
         self.graph = fx.Graph()
         self.touched: set[fx.Node] = set()
+        self.constants: dict[str, Tensor] = {}
         self.block: int | None = None
 
     def emit(self, like: fx.Node, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -46,6 +49,26 @@ class Writer:
             node.meta["source_fn_stack"] = [(node.name, f"tome_{target._opname}")]
         self.execute(node)
         return node
+
+    def constant(self, like: fx.Node, tensor: Tensor) -> fx.Node:
+        """A tensor of the pass's own, which becomes a buffer of the graph."""
+        name = f"_tome_{len(self.constants)}"
+        self.constants[name] = tensor
+        node = self.graph.create_node("get_attr", name, name=f"tome_constant{name[5:]}")
+        carry_origin(node, like)
+        node.meta["val"] = self.fake_mode.from_tensor(tensor, static_shapes=True)
+        return node
+
+    def module(self, captured: fx.GraphModule) -> fx.GraphModule:
+        """What was written, with all it holds; ``captured`` is where it was copied from."""
+        self.graph.lint()
+        if not self.constants:
+            return fx.GraphModule(captured, self.graph)
+        held = {str(n.target): n for n in self.graph.nodes if n.op == "get_attr"}
+        copied = {name: operator.attrgetter(name) for name in held if name not in self.constants}
+        own = {name: tensor for name, tensor in self.constants.items() if name in held}
+        root = {name: read(captured) for name, read in copied.items()} | own
+        return fx.GraphModule(root, self.graph, type(captured).__name__)
 
     def execute(self, node: fx.Node) -> None:
         """Runs a node on the fake values of its inputs: its metadata is what it computes.

@@ -379,3 +379,49 @@ def avit(gamma: float, beta: float, epsilon: float = 0.01) -> Rule:
         return [hole(i) if i in halted else alone(seen, i, "keep") for i in stays]
 
     return rule
+
+
+Weights = dict[int, dict[str, Tensor]]
+
+
+def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    x = x - x.mean(-1, keepdim=True)
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
+
+
+def keep_probability(seen: Seen, w: dict[str, Tensor]) -> Tensor:
+    """DynamicViT's prediction module, eq. 1 to 5: the probability of keeping each token."""
+    layer = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]  # noqa: E731
+    gelu = lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2)))  # noqa: E731
+    w = {name: tensor.double() for name, tensor in w.items()}
+    features = gelu(layer(normalised(seen.hidden, w["norm.weight"], w["norm.bias"]), "embed"))
+    half = features.shape[1] // 2
+    shared = features[seen.free, half:].mean(0)
+    rows = torch.stack([torch.cat([row[:half], shared]) for row in features])
+    logits = layer(gelu(layer(gelu(layer(rows, "mix")), "narrow")), "out")
+    return logits.softmax(-1)[:, 0]
+
+
+def dynamicvit(weights: Weights) -> Rule:
+    return prune(lambda seen: keep_probability(seen, weights[seen.index]))
+
+
+def adavit(weights: Weights) -> Rule:
+    """A linear policy; of at most so many tokens those below one half are out of use."""
+
+    def rule(seen: Seen) -> list[Group]:
+        w = {name: tensor.double() for name, tensor in weights[seen.index].items()}
+        x = normalised(seen.hidden, w["norm.weight"], w["norm.bias"])
+        used = [i for i in seen.free if seen.size[i] > 0]
+        other = x[0] if seen.protected else x[used].mean(0)
+        logit = (x * w["token.weight"]).sum(-1) + (other * w["class.weight"]).sum() + w["bias"]
+        score = torch.full_like(logit, -math.inf)
+        score[used] = 1 / (1 + torch.exp(-logit[used]))
+        kept = best(score, seen.free, seen.left - seen.protected)
+        stays = {i for i in kept if score[i] >= 0.5} | set(best(score, kept, 1))
+        tokens = [alone(seen, i, "keep") for i in range(seen.protected)]
+        return tokens + [
+            alone(seen, i, "keep") if i in stays else Group(i, [], [], 0.0) for i in kept
+        ]
+
+    return rule

@@ -6,15 +6,20 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import plain
+import torch
 from plain import Rule
 
 from tomepass.methods import (
     ATS,
+    AdaViT,
     AViT,
     DiffRate,
+    DynamicViT,
     EViT,
+    Learned,
     Method,
     PiToMe,
+    Policy,
     Prune,
     SPViT,
     Threshold,
@@ -31,6 +36,23 @@ class Row(NamedTuple):
     make: Callable[..., Method]
     rule: Rule
 
+
+def weights(kind: type[Learned], blocks: int = 3, width: int = 32) -> plain.Weights:
+    """Random ones for each block; of AdaViT's, that a class token decides only little by."""
+    drawn = torch.Generator().manual_seed(3)
+    shapes = kind(policy=None).shapes(width)
+    found = {
+        i: {name: torch.randn(shape, generator=drawn) * 0.4 for name, shape in shapes.items()}
+        for i in range(blocks)
+    }
+    for held in found.values():
+        if "class.weight" in held:
+            held["class.weight"] *= 0.2
+            held["bias"] += 1.0
+    return found
+
+
+DYNAMICVIT, ADAVIT = weights(DynamicViT), weights(AdaViT)
 
 ROWS: dict[str, Row] = {
     "prune": Row(Prune, plain.prune(lambda seen: seen.class_attention)),
@@ -78,4 +100,12 @@ ROWS: dict[str, Row] = {
         lambda r, **fields: Threshold(r, tau=0.7, prop_attn=False, **fields), plain.threshold(0.7)
     ),
     "avit": Row(lambda r, **fields: AViT(r, gamma=1.0, beta=-0.9, **fields), plain.avit(1.0, -0.9)),
+    "dynamicvit": Row(
+        lambda r, **fields: DynamicViT(r, policy=Policy(DYNAMICVIT), **fields),
+        plain.dynamicvit(DYNAMICVIT),
+    ),
+    "adavit": Row(
+        lambda r, **fields: AdaViT(r, policy=Policy(ADAVIT), **fields),
+        plain.adavit(ADAVIT),
+    ),
 }

@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._pytree import tree_map_only
 
 from tomepass import reference
+from tomepass.methods import AdaViT, DynamicViT, Learned
+from tomepass.ops.keep_score import (
+    keep_score,
+    keep_score_linear,
+    nearest_used,
+    places_used,
+    used_size,
+)
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.padding import padded_size
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
+from tomepass.ops.soft import masked_attention
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 
@@ -56,6 +66,20 @@ def hides_four(batch: int) -> Tensor:
     return seen.expand(batch, 1, TOKENS, TOKENS)
 
 
+def policy(kind: type[Learned]) -> list[Tensor]:
+    drawn = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=drawn) for shape in kind().shapes(CHANNELS).values()]
+
+
+def some(batch: int) -> Tensor:
+    """Positions of tokens kept, a protected one first."""
+    return torch.tensor([0, 2, 3, 7, 9]).repeat(batch, 1)
+
+
+def used(batch: int) -> Tensor:
+    return torch.tensor([1.0, 0, 1, 0, 1]).repeat(batch, 1)
+
+
 EXAMPLES = [
     Example(match, lambda b: (keys(b), TOKENS - LEFT, [0])),
     Example(match, lambda b: (keys(b), 3, [2, 13])),
@@ -82,6 +106,15 @@ EXAMPLES = [
     Example(merge_rows, lambda b: (hidden(b), assignment(b), LEFT)),
     Example(merge_bias, lambda b: (torch.randn(b, 2, TOKENS, TOKENS), assignment(b), LEFT)),
     Example(merge_bias, lambda b: (torch.randn(b, 1, TOKENS, 1), assignment(b), LEFT)),
+    Example(keep_score, lambda b: (hidden(b), None, policy(DynamicViT), [0])),
+    Example(keep_score, lambda b: (hidden(b), sizes(b), policy(DynamicViT), [])),
+    Example(keep_score_linear, lambda b: (hidden(b), None, policy(AdaViT), [0])),
+    Example(keep_score_linear, lambda b: (hidden(b), sizes(b), policy(AdaViT), [])),
+    Example(used_size, lambda b: (hidden(b)[..., 0], None, some(b), [0])),
+    Example(used_size, lambda b: (hidden(b)[..., 0], sizes(b), some(b), [0])),
+    Example(places_used, lambda b: (some(b), used(b), TOKENS)),
+    Example(nearest_used, lambda b: (keys(b), some(b), used(b), [0])),
+    Example(masked_attention, lambda b: (*3 * (hidden(b)[:, None],), sizes(b) % 2)),
 ]
 every_operator = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
 
@@ -167,7 +200,7 @@ def test_results_own_their_memory_and_leave_the_arguments_as_they_were(example: 
 def test_the_shape_is_known_on_a_meta_device(example: Example) -> None:
     arguments = example.arguments(2)
     expected = example.operator(*arguments)
-    meta = example.operator(*(a.to("meta") if isinstance(a, Tensor) else a for a in arguments))
+    meta = example.operator(*tree_map_only(Tensor, lambda a: a.to("meta"), arguments))
     assert (meta.shape, meta.dtype) == (expected.shape, expected.dtype)
 
 

@@ -11,7 +11,9 @@ from tomepass.methods.avit import AViT
 from tomepass.methods.base import KNOWN, Method, RLike
 from tomepass.methods.diffrate import DiffRate
 from tomepass.methods.fuse import EViT, SPViT
+from tomepass.methods.learned import AdaViT, DynamicViT, Learned
 from tomepass.methods.pitome import PiToMe
+from tomepass.methods.policy import Policy
 from tomepass.methods.prune import Prune
 from tomepass.methods.threshold import Threshold, calibrate_tau
 from tomepass.methods.tofu import ToFu
@@ -21,10 +23,14 @@ __all__ = [
     "ATS",
     "MLERP",
     "AViT",
+    "AdaViT",
     "DiffRate",
+    "DynamicViT",
     "EViT",
+    "Learned",
     "Method",
     "PiToMe",
+    "Policy",
     "Prune",
     "RLike",
     "SPViT",

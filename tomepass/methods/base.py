@@ -72,6 +72,8 @@ class Method:
     every_block: ClassVar[bool] = False
     """Whether, where some block of a stream loses tokens, :meth:`reduce` sees the others too: with
     no token to lose."""
+    soft: ClassVar[bool] = False
+    """Whether sizes are a mask with gradients that multiplies the exponentials of attention."""
 
     r: RLike | None = None
     _: KW_ONLY
@@ -109,6 +111,9 @@ class Method:
 
     def check(self) -> None:
         """Raises where fields are wrong or make no sense together; :meth:`_set` normalises."""
+
+    def ready(self) -> None:
+        """Raises a TomeError where something is missing without which no block can be reduced."""
 
     def most(self, tokens: int, protected: tuple[int, ...]) -> int:
         """How many of ``tokens``, the protected positions among them, a block can lose."""

@@ -82,6 +82,14 @@ def nearest(
     Returns:
         ``[B, N]`` int64 indices into the tokens kept.
     """
+    own = places(stands, features.shape[2], size)
+    return torch.where(own < 0, most_similar(features, stands, protected, size), own)
+
+
+def most_similar(
+    features: Tensor, stands: Tensor, protected: list[int], size: Tensor | None
+) -> Tensor:
+    """The token kept that is most like each one: see :func:`nearest`."""
     with torch.no_grad(), without_autocast(features.device):
         wide = features.to(at_least_float32(features.dtype))
         metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
@@ -90,9 +98,7 @@ def nearest(
         if size is not None:
             scores = torch.where((size < PADDED).unsqueeze(1), -3.0, scores)
         held = torch.arange(stands.shape[1], device=stands.device) < len(protected)
-        scores = torch.where(held, -4.0, scores)
-        own = places(stands, features.shape[2], size)
-        return torch.where(own < 0, scores.argmax(-1), own)
+        return torch.where(held, -4.0, scores).argmax(-1)
 
 
 @register("fuse_rest(Tensor score, Tensor stands) -> (Tensor, Tensor)")
