@@ -25,7 +25,7 @@ from tomepass.benchmarking import environment, measure
 from tomepass.errors import TomeError
 from tomepass.judging import Judge
 from tomepass.loading import ImageSet, load_images, load_model
-from tomepass.plots import INK, SERIES
+from tomepass.plots import GRID, INK, SERIES
 from tomepass.shapes import even
 from tomepass.tables import progress_bar
 
@@ -266,6 +266,7 @@ def _plot_divergence(axes: Any, rows: Sequence[Any]) -> None:
         axes.barh(places, values, 0.9 * height, color=SERIES[index], label=f"{share:.0%} of MACs")
     axes.set_yticks(range(len(names)), names, fontsize=8)
     axes.invert_yaxis()
-    axes.grid(axis="x")
+    axes.grid(False)
+    axes.grid(axis="x", color=GRID, linewidth=0.9)
     axes.set_xlabel("KL(unmerged || reduced)")
     axes.figure.legend(loc="outside lower center", ncols=3, frameon=False, labelcolor=INK)

@@ -459,3 +459,12 @@ def test_siglip2s_encoder_merges_by_itself() -> None:
     assert [b.tokens_out for b in report.blocks] == [59, 59, 50]
     got = tomepass.apply(siglip2_encoder(model), r=COUNTS, example_inputs=x)(**x)
     assert got.last_hidden_state.shape == (2, 64, 32)
+
+
+@torch.no_grad()
+def test_constants_of_a_model_have_a_source_behind_the_backend(shared_models: Any) -> None:
+    """BEiT's index of relative positions is a constant of the graph, which AOTAutograd asks for."""
+    model, inputs = shared_models["beit"], make_inputs("beit")
+    fast = torch.compile(model, backend=TomeBackend(ToMe(COUNTS), inner="aot_eager"))
+    merged = tomepass.apply(model, r=COUNTS, example_inputs=inputs)
+    assert max(errors(fast(**inputs), merged(**inputs))) < 1e-5

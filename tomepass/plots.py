@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 INK = "#1f2933"
 _QUIET = "#7b8794"
-_GRID = "#e4e7eb"
+GRID = "#e4e7eb"
 _DEEP, _SOFT = "#2f74b5", "#a3c5e5"
 SERIES = (_DEEP, _SOFT, "#e0a458", "#6a4c93", "#5b8c5a", "#b8b8b8", "#b8574f")
 _SIZE = (7.6, 4.2)  # inches; at 160 dots an inch, 1216 x 672 pixels
@@ -167,7 +167,7 @@ def figure(title: str, subtitle: str = "") -> tuple[Figure, Axes]:
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color(_QUIET)
     axes.tick_params(colors=INK, length=0, labelsize=10)
-    axes.grid(axis="y", color=_GRID, linewidth=0.9)
+    axes.grid(axis="y", color=GRID, linewidth=0.9)
     axes.set_axisbelow(True)
     axes.xaxis.label.set_color(INK)
     axes.yaxis.label.set_color(INK)

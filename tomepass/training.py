@@ -336,7 +336,7 @@ class _Tokens:
     free: tuple[int, ...]
 
     def distance(self, student: Sequence[Any], teacher: Sequence[Any], mask: Tensor) -> Tensor:
-        """Of the tokens left (DynamicViT, eq. 14)."""
+        """Of the tokens left (DynamicViT, section 3.3)."""
         ours, theirs = (side[self.output][:, list(self.free)] for side in (student, teacher))
         squared = (ours.float() - theirs.float()).square().mean(-1)
         mean: Tensor = (squared * mask).sum() / mask.sum().clamp(min=1)
@@ -363,13 +363,13 @@ def _returned_tokens(capture: Capture, stream: PlannedStream) -> _Tokens | None:
 
 
 def _rate_loss(masks: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
-    """How far the shares kept are from those planned, squared, the mean (DynamicViT, eq. 16)."""
+    """How far the shares kept are from those planned, squared, the mean (DynamicViT, section 3.3)."""
     pairs = zip(masks, rates, strict=True)
     return torch.stack([(mask.mean(-1) - rate).square().mean() for mask, rate in pairs]).mean()
 
 
 def _divergence(logits: Tensor, whole: Tensor) -> Tensor:
-    """KL of the whole model's classes from the reduced one's (DynamicViT, eq. 15)."""
+    """KL of the whole model's classes from the reduced one's (DynamicViT, section 3.3)."""
     ours, theirs = (value.float().log_softmax(-1) for value in (logits, whole))
     return F.kl_div(ours, theirs, reduction="batchmean", log_target=True)
 

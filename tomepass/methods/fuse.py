@@ -22,7 +22,7 @@ class EViT(Method):
     """Keep the tokens the class token looks at, fuse the rest (EViT, arXiv 2202.07800).
 
     Of N - P tokens ``ceil(keep_rate * (N - P))`` stay; the others become one token, the mean by
-    what the class token pays them (eq. 5; the paper's sum is divided by its weights, as a model
+    what the class token pays them (the paper's sum is divided by its weights, as a model
     that was not trained with it expects tokens of full length). Where there is no class token,
     what all tokens pay is taken.
 
@@ -69,7 +69,7 @@ class SPViT(Method):
     """Keep some tokens, package the others into one (SPViT, arXiv 2112.13890).
 
     The paper's selector is trained. Here tokens are scored by what the model's own attention says,
-    and the package token is the mean of the others by their scores (eq. 8).
+    and the package token is the mean of the others by their scores.
 
     Args:
         score: as in :class:`tomepass.Prune`.

@@ -18,7 +18,7 @@ class PiToMe(Method):
     """Protect informative tokens before merging (PiToMe, arXiv 2405.16148).
 
     A token's energy says how many others it resembles: the mean of ELU(cosine - margin) of the
-    keys, with a margin that falls over the blocks (eq. 4). Tokens are split alternately by falling
+    keys, with a margin that falls over the blocks. Tokens are split alternately by falling
     energy into sources and destinations. In the first half of the blocks all of them take part; in
     the second only the 2r of the highest energy, all of which merge: the others are protected.
 

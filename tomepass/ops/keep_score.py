@@ -16,7 +16,7 @@ from tomepass.ops.prune import gather_size, most_similar, places
 def keep_score(
     x: Tensor, size: Tensor | None, weights: list[Tensor], protected: list[int]
 ) -> Tensor:
-    """The prediction module of DynamicViT (arXiv 2106.02034, eq. 1 to 5).
+    """The prediction module of DynamicViT (arXiv 2106.02034, section 3.2).
 
     Args:
         x: ``[B, N, C]`` tokens.
@@ -49,7 +49,7 @@ def keep_score(
 def keep_score_linear(
     x: Tensor, size: Tensor | None, weights: list[Tensor], protected: list[int]
 ) -> Tensor:
-    """A linear policy on each token and the class token (AdaViT, arXiv 2111.15668, eq. 4).
+    """A linear policy on each token and the class token (AdaViT, arXiv 2111.15668).
 
     Args:
         x: ``[B, N, C]`` tokens.

@@ -97,7 +97,7 @@ def match_sets(
 def energy(
     features: Tensor, margin: float, protected: list[int], size: Tensor | None = None
 ) -> Tensor:
-    """How redundant tokens are (PiToMe, arXiv 2405.16148, eq. 4).
+    """How redundant tokens are (PiToMe, arXiv 2405.16148).
 
     The mean over the other unprotected tokens of ELU(cosine - margin): large among many alike.
 

@@ -20,7 +20,7 @@ def gumbel_keep(
     protected: list[int],
     count: int | None = None,
 ) -> Tensor:
-    """Draws which tokens stay, with gradients (DynamicViT, arXiv 2106.02034, eq. 6 and 9).
+    """Draws which tokens stay, with gradients (DynamicViT, arXiv 2106.02034, section 3.3).
 
     The Gumbel-softmax of two classes at temperature 1: the difference of two Gumbel variables is
     a logistic one. Forward the mask is hard, backward it is the soft one, straight through.
@@ -71,7 +71,7 @@ def masked_attention(
     scale: float | None = None,
     own: bool = True,
 ) -> Tensor:
-    """Attention whose exponentials a mask multiplies (DynamicViT, arXiv 2106.02034, eq. 10, 11).
+    """Attention whose exponentials a mask multiplies (DynamicViT, arXiv 2106.02034, section 3.3).
 
     ``A_ij = exp(P_ij) G_ij / sum_k exp(P_ik) G_ik``, where ``G_ij`` is ``keep_j``, and 1 on the
     diagonal. Unlike a bias of log(keep) it has a gradient where the mask is 0.
