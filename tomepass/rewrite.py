@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,14 @@ from torch import fx
 from tomepass.attention import FUSED, ignores_first
 from tomepass.axis import Axis, same_shape, shape_of
 from tomepass.capture import CanonicalGraph
+from tomepass.carrying import Carrying, beside
 from tomepass.graphs import MATCHES
 from tomepass.merges import Merges
-from tomepass.methods import MLERP
-from tomepass.ops.combine import merge_max, mlerp
 from tomepass.ops.log_size import log_size
-from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.merge import merge_size
 from tomepass.ops.padding import padded_size
-from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.soft import masked_attention
-from tomepass.ops.unmerge import compose, compose_held, narrow_source, unmerge
+from tomepass.ops.unmerge import compose, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.outcomes import (
     Attended,
@@ -112,6 +110,7 @@ class _Sweep:
         self.keep_sizes = keep_sizes
         self.writer = Writer(captured.fake_mode)
         self.new: dict[fx.Node, fx.Node] = {}
+        self.carrying = Carrying(self.writer, self.new)
         self.epoch: dict[fx.Node, int] = {}
         self.unmerged: list[Mismatch] = []
         self.returned: dict[str, str] = {}
@@ -224,13 +223,13 @@ class _Sweep:
             if any(self.epoch[a] < epoch for a in holders):
                 return self._unmerge_first(node, Positional(_MIXED))
             if outcome.sides:
-                return self._unmerge_first(node, Positional(_beside(outcome.sides[0])))
+                return self._unmerge_first(node, Positional(beside(outcome.sides[0])))
         inputs = {a: self._at_epoch(a, epoch) for a in holders}
         if any(side.how == "nothing" for side in outcome.sides):
             self.epoch[node] = epoch
             return inputs[holders[0]]
         for side in outcome.sides:
-            inputs[side.node] = self._side(node, merges, side, outcome.layout, epoch)
+            inputs[side.node] = self.carrying.side(node, merges, side, outcome.layout, epoch)
         if ignores_first(node):
             # It has the shape of the original scores, and is not read.
             blank = self.writer.emit(node, aten.new_zeros.default, inputs[holders[0]], [1])
@@ -248,7 +247,7 @@ class _Sweep:
         epoch, layout = self.epoch[operand], self.layouts[operand]
         scores = self.new[operand]
         if self.method.prop_attn or merges.masked:
-            size = self._sizes(node, merges, layout, epoch)
+            size = self.carrying.sizes(node, merges, layout, epoch)
             fold = int(layout.batch.after)
             bias = self._log(node, size, scores, layout.keys.dim, fold)
             scores = self.writer.emit(node, aten.add.Tensor, scores, bias)
@@ -309,7 +308,7 @@ class _Sweep:
         if not layout.plain:
             reason = "a mean over tokens that are folded with the batch or not batch first"
             return self._unmerge_first(node, Positional(reason))
-        size = self._sizes(node, merges, layout, epoch)
+        size = self.carrying.sizes(node, merges, layout, epoch)
         x = self.new[operand]
         if (dtype := node.kwargs.get("dtype")) is not None:
             x = self.writer.emit(node, aten.to.dtype, x, dtype)
@@ -333,7 +332,7 @@ class _Sweep:
             if any(self.epoch[a] < epoch for a in held):
                 return self._unmerge_first(node, Positional(_MIXED))
             if outcome.bias is not None and epoch:
-                return self._unmerge_first(node, Positional(_beside(Side(outcome.bias, "bias"))))
+                return self._unmerge_first(node, Positional(beside(Side(outcome.bias, "bias"))))
         q, k, v = (self._at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
         if self.method.soft and epoch:
             return self._attend_softly(node, outcome, merges, epoch, (q, k, v))
@@ -354,7 +353,7 @@ class _Sweep:
         operands: tuple[fx.Node, fx.Node, fx.Node],
     ) -> fx.Node:
         """In training, attention whose exponentials the sizes multiply."""
-        keep = self._sizes(node, merges, outcome.keys, epoch)
+        keep = self.carrying.sizes(node, merges, outcome.keys, epoch)
         bias = self._position_bias(node, outcome, merges, epoch)
         own = outcome.layout is not None and outcome.layout.positions == outcome.keys.positions
         scale = node.kwargs.get("scale")
@@ -369,7 +368,7 @@ class _Sweep:
         if outcome.bias is None:
             return None
         scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
-        return self._side(node, merges, Side(outcome.bias, "bias"), scores, epoch)
+        return self.carrying.side(node, merges, Side(outcome.bias, "bias"), scores, epoch)
 
     def _attention_bias(
         self, node: fx.Node, outcome: Attended, merges: Merges, epoch: int, query: fx.Node
@@ -380,7 +379,7 @@ class _Sweep:
         bias = self._position_bias(node, outcome, merges, epoch)
         if not epoch or not (self.method.prop_attn or merges.masked):
             return bias
-        size = self._sizes(node, merges, outcome.keys, epoch)
+        size = self.carrying.sizes(node, merges, outcome.keys, epoch)
         log = self._log(node, size, query, 3)
         return log if bias is None else self.writer.emit(node, aten.add.Tensor, bias, log)
 
@@ -418,24 +417,16 @@ class _Sweep:
         merges.blocks.append(block.index)
         merges.tokens.append(plan.tokens_out)
         # Kernels make the sizes together with the tokens, so these come first.
-        merged = self._combined(node, self.new[node], merges, epoch)
+        merged = self.carrying.combined(node, self.new[node], merges, epoch)
         after = reduction.size
         if after is None:
             after = self.writer.emit(node, merge_size, size, assign, plan.tokens_out)
         merges.sizes.append(after)
         merges.sources.append(self.writer.emit(node, compose, merges.sources[epoch], assign))
-        merges.holds.append(self._holds(node, merges, epoch))
+        merges.holds.append(self.carrying.holds(node, merges, epoch))
         self.new[node] = merged
         self.epoch[node] = epoch + 1
         self.writer.compare(node, merged, self.layouts[node], plan.tokens_out)
-
-    def _holds(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node | None:
-        """The source map without what was dropped; where nothing was, the source map itself."""
-        holds, dropped = merges.reductions[epoch].holds, merges.holds[epoch]
-        if holds is None and dropped is merges.sources[epoch]:
-            return merges.sources[-1]
-        latest = merges.reductions[epoch].assign if holds is None else holds
-        return self.writer.emit(node, compose_held, dropped, latest)
 
     def _reduction(self, node: fx.Node, merges: Merges, block: Block) -> Reduction:
         """What the method does with a block's tokens."""
@@ -458,106 +449,6 @@ class _Sweep:
         )
         return self.method.reduce(reducing)
 
-    def _combined(self, node: fx.Node, x: fx.Node, merges: Merges, epoch: int) -> fx.Node:
-        """Tokens of an epoch as those of the next."""
-        reduction, tokens = merges.reductions[epoch], merges.tokens[epoch + 1]
-        assign, how = reduction.assign, reduction.combine
-        weight = merges.sizes[epoch] if reduction.weight is None else reduction.weight
-        if isinstance(how, MLERP):
-            return self.writer.emit(node, mlerp, x, weight, assign, tokens, how.norm)
-        if how == "max":
-            return self.writer.emit(node, merge_max, x, assign, tokens)
-        if how == "keep":
-            return self.writer.emit(node, unmerge, x, self._stands(node, merges, epoch), 1)
-        if how == "mean":
-            weight = None
-        return self.writer.emit(node, merge, x, weight, assign, tokens)
-
-    def _stands(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
-        """Which position of an epoch stands for each token of the next."""
-        if (found := merges.reductions[epoch].stands) is not None:
-            return found
-        tokens, held = merges.tokens[epoch + 1], list(merges.held(epoch))
-        return self.writer.emit(node, keep, None, merges.reductions[epoch].assign, tokens, held)
-
-    def _sizes(self, node: fx.Node, merges: Merges, layout: Layout, epoch: int) -> fx.Node:
-        """The sizes of the tokens a value holds."""
-        size = merges.sizes[epoch]
-        assert size is not None
-        return self._among(node, merges, size, layout, epoch)
-
-    def _among(
-        self, node: fx.Node, merges: Merges, x: fx.Node, layout: Layout, epoch: int
-    ) -> fx.Node:
-        """Of ``x``, one entry a token of the whole sequence, those of the tokens a value holds."""
-        indices = merges.indices(layout.positions, epoch, merges.planned.layout)
-        return self.writer.slices(node, x, 1, indices) if len(indices) < merges.tokens[epoch] else x
-
-    def _source(self, node: fx.Node, merges: Merges, layout: Layout, epoch: int) -> fx.Node:
-        """Which token holds each original one, among those that a value covers."""
-        return self._narrowed(node, merges, merges.sources[epoch], layout)
-
-    def _narrowed(
-        self, node: fx.Node, merges: Merges, source: fx.Node | None, layout: Layout
-    ) -> fx.Node:
-        assert source is not None
-        removed = merges.removed(layout)
-        if not removed:
-            return source
-        gone = [merges.protected.index(p) for p in removed]
-        return self.writer.emit(node, narrow_source, source, list(layout.positions), gone)
-
-    # ---- what lies beside the tokens -------------------------------------------------------
-
-    def _side(
-        self, node: fx.Node, merges: Merges, side: Side, layout: Layout, epoch: int
-    ) -> fx.Node:
-        """What the tokens there are at an epoch meet instead of a table of original ones."""
-        table = self.new[side.node]
-        if epoch == 0:
-            return table
-        # A symbolic size has no hash: the dimension stands for the axis.
-        key = (side, epoch, layout.positions, layout.tokens.dim, len(shape_of(node)))
-        if (made := merges.sides.get(key)) is not None:
-            return made
-        length, axis, ndim = merges.length(layout, epoch), layout.tokens, len(shape_of(node))
-        if side.how == "bias" and layout.columns is not None:
-            square = Layout(Axis(2), Axis(0), merges.planned.layout.positions, Axis(3))
-            if replace(layout, weights=False) == square:
-                made = self.writer.emit(node, merge_bias, table, merges.holds[epoch], length)
-        elif side.how == "mean" and layout.plain and axis.dim == 1 and ndim == 3:
-            holds = self._narrowed(node, merges, merges.holds[epoch], layout)
-            made = self.writer.emit(node, merge_rows, table, holds, length)
-        elif side.how == "kept" and layout.plain:
-            kept = self._among(node, merges, self._kept(node, merges, epoch), layout, epoch)
-            removed = merges.removed(layout)
-            made = self.writer.emit(node, rows, table, kept, axis.dim, ndim, removed)
-        if made is None:
-            raise self.writer.error(
-                node,
-                f"{_beside(side)}; it meets them after a merge, and carrying it through one is not "
-                "supported (it was read off the tokens by position, or stands in another shape)",
-            )
-        merges.sides[key] = made
-        return made
-
-    def _kept(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
-        while len(merges.kept) <= epoch:
-            e = len(merges.kept) - 1
-            before, stands = merges.kept[e], merges.reductions[e].stands
-            if stands is not None:
-                known = (
-                    stands if before is None else self.writer.emit(node, compose, stands, before)
-                )
-            else:
-                tokens, held = merges.tokens[e + 1], list(merges.held(e))
-                assign = merges.reductions[e].assign
-                known = self.writer.emit(node, keep, before, assign, tokens, held)
-            merges.kept.append(known)
-        found = merges.kept[epoch]
-        assert found is not None
-        return found
-
     # ---- merged before, unmerged after -----------------------------------------------------
 
     def _at_epoch(self, node: fx.Node, epoch: int) -> fx.Node:
@@ -569,7 +460,7 @@ class _Sweep:
             if not whole or layout.tokens.dim != 1 or len(shape_of(node)) != 3:
                 reason = "a value from before a merge meets the tokens after it"
                 raise self.writer.error(node, reason)
-            x = self._combined(node, x, merges, e)
+            x = self.carrying.combined(node, x, merges, e)
         return x
 
     def _unmerged(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
@@ -584,14 +475,14 @@ class _Sweep:
                 raise self.writer.error(reader, f"it reads what {operand.name} wrote in place")
             merged = [a for a in operand.all_input_nodes if a in self.layouts]
             return self._copy_with(operand, {a: self._unmerged(reader, a) for a in merged})
-        source = self._source(reader, merges, layout, epoch)
+        source = self.carrying.source(reader, merges, layout, epoch)
         x = self.new[operand]
         for axis in layout.axes:
             x = self.writer.emit(reader, unmerge, x, source, axis.dim)
         if not layout.weights:
             return x
         # The tokens merged into a key share its weight.
-        size = self._sizes(reader, merges, layout, epoch)
+        size = self.carrying.sizes(reader, merges, layout, epoch)
         shared = self.writer.emit(reader, unmerge, size, source, 1)
         shape = [1] * len(shape_of(operand))
         shape[0], shape[layout.keys.dim] = -1, len(layout.positions)
@@ -631,10 +522,6 @@ def _is_referenced(reduction: Reduction) -> bool:
     if chosen is None or chosen.target not in MATCHES or "kth" in chosen.args:
         return False
     return others == (None, None, None)
-
-
-def _beside(side: Side) -> str:
-    return f"operand {side.node.name!r} brings one row a token and does not come from the tokens"
 
 
 def _writes(node: fx.Node) -> bool:

@@ -363,7 +363,7 @@ def _returned_tokens(capture: Capture, stream: PlannedStream) -> _Tokens | None:
 
 
 def _rate_loss(masks: Sequence[Tensor], rates: Sequence[float]) -> Tensor:
-    """How far the shares kept are from those planned, squared, the mean (DynamicViT, section 3.3)."""
+    """How far the shares kept are from those planned, squared (DynamicViT, section 3.3)."""
     pairs = zip(masks, rates, strict=True)
     return torch.stack([(mask.mean(-1) - rate).square().mean() for mask, rate in pairs]).mean()
 
