@@ -20,7 +20,19 @@ from torch import nn
 
 import tomepass
 from benchmarks.results import OUT, Results, cell
-from tomepass import MLERP, DiffRate, EViT, Method, PiToMe, Prune, SPViT, ToFu, ToMe
+from tomepass import (
+    ATS,
+    MLERP,
+    DiffRate,
+    EViT,
+    Method,
+    PiToMe,
+    Prune,
+    SPViT,
+    Threshold,
+    ToFu,
+    ToMe,
+)
 from tomepass.benchmarking import environment, measure
 from tomepass.errors import TomeError
 from tomepass.judging import Judge
@@ -38,6 +50,8 @@ METHODS: dict[str, Method] = {
     "DiffRate, half pruned": DiffRate(),
     "EViT": EViT(),
     "SPViT": SPViT(),
+    "ATS": ATS(),
+    "Threshold, 0.9": Threshold(),
     "Prune, class attention": Prune(),
     "Prune, random": Prune(score="random"),
 }
