@@ -44,8 +44,10 @@ COMBINED = ("weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean"))
 @pytest.mark.parametrize("family", FAMILIES)
 @every_choice
 @torch.no_grad()
-def test_matches_and_merges_are_the_reference_s(family: str, choice: dict[str, Any]) -> None:
-    model, inputs = make_model(family), make_inputs(family)
+def test_matches_and_merges_are_the_reference_s(
+    family: str, choice: dict[str, Any], shared_models: Any
+) -> None:
+    model, inputs = shared_models[family], make_inputs(family)
     applied = make_applied(model, ToMe(COUNTS, **choice), inputs)
     values = [*read_state(model, applied.capture), *pytree.tree_leaves(inputs)]
     lines = list(reference_lines(record(applied, values), "matches"))
@@ -59,8 +61,8 @@ def test_matches_and_merges_are_the_reference_s(family: str, choice: dict[str, A
 
 @every_choice
 @torch.no_grad()
-def test_every_choice_reaches_the_graph(choice: dict[str, Any]) -> None:
-    model, inputs = make_model("vit"), make_inputs("vit")
+def test_every_choice_reaches_the_graph(choice: dict[str, Any], shared_models: Any) -> None:
+    model, inputs = shared_models["vit"], make_inputs("vit")
     counts = [9, 6, 0]  # what the last block merges, a class token does not see
     plain = output_of("vit", tomepass.apply(model, ToMe(counts))(**inputs))
     chosen = output_of("vit", tomepass.apply(model, ToMe(counts, **choice))(**inputs))
@@ -69,8 +71,10 @@ def test_every_choice_reaches_the_graph(choice: dict[str, Any]) -> None:
 
 @every_choice
 @torch.no_grad()
-def test_nothing_merged_is_the_original_and_both_doors_agree(choice: dict[str, Any]) -> None:
-    model, inputs = make_model("vit"), make_inputs("vit", 3)
+def test_nothing_merged_is_the_original_and_both_doors_agree(
+    choice: dict[str, Any], shared_models: Any
+) -> None:
+    model, inputs = shared_models["vit"], make_inputs("vit", 3)
     expected = model(**inputs).logits
     assert torch.equal(tomepass.apply(model, ToMe(0, **choice))(**inputs).logits, expected)
     method = ToMe(COUNTS, **choice)
@@ -112,8 +116,10 @@ def test_compiled_is_eager_and_an_exported_graph_is_plain_aten() -> None:
 
 
 @torch.no_grad()
-def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens() -> None:
-    model, inputs = make_model("siglip_vision"), make_inputs("siglip_vision")
+def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
+    shared_models: Any,
+) -> None:
+    model, inputs = shared_models["siglip_vision"], make_inputs("siglip_vision")
     applied = make_applied(model, ToMe(COUNTS, importance="class_attention"), inputs)
     assert applied.graph is not None
     nodes = applied.graph.graph.find_nodes(

@@ -57,7 +57,8 @@ def test_the_nearest_unprotected_token_in_use_stands_in() -> None:
     assert nearest(x, stands, [0]).tolist() == [[0, 2, 1, 2, 1]]
     assert nearest(x, stands, []).tolist() == [[0, 0, 1, 2, 1]]
     size = torch.tensor([[1.0, 1.0, 0.0]])
-    assert nearest(x, stands, [0], size).tolist() == [[0, 1, 1, 2, 1]]
+    # What is out of use is found at another one itself.
+    assert nearest(x, stands, [0], size).tolist() == [[0, 1, 1, 1, 1]]
 
 
 def test_the_rest_is_fused_at_the_end_and_the_highest_stands_for_it() -> None:
