@@ -89,8 +89,13 @@ class Method:
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.name:
-            KNOWN[cls.name] = cls
+        if not (name := cls.__dict__.get("name")):
+            return
+        other = KNOWN.setdefault(name, cls)
+        # A notebook may define its own again.
+        if (other.__module__, other.__qualname__) != (cls.__module__, cls.__qualname__):
+            raise TypeError(f"a method named {name!r} is there already: {other!r}")
+        KNOWN[name] = cls
 
     def __post_init__(
         self, macs: float | None, speedup: float | None, keep_rate: float | None
@@ -246,13 +251,15 @@ class Method:
     def _keeping(
         self, rate: float, tokens: int, protected: tuple[int, ...], depth: int
     ) -> StreamPlan:
-        counts, free = [], tokens - len(protected)
+        counts: list[int] = []
+        free = tokens - len(protected)
         for index in range(depth):
             kept = free
             if rate < 1 and index in self._places(depth):
                 kept = min(free, max(1, math.ceil(free * rate)) + self.fused)
-            counts.append(free - kept)
-            free = kept
+            held = tuple(range(len(protected))) if any(counts) else protected
+            counts.append(min(free - kept, self.most(free + len(protected), held)))
+            free -= counts[-1]
         return plan_counts(tokens, protected, tuple(counts), self.multiple_of, self.most)
 
 
