@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from tomepass.capture import capture_module
 from tomepass.costs import StreamCosts, stream_costs
 from tomepass.errors import TomeError
 from tomepass.macs import macs_by_name
 from tomepass.methods import Method, ToMe
-from tomepass.module import MergedModel, apply_capture, call_of
-from tomepass.planning import PlannedStream, plan_graph, stepped_plan
+from tomepass.module import MergedModel, apply_capture, call_of, read_state
+from tomepass.planning import Planned, PlannedStream, plan_graph, stepped_plan
+from tomepass.rewrite import rewrite
 
 
 @dataclass(frozen=True)
@@ -116,18 +117,29 @@ class Judge:
         Raises:
             TomeError: if the method does not fit the model.
         """
-        applied = apply_capture(self.model, self.capture, method)
-        if applied.graph is None:
-            raise applied.report.refusal()
+        graph, state = self._reduced(method), read_state(self.model, self.capture)
         with torch.no_grad():
-            reduced = torch.cat(
-                [_read(applied.run(self.model, pytree.tree_leaves(call)))[0] for call in self.calls]
-            )
+            answers = [graph(*state, *pytree.tree_leaves(call)) for call in self.calls]
+        spec = self.capture.out_spec
+        reduced = torch.cat([_read(pytree.tree_unflatten(list(a), spec))[0] for a in answers])
         if not self.classifies:
             return Outputs(_distance(reduced, self.unmerged), None, None)
         same = reduced.argmax(-1) == self.unmerged.argmax(-1)
         right = None if self.labels is None else reduced.argmax(-1) == self.labels
         return Outputs(_kl(self.unmerged, reduced), same, right)
+
+    def _reduced(self, method: Method) -> fx.GraphModule:
+        """The rewritten graph. The model is read once: methods differ in their counts alone."""
+        if method.protected is not None or method.schedule.macs is not None:
+            applied = apply_capture(self.model, self.capture, method)
+            if applied.graph is None:
+                raise applied.report.refusal()
+            return applied.graph
+        method.ready()
+        plans = [stepped_plan(stream, method, self.depth) for stream in self.streams]
+        pairs = zip(self.streams, plans, strict=True)
+        streams = tuple(replace(stream, plan=plan) for stream, plan in pairs)
+        return rewrite(self.capture.graph, Planned(method, streams, ())).module
 
     def score(self, method: Method) -> Score:
         """How close the reduced model is, over all images."""
