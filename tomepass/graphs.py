@@ -13,8 +13,8 @@ from tomepass.ops.match import match
 from tomepass.ops.match_by import match_by
 from tomepass.ops.match_greedy import match_greedy
 from tomepass.ops.match_kmeans import match_kmeans
-from tomepass.ops.match_sets import match_sets, order_by
-from tomepass.ops.prune import fuse_rest, select
+from tomepass.ops.match_sets import match_sets
+from tomepass.ops.prune import fuse_rest, order_by, select
 from tomepass.ops.sample import sample
 from tomepass.ops.threshold import match_threshold
 

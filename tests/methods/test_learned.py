@@ -17,7 +17,8 @@ from zoo import make_inputs, make_model, make_vit, output_of, relative_error
 import tomepass
 from tomepass import TomeBackend, TomeError, digits, train_policy, training
 from tomepass.methods import AdaViT, DynamicViT, Learned, Policy, Prune
-from tomepass.ops.keep_score import nearest_used, used_size
+from tomepass.ops.keep_score import used_size
+from tomepass.ops.prune import nearest
 from tomepass.ops.soft import gumbel_keep, masked_attention
 
 KINDS = [DynamicViT, AdaViT]
@@ -113,7 +114,7 @@ def test_below_even_odds_a_token_is_out_of_use_unless_it_is_the_last() -> None:
 def test_what_is_out_of_use_is_found_at_the_most_similar_token_in_use() -> None:
     keys = torch.tensor([[1.0, 0], [1, 0.1], [0.9, 0.1], [0, 1], [0.1, 1]])[None, None]
     stands, size = torch.tensor([[0, 1, 2, 3]]), torch.tensor([[1.0, 0.0, 1.0, 1.0]])
-    assert nearest_used(keys, stands, size, [0]).tolist() == [[0, 2, 2, 3, 3]]
+    assert nearest(keys, stands, [0], size).tolist() == [[0, 2, 2, 3, 3]]
 
 
 # ---- the training form -------------------------------------------------------------------------

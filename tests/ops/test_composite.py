@@ -16,14 +16,13 @@ from tomepass.methods import AdaViT, DynamicViT, Learned
 from tomepass.ops.keep_score import (
     keep_score,
     keep_score_linear,
-    nearest_used,
-    places_used,
     used_size,
 )
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.padding import padded_size
+from tomepass.ops.prune import nearest, places
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.soft import masked_attention
 from tomepass.ops.unmerge import compose, narrow_source, unmerge
@@ -112,8 +111,8 @@ EXAMPLES = [
     Example(keep_score_linear, lambda b: (hidden(b), sizes(b), policy(AdaViT), [])),
     Example(used_size, lambda b: (hidden(b)[..., 0], None, some(b), [0])),
     Example(used_size, lambda b: (hidden(b)[..., 0], sizes(b), some(b), [0])),
-    Example(places_used, lambda b: (some(b), used(b), TOKENS)),
-    Example(nearest_used, lambda b: (keys(b), some(b), used(b), [0])),
+    Example(places, lambda b: (some(b), TOKENS, used(b))),
+    Example(nearest, lambda b: (keys(b), some(b), [0], used(b))),
     Example(masked_attention, lambda b: (*3 * (hidden(b)[:, None],), sizes(b) % 2)),
 ]
 every_operator = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)

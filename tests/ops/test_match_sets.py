@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from tomepass.ops.match_greedy import match_greedy
 from tomepass.ops.match_kmeans import match_kmeans
-from tomepass.ops.match_sets import energy, match_sets, order_by
+from tomepass.ops.match_sets import energy, match_sets
+from tomepass.ops.prune import order_by
 from tomepass.ops.sequence import in_sequence
 
 NAN = float("nan")

@@ -200,16 +200,6 @@ class AdaViT(Learned):
 
     def kept(self, block: Reducing, score: fx.Node) -> Reduction:
         """The highest probabilities, those below one half out of use."""
-        from tomepass.reduction import Reduction
-
         before, held = block.masked_size, block.protected
         stands = block.call("select", score, block.left, held, before)
-        size = block.call("used_size", score, before, stands, held)
-        return Reduction(
-            assign=block.call("nearest_used", block.keys, stands, size, held),
-            chosen=stands,
-            stands=stands,
-            combine="keep",
-            size=size,
-            holds=block.call("places_used", stands, size, block.tokens),
-        )
+        return block.pruned(stands, block.call("used_size", score, before, stands, held))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.padding import PADDED
-from tomepass.ops.positions import constant
+from tomepass.ops.sequence import free_mask
 
 
 @register("halting(Tensor hidden, Tensor? before, Tensor? size, float gamma, float beta) -> Tensor")
@@ -53,8 +53,7 @@ def halt(
     """
     with torch.no_grad(), without_autocast(total.device):
         size = torch.ones_like(total, dtype=torch.float32) if size is None else size
-        held = constant(sorted(protected), total.shape[0], total.device)
-        free = torch.ones_like(total, dtype=torch.bool).scatter(1, held, False)
+        free = free_mask(total.shape[1], protected, total.device).expand_as(total)
         last = torch.where(free & (size >= PADDED), total, float("inf")).argmin(-1, keepdim=True)
         stays = ~free.scatter(1, last, False)
         return torch.where(stays | (total < limit), size, 0.0), -total

@@ -9,7 +9,7 @@ from torch import Tensor
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant
-from tomepass.ops.prune import gather_size, most_similar, places
+from tomepass.ops.prune import gather_size
 
 
 @register("keep_score(Tensor x, Tensor? size, Tensor[] weights, int[] protected) -> Tensor")
@@ -92,39 +92,6 @@ def used_size(score: Tensor, size: Tensor | None, stands: Tensor, protected: lis
         free = torch.where(held | (kept < PADDED), -float("inf"), score)
         highest = place == free.argmax(-1, keepdim=True)
         return torch.where(held | (score >= 0) | highest, kept, 0.0)
-
-
-@register("places_used(Tensor stands, Tensor size, SymInt tokens) -> Tensor")
-def places_used(stands: Tensor, size: Tensor, tokens: int) -> Tensor:
-    """As ``tome::places``, -1 too for a token that is kept but out of use.
-
-    Args:
-        stands: ``[B, N']`` positions of the tokens kept.
-        size: ``[B, N']``, 0 for what is out of use.
-        tokens: N.
-
-    Returns:
-        ``[B, N]`` int64.
-    """
-    found: Tensor = places(torch.where(size < PADDED, -1, stands), tokens)
-    return found
-
-
-@register("nearest_used(Tensor features, Tensor stands, Tensor size, int[] protected) -> Tensor")
-def nearest_used(features: Tensor, stands: Tensor, size: Tensor, protected: list[int]) -> Tensor:
-    """As ``tome::nearest``, for a token that is kept but out of use too.
-
-    Args:
-        features: ``[B, H, N, D]``, compared by the cosine of their mean over H.
-        stands: ``[B, N']`` positions of the tokens kept, the protected ones first.
-        size: ``[B, N']``, 0 for what is out of use.
-        protected: positions that stand in for none but themselves, unless nothing else is kept.
-
-    Returns:
-        ``[B, N]`` int64 indices into the tokens kept.
-    """
-    own = places_used(stands, size, features.shape[2])
-    return torch.where(own < 0, most_similar(features, stands, protected, size), own)
 
 
 def _mean(x: Tensor, size: Tensor | None, protected: list[int]) -> Tensor:

@@ -8,9 +8,10 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.library import register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant, take
+from tomepass.ops.similarity import comparable, head_mean
 from tomepass.schedule import capped
 
 
@@ -43,14 +44,11 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
     if r == 0:
         return torch.arange(tokens, device=keys.device).repeat(keys.shape[0], 1)
     with without_autocast(keys.device), torch.no_grad():
-        wide = keys.to(at_least_float32(keys.dtype))
-        metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
-        scores = take(metric, even) @ take(metric, odd).transpose(1, 2)
-        scores = torch.where(scores.isnan(), -float("inf"), scores)
+        metric = torch.nn.functional.normalize(head_mean(keys), dim=-1)
+        kinds = None
         if size is not None:
-            padding = size < PADDED
-            apart = take(padding, even).unsqueeze(2) != take(padding, odd).unsqueeze(1)
-            scores = torch.where(apart, -float("inf"), scores)
+            kinds = [take(size < PADDED, places) for places in (even, odd)]
+        scores = comparable(take(metric, even) @ take(metric, odd).transpose(1, 2), kinds)
         similarity, partner = scores.max(dim=-1)
         merged = rank(similarity) < r
         # A token that stays moves up by the merged ones before it.

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import check_r, free_positions, rank
 from tomepass.ops.padding import PADDED
-from tomepass.ops.positions import constant, sent
+from tomepass.ops.positions import constant
 from tomepass.ops.prune import shuffle
-from tomepass.ops.similarity import similarities
+from tomepass.ops.sequence import partitioned
+from tomepass.ops.similarity import comparable, head_mean, similarities
 
 PARTITIONS = ("alternating", "sequential", "random")
 
@@ -60,19 +61,18 @@ def match_by(
     Raises:
         ValueError: if ``r`` is more than can merge.
     """
-    batch, _, tokens, _ = features.shape
+    tokens = features.shape[2]
     if partition != "kth":
         check_r(r, tokens, protected)
     held = constant(sorted(set(protected)), 1, features.device)[0]
     sources, destinations = _halves(tokens, protected, partition, seed, features.device)
     with without_autocast(features.device), torch.no_grad():
-        metric = features.to(at_least_float32(features.dtype)).mean(1)
-        scores = similarities(metric[:, sources], metric[:, destinations], similarity)
-        scores = torch.where(scores.isnan(), -float("inf"), scores)
+        metric = head_mean(features)
+        kinds = None
         if size is not None:
-            padding = size < PADDED
-            apart = padding[:, sources].unsqueeze(2) != padding[:, destinations].unsqueeze(1)
-            scores = torch.where(apart, -float("inf"), scores)
+            kinds = [(size < PADDED)[:, which] for which in (sources, destinations)]
+        scores = similarities(metric[:, sources], metric[:, destinations], similarity)
+        scores = comparable(scores, kinds)
         best, partner = scores.max(dim=-1)
         if importance is not None:
             own = importance[:, sources].to(best.dtype) ** exponent
@@ -80,19 +80,7 @@ def match_by(
             best = (best - nearest) * own
             best = torch.where(best.isnan(), -float("inf"), best)
         merged = rank(best) < r
-    stays = torch.arange(sources.shape[0], device=features.device) - merged.cumsum(-1)
-    first = held.shape[0] + sources.shape[0] - r
-    rows = [
-        torch.arange(held.shape[0], device=features.device).expand(batch, -1),
-        torch.where(merged, first + partner, held.shape[0] + stays),
-        first + torch.arange(destinations.shape[0], device=features.device).expand(batch, -1),
-    ]
-    at = torch.cat([held, sources, destinations]).argsort()
-    assign = torch.cat(rows, dim=1)[:, at]
-    stands = torch.cat([rows[0] >= 0, ~merged, rows[2] >= 0], dim=1)[:, at]
-    position = torch.arange(tokens, device=features.device)
-    owner = sent(assign, tokens - r) & stands.unsqueeze(1)
-    return assign, torch.where(owner, position, -1).amax(-1)
+    return partitioned(held, sources, destinations, partner, merged, merged, r)
 
 
 def _halves(

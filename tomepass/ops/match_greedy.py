@@ -5,14 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import check_r
 from tomepass.ops.padding import PADDED
 from tomepass.ops.sequence import free_mask, in_sequence
-from tomepass.ops.similarity import similarities
-
-# Below all similarities: padding with what is none, then what is not a number, then no pair.
-_APART, _UNKNOWN = -1e30, -1e31
+from tomepass.ops.similarity import APART, UNKNOWN, comparable, head_mean, similarities
 
 
 @register(
@@ -45,12 +42,10 @@ def match_greedy(
     batch, _, tokens, _ = features.shape
     check_r(r, tokens, protected)
     with torch.no_grad(), without_autocast(features.device):
-        metric = features.to(at_least_float32(features.dtype)).mean(1)
+        metric = head_mean(features)
+        kinds = None if size is None else [size < PADDED] * 2
         scores = similarities(metric, metric, similarity)
-        scores = torch.where(scores.isnan(), _UNKNOWN, scores)
-        if size is not None:
-            padding = size < PADDED
-            scores = torch.where(padding.unsqueeze(1) != padding.unsqueeze(2), _APART, scores)
+        scores = comparable(scores, kinds, unknown=UNKNOWN, apart=APART)
         position = torch.arange(tokens, device=features.device)
         free = free_mask(tokens, protected, features.device)
         pair = (position[:, None] < position) & free[:, None] & free

@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.library import register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import gather, sent
 from tomepass.ops.sequence import free_mask, in_sequence
-from tomepass.ops.similarity import similarities
-
-_APART, _UNKNOWN = -1e30, -1e31
+from tomepass.ops.similarity import APART, UNKNOWN, comparable, head_mean, similarities
 
 
 @register(
@@ -55,7 +53,7 @@ def match_kmeans(
         raise ValueError(f"{free} free tokens can lose {free - 1}, got r={r}")
     device = features.device
     with torch.no_grad(), without_autocast(device):
-        metric = features.to(at_least_float32(features.dtype)).mean(1)
+        metric = head_mean(features)
         if similarity == "cosine":
             metric = torch.nn.functional.normalize(metric, dim=-1)
         loose = free_mask(tokens, protected, device)
@@ -66,13 +64,12 @@ def match_kmeans(
         seeds = seeds.expand(batch, -1)
         seeded = sent(seeds, tokens).transpose(1, 2)  # [B, clusters, N]
         centres = gather(metric, seeds, 1)
+        kinds = None
+        if size is not None:
+            kinds = [size < PADDED, (size < PADDED).gather(1, seeds)]
         for step in range(iterations):
             scores = similarities(metric, centres, similarity)
-            scores = torch.where(scores.isnan(), _UNKNOWN, scores)
-            if size is not None:
-                padding = size < PADDED
-                apart = padding.unsqueeze(2) != padding.gather(1, seeds).unsqueeze(1)
-                scores = torch.where(apart, _APART, scores)
+            scores = comparable(scores, kinds, unknown=UNKNOWN, apart=APART)
             # A seed stays where it is.
             own, member = seeded.any(1), seeded.int().argmax(1)
             nearest = torch.where(own, member, scores.argmax(-1))

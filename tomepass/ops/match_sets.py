@@ -5,36 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import rank
 from tomepass.ops.padding import PADDED
-from tomepass.ops.positions import gather, sent
+from tomepass.ops.positions import gather
 from tomepass.ops.sequence import free_mask, in_sequence
-from tomepass.ops.similarity import similarities
-
-
-@register("order_by(Tensor score, int[] protected, Tensor? size=None) -> Tensor")
-def order_by(score: Tensor, protected: list[int], size: Tensor | None = None) -> Tensor:
-    """The positions that are not protected, by falling score; ties by position.
-
-    Args:
-        score: ``[B, N]``. What is not a number is the lowest.
-        protected: positions left out.
-        size: ``[B, N]``, given where some tokens are padding or out of use: these come last.
-
-    Returns:
-        ``[B, N - P]`` int64.
-    """
-    tokens = score.shape[1]
-    with torch.no_grad():
-        free = free_mask(tokens, protected, score.device)
-        wide = torch.where(score.isnan(), -float("inf"), score)
-        if size is not None:
-            wide = torch.where(size < PADDED, -float("inf"), wide)
-        place = torch.where(free, rank(wide, free.expand_as(wide)), -1)
-        position = torch.arange(tokens, device=score.device)
-        left = tokens - len(set(protected))
-        return torch.where(sent(place, left), position, 0).sum(-1)
+from tomepass.ops.similarity import comparable, head_mean, similarities
 
 
 @register(
@@ -76,16 +52,12 @@ def match_sets(
         raise ValueError(f"{pair} cannot merge r={r} tokens")
     batch, _, tokens, _ = features.shape
     with torch.no_grad(), without_autocast(features.device):
-        metric = features.to(at_least_float32(features.dtype)).mean(1)
-        pairs = (gather(metric, sources, 1), gather(metric, destinations, 1))
-        scores = similarities(*pairs, similarity)
-        scores = torch.where(scores.isnan(), -float("inf"), scores)
+        metric = head_mean(features)
+        sides = gather(metric, sources, 1), gather(metric, destinations, 1)
+        kinds = None
         if size is not None:
-            padding = size < PADDED
-            apart = (
-                padding.gather(1, sources)[:, :, None] != padding.gather(1, destinations)[:, None]
-            )
-            scores = torch.where(apart, -float("inf"), scores)
+            kinds = [(size < PADDED).gather(1, which) for which in (sources, destinations)]
+        scores = comparable(similarities(*sides, similarity), kinds)
         best, partner = scores.max(dim=-1)
         merged = rank(best) < r
         goes = torch.where(merged, destinations.gather(1, partner), sources)
@@ -111,7 +83,7 @@ def energy(
         ``[B, N]`` float32 or wider.
     """
     with torch.no_grad(), without_autocast(features.device):
-        metric = features.to(at_least_float32(features.dtype)).mean(1)
+        metric = head_mean(features)
         scores = torch.nn.functional.elu(similarities(metric, metric, "cosine") - margin)
         position = torch.arange(metric.shape[1], device=metric.device)
         other = (position != position[:, None]) & free_mask(

@@ -11,6 +11,8 @@ from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.match import rank
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant, gather, sent
+from tomepass.ops.sequence import free_mask
+from tomepass.ops.similarity import head_mean
 
 
 @register("select(Tensor score, SymInt tokens, int[] protected, Tensor? size=None) -> Tensor")
@@ -31,19 +33,43 @@ def select(score: Tensor, tokens: int, protected: list[int], size: Tensor | None
     """
     if not len(protected) <= tokens <= score.shape[1]:
         raise ValueError(f"{tokens} of {score.shape[1]} tokens, {len(protected)} of them protected")
-    with torch.no_grad(), without_autocast(score.device):
-        held = constant(sorted(protected), score.shape[0], score.device)
-        wide = torch.where(score.isnan(), -float("inf"), score)
-        if size is not None:
-            wide = torch.where(size < PADDED, -float("inf"), wide)
-        free = torch.ones_like(wide, dtype=torch.bool).scatter(1, held, False)
-        # Protected tokens come after all others: the highest are to be found among these.
-        order = rank(torch.where(free, wide, -float("inf")), free)
-        kept = free & (order < tokens - len(protected))
+    with torch.no_grad():
+        place = falling(score, protected, size)
+        kept = (place >= 0) & (place < tokens - len(protected))
         position = torch.arange(score.shape[1], device=score.device)
         places = torch.where(kept, kept.cumsum(-1) - 1, -1)
         chosen = torch.where(sent(places, tokens - len(protected)), position, 0).sum(-1)
+        held = constant(sorted(protected), score.shape[0], score.device)
         return torch.cat([held, chosen], dim=1)
+
+
+@register("order_by(Tensor score, int[] protected, Tensor? size=None) -> Tensor")
+def order_by(score: Tensor, protected: list[int], size: Tensor | None = None) -> Tensor:
+    """The positions that are not protected, by falling score; ties by position.
+
+    Args:
+        score: ``[B, N]``. What is not a number is the lowest.
+        protected: positions left out.
+        size: ``[B, N]``, given where some tokens are padding or out of use: these come last.
+
+    Returns:
+        ``[B, N - P]`` int64.
+    """
+    tokens = score.shape[1]
+    with torch.no_grad():
+        place = falling(score, protected, size)
+        position = torch.arange(tokens, device=score.device)
+        left = tokens - len(set(protected))
+        return torch.where(sent(place, left), position, 0).sum(-1)
+
+
+def falling(score: Tensor, protected: list[int], size: Tensor | None) -> Tensor:
+    """Each token's place by falling score, ``[B, N]`` int64; -1 for a protected one."""
+    free = free_mask(score.shape[1], protected, score.device)
+    wide = torch.where(score.isnan(), -float("inf"), score)
+    if size is not None:
+        wide = torch.where(size < PADDED, -float("inf"), wide)
+    return torch.where(free, rank(wide, free.expand_as(wide)), -1)
 
 
 @register("places(Tensor stands, SymInt tokens, Tensor? size=None) -> Tensor")
@@ -82,23 +108,16 @@ def nearest(
     Returns:
         ``[B, N]`` int64 indices into the tokens kept.
     """
-    own = places(stands, features.shape[2], size)
-    return torch.where(own < 0, most_similar(features, stands, protected, size), own)
-
-
-def most_similar(
-    features: Tensor, stands: Tensor, protected: list[int], size: Tensor | None
-) -> Tensor:
-    """The token kept that is most like each one: see :func:`nearest`."""
     with torch.no_grad(), without_autocast(features.device):
-        wide = features.to(at_least_float32(features.dtype))
-        metric = torch.nn.functional.normalize(wide.mean(1), dim=-1)
+        metric = torch.nn.functional.normalize(head_mean(features), dim=-1)
         scores = metric @ gather(metric, stands, 1).transpose(1, 2)
         scores = torch.where(scores.isnan(), -2.0, scores)
         if size is not None:
             scores = torch.where((size < PADDED).unsqueeze(1), -3.0, scores)
         held = torch.arange(stands.shape[1], device=stands.device) < len(protected)
-        return torch.where(held, -4.0, scores).argmax(-1)
+        scores = torch.where(held, -4.0, scores)
+        own = places(stands, features.shape[2], size)
+        return torch.where(own < 0, scores.argmax(-1), own)
 
 
 @register("fuse_rest(Tensor score, Tensor stands) -> (Tensor, Tensor)")

@@ -8,6 +8,7 @@ from torch import Tensor
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant
+from tomepass.ops.sequence import free_mask
 
 
 @register("significance(Tensor attention, Tensor values) -> Tensor")
@@ -58,7 +59,7 @@ def sample(
     with torch.no_grad(), without_autocast(score.device):
         batch, total = score.shape
         held = constant(sorted(protected), batch, score.device)
-        usable = torch.ones_like(score, dtype=torch.bool).scatter(1, held, False)
+        usable = free_mask(total, protected, score.device).expand_as(score)
         if size is not None:
             usable = usable & (size >= PADDED)
         reached = _distribution(torch.where(usable, score, 0.0), usable)

@@ -30,6 +30,42 @@ def in_sequence(into: Tensor, left: int, protected: list[int]) -> tuple[Tensor, 
     return own.gather(1, into), stands
 
 
+def partitioned(
+    held: Tensor,
+    sources: Tensor,
+    destinations: Tensor,
+    partner: Tensor,
+    merged: Tensor,
+    lost: Tensor,
+    r: int,
+) -> tuple[Tensor, Tensor]:
+    """A shorter sequence: the protected tokens, the sources that stay, the destinations.
+
+    Args:
+        held: positions of the protected tokens; with the next two all there are, each ascending.
+        sources: positions ``[A]``.
+        destinations: positions ``[C]``.
+        partner: ``[B, A]``, the destination each source would go to, as an index among them.
+        merged: ``[B, A]`` bool, the sources that go there.
+        lost: ``[B, A]`` bool, the sources that leave no place behind, r in each image.
+        r: how many.
+
+    Returns:
+        ``[B, N]`` int64, each token's index, and ``[B, N - r]`` int64, the position at each index.
+    """
+    batch, device = merged.shape[0], merged.device
+    first = held.shape[0] + sources.shape[0] - r
+    place = held.shape[0] + torch.arange(sources.shape[0], device=device) - lost.cumsum(-1)
+    before = torch.arange(held.shape[0], device=device).expand(batch, -1)
+    after = (first + torch.arange(destinations.shape[0], device=device)).expand(batch, -1)
+    goes = torch.cat([before, torch.where(merged, first + partner, place), after], dim=1)
+    # What merged may leave its place behind, out of use: only what was lost has none.
+    stays = torch.cat([before, torch.where(lost, -1, place), after], dim=1)
+    position = torch.cat([held, sources, destinations])
+    stands = torch.where(sent(stays, position.shape[0] - r), position, -1).amax(-1)
+    return goes[:, position.argsort()], stands
+
+
 def free_mask(tokens: int, protected: list[int], device: torch.device) -> Tensor:
     """``[N]`` bool, the positions that are not protected."""
     held = constant(sorted(set(protected)), 1, device)[0]

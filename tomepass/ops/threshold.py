@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import check_r, free_positions, rank
 from tomepass.ops.padding import PADDED
-from tomepass.ops.positions import constant, sent, take
+from tomepass.ops.positions import constant, take
+from tomepass.ops.sequence import partitioned
+from tomepass.ops.similarity import comparable, head_mean
 
 
 @register(
@@ -40,38 +42,22 @@ def match_threshold(
     Raises:
         ValueError: if ``r`` is more than can merge.
     """
-    batch, _, tokens, _ = keys.shape
+    tokens = keys.shape[2]
     even, odd, held = free_positions(tokens, protected)
     check_r(r, tokens, held)
-    sources, destinations = (constant(p, batch, keys.device) for p in (even, odd))
     with torch.no_grad(), without_autocast(keys.device):
-        metric = torch.nn.functional.normalize(
-            keys.to(at_least_float32(keys.dtype)).mean(1), dim=-1
-        )
+        metric = torch.nn.functional.normalize(head_mean(keys), dim=-1)
         scores = take(metric, even) @ take(metric, odd).transpose(1, 2)
-        scores = torch.where(scores.isnan(), -float("inf"), scores)
-        idle = torch.zeros_like(sources, dtype=torch.bool)
+        kinds, idle = None, torch.zeros_like(scores[..., 0], dtype=torch.bool)
         if size is not None:
             # Tokens, padding and what is out of use each keep to themselves: 2, 1 and 0.
-            kind, kind_odd = (_kind(take(size, places)) for places in (even, odd))
-            apart = kind.unsqueeze(2) != kind_odd.unsqueeze(1)
-            scores = torch.where(apart, -float("inf"), scores)
-            idle = kind < 2
-        similarity, partner = scores.max(dim=-1)
+            kinds = [_kind(take(size, places)) for places in (even, odd)]
+            idle = kinds[0] < 2
+        similarity, partner = comparable(scores, kinds).max(dim=-1)
         lost = rank(torch.where(idle, float("inf"), similarity)) < r
         merged = lost | (~idle & (similarity > tau))
-    first = len(held) + len(even) - r
-    place = len(held) + torch.arange(len(even), device=keys.device) - lost.cumsum(-1)
-    protected_places = torch.arange(len(held), device=keys.device).expand(batch, -1)
-    odd_places = (first + torch.arange(len(odd), device=keys.device)).expand(batch, -1)
-    # What stays is at its place, and so is what left it: only what was lost has none.
-    stays = torch.cat([protected_places, torch.where(lost, -1, place), odd_places], dim=1)
-    goes = torch.cat(
-        [protected_places, torch.where(merged, first + partner, place), odd_places], dim=1
-    )
-    position = torch.cat([constant(held, batch, keys.device), sources, destinations], dim=1)
-    stands = torch.where(sent(stays, tokens - r), position.unsqueeze(1), -1).amax(-1)
-    return goes[:, position[0].argsort()], stands
+    before, sources, destinations = (constant(p, 1, keys.device)[0] for p in (held, even, odd))
+    return partitioned(before, sources, destinations, partner, merged, lost, r)
 
 
 def _kind(size: Tensor) -> Tensor:
