@@ -61,16 +61,21 @@ class Recorder(fx.Interpreter):
 
 
 def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """A copy of a graph that returns some of its nodes alone."""
+    """A copy of a graph that returns some of its nodes alone, and runs what they need alone."""
+    named = {node.name: node for node in module.graph.nodes}
+    # Dead code elimination would keep dropout and attention, which may draw random numbers.
+    needed = {node for node in named.values() if node.op == "placeholder"}
+    waiting = [named[name] for name in names]
+    while waiting:
+        if (node := waiting.pop()) not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    made: dict[str, fx.Node] = {}
     for node in module.graph.nodes:
-        if node.op != "output":
+        if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-            made[node.name] = copies[node]
-    graph.output(tuple(made[name] for name in names))
-    graph.eliminate_dead_code()
+    graph.output(tuple(copies[named[name]] for name in names))
     return fx.GraphModule(module, graph)
 
 

@@ -20,7 +20,7 @@ from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import only_outputs
 from tomepass.kept import Counting, KeptReport
 from tomepass.methods import Method, RLike, ToMe, resolve_method
-from tomepass.planning import plan_graph
+from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
 
@@ -405,6 +405,21 @@ def apply_capture(
 def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Inputs in the shapes :meth:`MergedModel.prepare` takes them, as a model's keyword inputs."""
     return _rebuild(model, ToMe(0), "raise", "original").bind(inputs)
+
+
+def read_streams(
+    model: nn.Module, call: dict[str, Any]
+) -> tuple[Capture, tuple[PlannedStream, ...]]:
+    """A model as captured, and its streams of tokens, nothing reduced yet.
+
+    Raises:
+        TomeError: if it cannot be captured, or is refused.
+    """
+    capture = capture_module(model, call)
+    streams = plan_graph(capture.graph, ToMe(0)).streams
+    if not streams:
+        raise apply_capture(model, capture, ToMe(0)).report.refusal()
+    return capture, streams
 
 
 def read_state(model: nn.Module, capture: Capture) -> list[Tensor]:
