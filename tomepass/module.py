@@ -404,7 +404,8 @@ def apply_capture(
     on_device = None
     if rewritten is not None and on_cuda(rewritten.module):
         on_device = copied(rewritten.module)
-        report = replace(report, kernels=take_kernels(on_device))
+        taken = take_kernels(on_device)
+        report = replace(report, kernels=taken.kernels, paths=taken.paths or report.paths)
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_outputs(rewritten.module, [rewritten.source])

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.compile_fx
 from encoders import make, pixels
 from lossless import calls
 from torch import Tensor, fx, nn
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from zoo import make_inputs, make_model
 
 import tomepass
@@ -74,9 +76,9 @@ def test_gradients_are_the_composite_s() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["dinov2", "beit", "bert_padded"])
+@pytest.mark.parametrize("name", ["beit", "bert_padded"])
 @torch.no_grad()
-def test_layer_scales_biases_padding_and_what_is_returned(name: str) -> None:
+def test_layer_scales_biases_and_padding(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     applied = tomepass.apply(model, r=4, example_inputs=inputs).captured(inputs)
     graph = copied(applied.graph)
@@ -110,7 +112,7 @@ def test_a_graph_in_training_takes_them_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 def graph_of(work: nn.Module, *inputs: Tensor) -> fx.GraphModule:
     graph = fx.symbolic_trace(work)
-    torch.fx.passes.fake_tensor_prop.FakeTensorProp(graph).propagate(*inputs)
+    FakeTensorProp(graph).propagate(*inputs)
     return graph
 
 

@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from tomepass.attention import FUSED
+from tomepass.attention_gpu import take_gpu_attention
 from tomepass.capture import carry_origin
 from tomepass.kernels.choose_gpu import take_gpu_kernels
 from tomepass.kernels.cpu import DTYPES, match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
@@ -32,7 +33,14 @@ from tomepass.ops.side import merge_bias
 _PAD = torch.ops.aten.constant_pad_nd.default
 
 
-def take_kernels(module: fx.GraphModule, *, trains: bool = False) -> tuple[str, ...]:
+class Taken(NamedTuple):
+    """Lines for the report, of CUDA graphs: on kernels, and on paths of attention."""
+
+    kernels: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+def take_kernels(module: fx.GraphModule, *, trains: bool = False) -> Taken:
     """Puts matches, merges and padded keys of a graph on kernels of their own, in place.
 
     Args:
@@ -43,10 +51,10 @@ def take_kernels(module: fx.GraphModule, *, trains: bool = False) -> tuple[str, 
         for CUDA, a line on each kind of kernel that was taken or was not.
     """
     if on_cuda(module):
-        return take_gpu_kernels(module)
+        return Taken(take_gpu_kernels(module), take_gpu_attention(module))
     if not trains:
         _take_cpu_kernels(module)
-    return ()
+    return Taken()
 
 
 def on_cuda(module: fx.GraphModule) -> bool:
