@@ -50,9 +50,7 @@ def test_paths_are_exact_in_float64(operator: Any, width: int, scale: float | No
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("operator", PORTABLE)
-def test_paths_are_no_further_from_float64_than_the_bias(
-    operator: Any, dtype: torch.dtype
-) -> None:
+def test_paths_are_no_further_from_float64_than_the_bias(operator: Any, dtype: torch.dtype) -> None:
     q, k, v, size = operands(dtype)
     size = size.clamp(min=1.0)
     expected = written_out(q, k, v, size, q.shape[-1] ** -0.5)

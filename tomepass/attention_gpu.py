@@ -74,7 +74,7 @@ MEASURED: tuple[Rule, ...] = ()
 def path_for(capability: tuple[int, int], keys: int, dtype: torch.dtype, width: int) -> Path:
     """The fastest path known; the bias where none was measured, or it cannot compute this."""
     fitting = (rule.path for rule in MEASURED if rule.fits(capability, keys, dtype, width))
-    path = next(fitting, "bias")
+    path: Path = next(fitting, "bias")
     # cuDNN's kernel multiplies narrow dtypes only, in heads of whole 16 bytes.
     impossible = path == "cudnn" and (dtype not in _NARROW or width % 8)
     return "bias" if impossible else path

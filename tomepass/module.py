@@ -18,8 +18,8 @@ from tomepass.capture import Capture, capture_module
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import copied, only_outputs
-from tomepass.kernels.choose import on_cuda, take_kernels
 from tomepass.kept import Counting, KeptReport
+from tomepass.kernels.choose import on_cuda, take_kernels
 from tomepass.methods import Method, RLike, ToMe, resolve_method
 from tomepass.planning import plan_graph
 from tomepass.report import Report, make_report

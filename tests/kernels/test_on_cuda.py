@@ -144,7 +144,9 @@ def test_gradients_are_the_composite_s() -> None:
 
     def gradients(graph: Any) -> list[Tensor]:
         model.zero_grad()
-        torch.cat([v.flatten() for v in applied.run(model, leaves, graph)]).square().sum().backward()
+        torch.cat(
+            [v.flatten() for v in applied.run(model, leaves, graph)]
+        ).square().sum().backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
     ours = gradients(applied.on_device)

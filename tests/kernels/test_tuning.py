@@ -32,7 +32,7 @@ def test_the_fastest_that_runs_is_taken() -> None:
 
 
 def test_a_device_that_runs_none_is_told_what_to_do() -> None:
-    with pytest.raises(TomeError, match="(?s)runs no configuration.*TOMEPASS_TRITON=0"):
+    with pytest.raises(TomeError, match=r"(?s)runs no configuration.*TOMEPASS_TRITON=0"):
         fastest([FIRST, SECOND], refuse(FIRST, SECOND), lambda run: 1.0)
 
 

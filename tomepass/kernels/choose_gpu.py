@@ -184,7 +184,7 @@ def _summands(node: fx.Node, x: Any) -> tuple[Any, Any]:
     """The operands of the residual sum that is merged, where nothing else reads it."""
     if x.target is not aten.add.Tensor or set(x.users) != {node} or x.kwargs:
         return x, None
-    summands = x.args
+    summands: tuple[Any, Any] = x.args
     if not all(isinstance(s, fx.Node) and _same_shape(s, x) for s in summands):
         return x, None
     if any(value(s).dtype not in gpu.DTYPES for s in summands):

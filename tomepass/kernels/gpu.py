@@ -223,10 +223,9 @@ def _nearest_odd(tokens: int, held: tuple[int, ...]) -> int:
 
 
 def _sources_result(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    numbers = {"dtype": torch.int32}
     return (
-        assign.new_empty(assign.shape, **numbers),
-        assign.new_empty((assign.shape[0], tokens + 1), **numbers),
+        assign.new_empty(assign.shape, dtype=torch.int32),
+        assign.new_empty((assign.shape[0], tokens + 1), dtype=torch.int32),
     )
 
 
@@ -408,7 +407,7 @@ def merge_norm_triton(
     """
     made = _merge_norm_result(x, added, size, assign, order, start, weight, bias, eps)
     norm = (weight.contiguous(), bias.contiguous(), eps, *made[2:])
-    _sum_up(x, added, size, order, start, *made[:2], norm)
+    _sum_up(x, added, size, order, start, made[0], made[1], norm)
     return made
 
 
