@@ -13,8 +13,8 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.gpu_timing import milliseconds, recorded
 from tomepass import reference
-from tomepass.kernels.gpu import (
-    match_triton,
+from tomepass.kernels.gpu_match import match_triton
+from tomepass.kernels.gpu_merge import (
     merge_norm_triton,
     merge_triton,
     sources_triton,

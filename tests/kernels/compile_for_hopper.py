@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from tomepass.kernels import gpu
+from tomepass.kernels import gpu_match, gpu_merge
 from tomepass.kernels.tuning import Configuration, Run
 
 
@@ -46,18 +46,19 @@ def run_first(kind: Any, configurations: list[Configuration], run: Run, device: 
 def main() -> None:
     triton.runtime.driver.set_active(Hopper())
     JITFunction.__getitem__ = launch
-    gpu.run_fastest = run_first  # type: ignore[assignment]
-    gpu._need_triton = lambda x: None
+    for module in (gpu_match, gpu_merge):
+        module.run_fastest = run_first  # type: ignore[attr-defined]
+        module.need_triton = lambda x: None  # type: ignore[attr-defined]
     x = torch.zeros(2, 577, 768, dtype=torch.bfloat16)
     keys = x.view(2, 577, 12, 64).transpose(1, 2)
-    gpu.match_triton(keys, 23, [0], torch.ones(2, 577))
-    gpu.match_triton(keys[:, :, :65], 16, [0, 5])
+    gpu_match.match_triton(keys, 23, [0], torch.ones(2, 577))
+    gpu_match.match_triton(keys[:, :, :65], 16, [0, 5])
     assign = torch.zeros(2, 577, dtype=torch.int64)
-    sources = gpu.sources_triton(assign, 554)
+    sources = gpu_merge.sources_triton(assign, 554)
     affine = (x[0, 0], x[0, 0])
-    gpu.merge_norm_triton(x, x, torch.ones(2, 577), assign, *sources, *affine, 1e-6)
-    gpu.sum_triton(x, torch.ones(2, 577), assign, *sources)
-    gpu.unmerge_triton(x, assign)
+    gpu_merge.merge_norm_triton(x, x, torch.ones(2, 577), assign, *sources, *affine, 1e-6)
+    gpu_merge.sum_triton(x, torch.ones(2, 577), assign, *sources)
+    gpu_merge.unmerge_triton(x, assign)
 
 
 if __name__ == "__main__":

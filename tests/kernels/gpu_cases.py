@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tests.assignments import assignments
 from tomepass import reference
-from tomepass.kernels.gpu import match_triton, merge_triton, sources_triton, unmerge_triton
+from tomepass.kernels.gpu_match import match_triton
+from tomepass.kernels.gpu_merge import merge_triton, sources_triton, unmerge_triton
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge_size
 from tomepass.ops.padding import PADDED

@@ -17,7 +17,7 @@ from zoo import make_inputs, make_model
 import tomepass
 from tomepass import ToMe, TomeBackend, backend, module
 from tomepass.graphs import copied
-from tomepass.kernels import choose, choose_gpu, gpu
+from tomepass.kernels import choose, choose_gpu, gpu_match, gpu_merge
 from tomepass.kernels.choose_gpu import take_gpu_kernels
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
@@ -44,8 +44,8 @@ def test_a_merged_model_runs_on_kernels_and_exports_without() -> None:
     merged = tomepass.apply(model, r=3, example_inputs=x)
     applied = merged.captured(x)
     merges = sum(bool(block.r) for block in applied.report.blocks)
-    assert count(applied.on_device, gpu.match_triton) == merges > 1
-    assert count(applied.on_device, gpu.merge_norm_triton) == merges
+    assert count(applied.on_device, gpu_match.match_triton) == merges > 1
+    assert count(applied.on_device, gpu_merge.merge_norm_triton) == merges
     assert not any(count(applied.on_device, c) for c in (match, merge, merge_size))
     assert count(applied.graph, match) == merges
     assert applied.report.kernels == (
@@ -105,7 +105,7 @@ def test_a_graph_in_training_takes_them_too(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
     model = make().requires_grad_(True)
     torch.compile(model, backend=TomeBackend(ToMe(3)))(pixels()).sum().backward()
-    assert count(graphs[0], gpu.match_triton) > 1
+    assert count(graphs[0], gpu_match.match_triton) > 1
     assert next(model.parameters()).grad is not None
     assert backend._trains([next(model.parameters())])
 
@@ -136,7 +136,7 @@ def test_what_others_read_stays() -> None:
     lines = take_gpu_kernels(graph)
     graph.graph.lint()
     assert lines == ("2 merge: a Triton kernel", "1 unmerge: a Triton kernel")
-    assert count(graph, gpu.sources_triton) == 1  # of one map, made once
+    assert count(graph, gpu_merge.sources_triton) == 1  # of one map, made once
     assert count(graph, merge_size) == count(graph, unmerge) == 1
     for got, wanted in zip(graph(*inputs, assign), expected, strict=True):
         torch.testing.assert_close(got, wanted)
@@ -169,7 +169,7 @@ def test_a_dtype_without_kernels_stays_and_is_named() -> None:
 def test_what_fits_no_kernel(
     shape: Any, dtype: Any, protected: Any, memory: int, reason: str
 ) -> None:
-    found = gpu.unfit(shape, dtype, list(protected), memory)
+    found = gpu_match.unfit(shape, dtype, list(protected), memory)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
 

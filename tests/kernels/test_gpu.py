@@ -14,9 +14,9 @@ from torch import Tensor
 
 from tests.assignments import assignments
 from tests.kernels.gpu_cases import NEXT_TO_NOTHING, check_map, check_merge, counts, heads
-from tomepass.kernels import gpu
-from tomepass.kernels.gpu import (
-    match_triton,
+from tomepass.kernels import gpu_match
+from tomepass.kernels.gpu_match import match_triton
+from tomepass.kernels.gpu_merge import (
     merge_norm_triton,
     merge_triton,
     sources_triton,
@@ -40,7 +40,7 @@ PROTECTED: list[list[int]] = [[], [0], [3], [0, 1], [0, 4, 11], [1, 2, 5, 9], [0
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways to match, whatever the length."""
     if request.param == "three kernels":
-        monkeypatch.setattr(gpu, "_ONE_PROGRAM", 0)
+        monkeypatch.setattr(gpu_match, "_ONE_PROGRAM", 0)
     return str(request.param)
 
 
@@ -270,7 +270,7 @@ def test_what_is_compiled_computes_the_same() -> None:
 
 def test_without_a_gpu_and_an_interpreter_it_is_said_what_to_do() -> None:
     code = (
-        "import torch; from tomepass.kernels.gpu import match_triton\n"
+        "import torch; from tomepass.kernels.gpu_merge import match_triton\n"
         "try: match_triton(torch.randn(1, 1, 8, 16), 2, [0])\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

@@ -12,9 +12,9 @@ from zoo import make_inputs, make_model
 
 import tomepass
 from tests.kernels.gpu_cases import NEXT_TO_NOTHING, check_map, check_merge, counts, heads
-from tomepass.kernels import gpu, tuning
-from tomepass.kernels.gpu import (
-    match_triton,
+from tomepass.kernels import gpu_match, gpu_merge, tuning
+from tomepass.kernels.gpu_match import match_triton
+from tomepass.kernels.gpu_merge import (
     merge_norm_triton,
     merge_triton,
     sources_triton,
@@ -99,7 +99,8 @@ def test_the_same_bits_in_every_configuration(
         def one(kind: Any, configurations: Any, run: Any, device: Any, place: int = place) -> None:
             run(configurations[place % len(configurations)])
 
-        monkeypatch.setattr(gpu, "run_fastest", one)
+        monkeypatch.setattr(gpu_match, "run_fastest", one)
+        monkeypatch.setattr(gpu_merge, "run_fastest", one)
         for tokens, width in ((197, 384), (197, 768), (577, 1024), (300, 1152)):
             found.setdefault((tokens, width), []).append(_everything(tokens, width, dtype))
     for results in found.values():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tomepass import TomeError
-from tomepass.kernels import gpu, tuning
+from tomepass.kernels import gpu_merge, tuning
 from tomepass.kernels.tuning import Configuration, fastest, run_fastest
 
 pytest.importorskip("triton")
@@ -46,7 +46,7 @@ def test_without_a_device_the_first_is_taken() -> None:
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("width", [7, 192, 768, 1152, 4096])
 def test_rows_fill_the_threads_that_load_them(width: int, norm: bool) -> None:
-    for configuration in gpu.row_configurations(width, norm=norm):
+    for configuration in gpu_merge.row_configurations(width, norm=norm):
         across = 1 << (width - 1).bit_length()
         assert configuration.block * across >= 8 * 32 * configuration.warps
         # A sum over channels must not depend on what is fastest.

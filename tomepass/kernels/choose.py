@@ -3,7 +3,7 @@
 | device | dtype | kernels |
 |---|---|---|
 | CPU | float32, bfloat16 | those of :mod:`tomepass.kernels.cpu` |
-| CUDA, with triton | float32, bfloat16, float16 | those of :mod:`tomepass.kernels.gpu` |
+| CUDA, with triton | float32, bfloat16, float16 | those of ``gpu_match.py`` and ``gpu_merge.py`` |
 | all others | | none: the composite operators |
 
 Kernels for the CPU have no gradients and need Inductor's compiler, so a graph that is trained or

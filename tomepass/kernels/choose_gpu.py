@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, fx
 
 from tomepass.capture import carry_origin
-from tomepass.kernels import gpu
+from tomepass.kernels.gpu import DTYPES
+from tomepass.kernels.gpu_match import match_triton, unfit
+from tomepass.kernels.gpu_merge import (
+    MOST_CHANNELS,
+    merge_norm_triton,
+    merge_triton,
+    sources_triton,
+    unmerge_triton,
+)
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.unmerge import unmerge
@@ -71,10 +79,10 @@ class _Taking:
             keys = value(node.args[0])
             shape = tuple(_number(s) for s in keys.shape)
             memory = shared_memory(keys.device)
-            if reason := gpu.unfit(shape, keys.dtype, _ints(node.args[2]), memory):
+            if reason := unfit(shape, keys.dtype, _ints(node.args[2]), memory):
                 self._leave("match", reason)
                 continue
-            node.target = gpu.match_triton
+            node.target = match_triton
             self._take("match")
 
     def merges(self) -> None:
@@ -96,9 +104,9 @@ class _Taking:
         with self.graph.inserting_before(node):
             order, start = self._sources(node, assign, tokens)
             args: tuple[Any, ...] = (x, added, sizes, assign, order, start)
-            target = gpu.merge_triton
+            target = merge_triton
             if norm is not None:
-                target = gpu.merge_norm_triton
+                target = merge_norm_triton
                 args += (*norm.args[2:4], norm.args[4] if len(norm.args) > 4 else 1e-5)
             made = self._call(node, target, args)
             results = [(node, 0), (size, 1), (norm, 2)]
@@ -120,7 +128,7 @@ class _Taking:
             if reason := _unfit_rows(value(x)):
                 self._leave("unmerge", reason)
                 continue
-            node.target, node.args = gpu.unmerge_triton, (x, source)
+            node.target, node.args = unmerge_triton, (x, source)
             self._take("unmerge")
 
     # ---- details ---------------------------------------------------------------------------
@@ -131,7 +139,7 @@ class _Taking:
     def _sources(self, like: fx.Node, assign: Any, tokens: Any) -> tuple[fx.Node, fx.Node]:
         """The index map the other way round: made once, where it is first read."""
         if (assign, tokens) not in self.sources:
-            made = self._call(like, gpu.sources_triton, (assign, tokens))
+            made = self._call(like, sources_triton, (assign, tokens))
             self.sources[assign, tokens] = (
                 self._item(made, 0, None),
                 self._item(made, 1, None),
@@ -172,11 +180,11 @@ def shared_memory(device: torch.device) -> int:
 
 
 def _unfit_rows(x: Tensor) -> str:
-    if x.dtype not in gpu.DTYPES:
+    if x.dtype not in DTYPES:
         return f"{x.dtype}"
     width = _number(x.shape[2])
-    if width > gpu.MOST_CHANNELS:
-        return f"{width} channels, a kernel takes {gpu.MOST_CHANNELS}"
+    if width > MOST_CHANNELS:
+        return f"{width} channels, a kernel takes {MOST_CHANNELS}"
     return ""
 
 
@@ -187,7 +195,7 @@ def _summands(node: fx.Node, x: Any) -> tuple[Any, Any]:
     summands: tuple[Any, Any] = x.args
     if not all(isinstance(s, fx.Node) and _same_shape(s, x) for s in summands):
         return x, None
-    if any(value(s).dtype not in gpu.DTYPES for s in summands):
+    if any(value(s).dtype not in DTYPES for s in summands):
         return x, None
     return summands
 
