@@ -160,7 +160,7 @@ def trained(
 def training_step(
     model: nn.Module, method: ToMe | None, images: Tensor, options: dict[str, Any]
 ) -> Callable[[], Any]:
-    """A call that leaves gradients on the parameters."""
+    """A call that makes all gradients, as a step of training without its optimizer."""
     model.train().requires_grad_(True)
     if method is not None:
         # Its graph is captured for training mode, then compiled as any module is.
@@ -169,9 +169,10 @@ def training_step(
     compiled: Any = torch.compile(model, backend=backend)
 
     def step() -> None:
-        model.zero_grad(set_to_none=True)
         loss: Any = _tensor(compiled(images)).float().square().mean()
         loss.backward()
+        # None is left over from one call to the next: a call's memory counts its gradients.
+        model.zero_grad(set_to_none=True)
 
     return step
 

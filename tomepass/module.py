@@ -356,7 +356,9 @@ class Applied:
         values = [*read_state(model, self.capture), *leaves]
         if graph is not None:
             return graph(*values)
-        own = self.graph if torch.compiler.is_exporting() else self.on_device or self.graph
+        own = self.graph
+        if self.on_device is not None and not torch.compiler.is_exporting():
+            own = self.on_device
         assert own is not None
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 

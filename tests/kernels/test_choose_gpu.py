@@ -55,6 +55,8 @@ def test_a_merged_model_runs_on_kernels_and_exports_without() -> None:
     assert "kernels" in str(applied.report)
     with torch.no_grad():
         torch.testing.assert_close(merged(x), applied.run(model, [x], applied.graph)[0])
+        compiled = torch.compile(merged, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), merged(x))
         exported = torch.export.export(merged, (x,))
     assert "triton" not in str(exported.graph)
     assert "tome.match" in str(exported.graph)
