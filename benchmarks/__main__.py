@@ -11,6 +11,7 @@ from benchmarks import (
     breakdown,
     capture_time,
     compile_time,
+    gpu,
     kernels,
     latency,
     linear,
@@ -36,6 +37,7 @@ app.command("scaling", cls=MultiValueCommand)(scaling.main)
 app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
 app.command("linear", cls=MultiValueCommand)(linear.main)
+app.command("gpu")(gpu.main)
 app.command("policy", cls=MultiValueCommand)(policy.main)
 app.command("openvino-layers")(openvino_layers.main)
 app.command("compile-time")(compile_time.main)

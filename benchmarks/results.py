@@ -56,7 +56,7 @@ class Results:
         columns: a header and what a row shows under it.
         rows: raw figures, as they go into the JSON.
         settings: what the rows have in common, for the JSON.
-        plot: draws the rows.
+        plot: draws the rows; None for a table alone.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Results:
     columns: Mapping[str, Callable[[Any], str]]
     rows: Sequence[Row]
     settings: Row
-    plot: Callable[[Axes, Sequence[Row]], None]
+    plot: Callable[[Axes, Sequence[Row]], None] | None
 
     def cells(self) -> list[list[str]]:
         return [[show(row) for show in self.columns.values()] for row in self.rows]
@@ -86,14 +86,20 @@ class Results:
         lines = [list(self.columns), ["---"] * len(self.columns), *self.cells()]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         (out / f"{self.name}.md").write_text(text)
-        machine = f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads"
-        drawn, axes = figure(self.title, f"{machine}, torch {where['torch']}")
-        self.plot(axes, self.rows)
-        save(drawn, out / f"{self.name}.png")
+        kinds = ".json and .md"
+        if self.plot is not None:
+            self._draw(self.plot, where, out)
+            kinds = ".json, .md and .png"
         console = Console()
         console.print(shown)
         console.print(describe(where))
-        console.print(f"written: {out / self.name}.json, .md and .png")
+        console.print(f"written: {out / self.name}{kinds}")
+
+    def _draw(self, plot: Callable[[Axes, Sequence[Row]], None], where: Row, out: Path) -> None:
+        machine = f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads"
+        drawn, axes = figure(self.title, f"{machine}, torch {where['torch']}")
+        plot(axes, self.rows)
+        save(drawn, out / f"{self.name}.png")
 
 
 def cell(name: str, form: str = "{}") -> Callable[[Any], str]:

@@ -186,8 +186,8 @@ def resolve_inner(
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """The compiler behind a name, with its options bound.
 
-    Inductor gets the kernels of :mod:`tomepass.kernels` where no gradients are needed; all other
-    compilers get the composite operators.
+    Inductor gets the kernels of :mod:`tomepass.kernels`, on a CPU where no gradients are needed;
+    all other compilers get the composite operators.
 
     Raises:
         TomeError: if the backend is not installed or not known.
@@ -239,8 +239,7 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
                 advice="set TORCHINDUCTOR_FREEZING=1, or compile and call under "
                 "torch._inductor.config.patch(freezing=True) and torch.no_grad()",
             )
-        if not _trains(inputs):
-            take_kernels(gm)
+        take_kernels(gm, trains=_trains(inputs))
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 

@@ -60,6 +60,15 @@ class Recorder(fx.Interpreter):
         return [call for call in self.calls if call.node.target in targets]
 
 
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose operators can be changed."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph)
+
+
 def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
     """A copy of a graph that returns some of its nodes alone, and runs what they need alone."""
     named = {node.name: node for node in module.graph.nodes}

@@ -17,8 +17,9 @@ from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
-from tomepass.graphs import only_outputs
+from tomepass.graphs import copied, only_outputs
 from tomepass.kept import Counting, KeptReport
+from tomepass.kernels.choose import on_cuda, take_kernels
 from tomepass.methods import Method, RLike, ToMe, resolve_method
 from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
@@ -328,16 +329,19 @@ class Applied:
         rewritten: the rewritten graph, None where the model is left as it is.
         source_graph: the same, returning the source map alone.
         report: what was found and done.
+        on_device: the graph with kernels for its device, where there are some that run anywhere
+            but in an exported program.
     """
 
     capture: Capture
     rewritten: Rewritten | None
     source_graph: fx.GraphModule | None
     report: Report
+    on_device: fx.GraphModule | None = None
 
     @property
     def graph(self) -> fx.GraphModule | None:
-        """The graph that runs."""
+        """The graph in composite operators, which is what is exported."""
         return None if self.rewritten is None else self.rewritten.module
 
     @functools.cached_property
@@ -352,8 +356,11 @@ class Applied:
         values = [*read_state(model, self.capture), *leaves]
         if graph is not None:
             return graph(*values)
-        assert self.graph is not None
-        return pytree.tree_unflatten(list(self.graph(*values)), self.capture.out_spec)
+        own = self.graph
+        if self.on_device is not None and not torch.compiler.is_exporting():
+            own = self.on_device
+        assert own is not None
+        return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 
 
 def make_applied(
@@ -396,10 +403,15 @@ def apply_capture(
     if rewritten is not None:
         paths = take_fastest_attention(rewritten.module, capture.graph.fake_mode)
         report = replace(report, paths=paths)
+    on_device = None
+    if rewritten is not None and on_cuda(rewritten.module):
+        on_device = copied(rewritten.module)
+        taken = take_kernels(on_device)
+        report = replace(report, kernels=taken.kernels, paths=taken.paths or report.paths)
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_outputs(rewritten.module, [rewritten.source])
-    return Applied(capture, rewritten, source_graph, report)
+    return Applied(capture, rewritten, source_graph, report, on_device)
 
 
 def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:

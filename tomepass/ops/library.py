@@ -49,6 +49,34 @@ def register_for(
     return define
 
 
+def register_differentiable(
+    schema: str,
+    result: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    context: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Defines ``tome::<schema>`` with the decorated function as its kernel on CPU and CUDA.
+
+    Args:
+        schema: as in :func:`register`.
+        result: what it returns for fake tensors.
+        backward: its gradients, in operators that have some themselves; None if it has none.
+        context: what these need is kept by it, as ``torch.library.register_autograd`` says.
+    """
+
+    def define(kernel: Callable[..., Any]) -> Any:
+        name = schema.split("(")[0]
+        made = register_for("CUDA", schema, result)(kernel)
+        _library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+        if backward is not None:
+            torch.library.register_autograd(
+                f"tome::{name}", backward, setup_context=context, lib=_library
+            )
+        return made
+
+    return define
+
+
 def without_autocast(device: torch.device) -> Any:
     """Matching and sizes are float32 work, whatever the model's autocast says."""
     if not torch.amp.is_autocast_available(device.type):  # a meta device
