@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tomepass.calibration import Calibration, calibrate
     from tomepass.equivalence import CheckReport, check
     from tomepass.errors import TomeError
+    from tomepass.exporting import export
     from tomepass.methods import (
         ATS,
         MLERP,
@@ -66,6 +67,7 @@ __all__ = [
     "calibrate",
     "check",
     "explain",
+    "export",
     "plan",
     "tome_backend",
     "train_policy",
@@ -98,6 +100,7 @@ _HOME = {
     "calibrate": "calibration",
     "check": "equivalence",
     "explain": "module",
+    "export": "exporting",
     "plan": "plans",
     "tome_backend": "backend",
     "train_policy": "training",

@@ -103,7 +103,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     Raises:
         TomeError: if ``torch.export`` cannot capture the model.
     """
-    example, dynamic = _batch_of_two(kwargs)
+    example, dynamic = batch_of_two(kwargs)
     try:
         program = torch.export.export(
             _ByKeyword(model), (example,), dynamic_shapes=(dynamic,), strict=False
@@ -270,7 +270,8 @@ def _path(target: str) -> str:
     return target.removeprefix("model.")
 
 
-def _batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs remade with a batch of 2, and their dynamic shapes for ``torch.export``."""
     tensors = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor) and v.ndim]
     if not tensors:
         raise TomeError("no tensor among the inputs, so there is no batch to capture with")

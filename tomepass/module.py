@@ -28,9 +28,9 @@ OnUnmatched = Literal["raise", "warn"]
 Outputs = Literal["original", "merged"]
 
 # What the applied module shares with the model, and what is made anew when it is unpickled.
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _SETTINGS = ("original", "method", "on_unmatched", "outputs")
-_REMADE = {*_SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
+_REMADE = {*SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
 
 
 def apply(
@@ -72,7 +72,7 @@ def apply(
             f"the model is already merged with {model.method!r}",
             advice="apply tomepass to the original model",
         )
-    _check_model(model)
+    check_model(model)
     if method.adaptive is not False:
         from tomepass.adaptive import make_adaptive
 
@@ -113,7 +113,7 @@ def explain(
         model = model.original
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
-    _check_model(model)
+    check_model(model)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = _rebuild(model, method, on_unmatched, outputs).bind(inputs)
     return _analyse(model, method, call, outputs).report
@@ -140,7 +140,7 @@ class MergedModel(nn.Module):
     ) -> None:
         super().__init__()
         # The very dictionaries of the model: one module tree, seen through two objects.
-        self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
+        self.__dict__.update({name: model.__dict__[name] for name in SHARED})
         names, optional = _inputs_of(model)
         # Past nn.Module's own __setattr__, which would make the model a child.
         self.__dict__.update(
@@ -475,7 +475,8 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     )
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Refuses what is no module, and what is compiled already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):
