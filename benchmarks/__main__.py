@@ -11,6 +11,7 @@ from benchmarks import (
     breakdown,
     capture_time,
     compile_time,
+    doors,
     kernels,
     latency,
     linear,
@@ -37,6 +38,7 @@ app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
 app.command("linear", cls=MultiValueCommand)(linear.main)
 app.command("policy", cls=MultiValueCommand)(policy.main)
+app.command("doors", cls=MultiValueCommand)(doors.main)
 app.command("openvino-layers")(openvino_layers.main)
 app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from tomepass.module import MergedModel, apply, explain
     from tomepass.plans import Plan, plan
     from tomepass.report import Report
+    from tomepass.saving import load
     from tomepass.training import train_policy
 
 __version__ = "0.1.0"
@@ -68,6 +69,7 @@ __all__ = [
     "check",
     "explain",
     "export",
+    "load",
     "plan",
     "tome_backend",
     "train_policy",
@@ -101,6 +103,7 @@ _HOME = {
     "check": "equivalence",
     "explain": "module",
     "export": "exporting",
+    "load": "saving",
     "plan": "plans",
     "tome_backend": "backend",
     "train_policy": "training",

@@ -315,6 +315,24 @@ class MergedModel(nn.Module):
         """The model's."""
         return self.original.load_state_dict(*args, **kwargs)
 
+    def save_pretrained(self, directory: Any, **options: Any) -> Any:
+        """Saves the model as usual, and beside it ``tomepass.json``: :func:`tomepass.load` reads
+        both.
+
+        Raises:
+            TomeError: if the model has no ``save_pretrained`` of its own.
+        """
+        from tomepass.saving import write_settings
+
+        if (save := getattr(self.original, "save_pretrained", None)) is None:
+            raise TomeError(
+                f"{type(self.original).__name__} has no save_pretrained",
+                advice="save its state_dict(), and the method: merged.method.to_json()",
+            )
+        saved = save(directory, **options)
+        write_settings(self, directory)
+        return saved
+
     def extra_repr(self) -> str:
         return f"merged by tomepass with {self.method!r}"
 

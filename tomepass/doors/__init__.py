@@ -46,9 +46,9 @@ class Door:
         """Writes a program; formats may put files beside the path, under its stem."""
         self._module().write(program, path)
 
-    def load(self, path: Path) -> Run:
-        """What runs a written file."""
-        run: Run = self._module().load(path)
+    def load(self, path: Path, **options: Any) -> Run:
+        """What runs a written file; options are those of the format's own ``load``."""
+        run: Run = self._module().load(path, **options)
         return run
 
     def check(self) -> None:
