@@ -19,6 +19,7 @@ from tomepass.errors import TomeError
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
 from tomepass.methods import Method, ToMe
+from tomepass.ops.library import COMPOSITES
 from tomepass.module import OnUnmatched, Outputs, check_choices
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
@@ -210,6 +211,9 @@ def resolve_inner(
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner == "openvino":
             _refuse_bfloat16(inputs)
+        if _EXTRAS.get(str(inner)) == "tensorrt":
+            # It has a table of decompositions of its own, which keeps operators it knows not.
+            gm = carry_marks(gm, capture_dynamo(gm, inputs, COMPOSITES).module)
         compiled: Callable[..., Any] = compiler(gm, list(inputs), **keywords)
         return compiled
 

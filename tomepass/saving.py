@@ -70,17 +70,22 @@ def read_settings(directory: str | os.PathLike[str]) -> tuple[Method, Outputs] |
 
 
 def load(path: str | os.PathLike[str], **options: Any) -> Any:
-    """A model saved by ``merged.save_pretrained``, merged as it was.
+    """A model saved by ``merged.save_pretrained``, merged as it was; or an exported program.
 
     Args:
         path: a directory, or a hub id. Without a ``tomepass.json`` the model is merged with
-            ``ToMe()``, r=16, and a note on standard error says so.
+            ``ToMe()``, r=16, and a note on standard error says so. A ``.pt2`` file of
+            :func:`tomepass.export` comes back as the module that runs it.
         options: of :func:`tomepass.apply`, such as ``example_inputs``.
 
     Raises:
         TomeError: if there is no model, it cannot be merged, or ``tomepass.json`` is not one that
             this version reads.
     """
+    if Path(path).suffix == ".pt2":
+        from tomepass.doors.pt2 import load_module
+
+        return load_module(Path(path))
     settings = read_settings(path) or _standard(path)
     method, outputs = settings
     return apply(load_model(os.fspath(path)), method, **{"outputs": outputs, **options})
