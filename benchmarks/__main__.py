@@ -18,6 +18,7 @@ from benchmarks import (
     openvino_layers,
     policy,
     scaling,
+    tensorrt,
     throughput,
 )
 from tomepass.options import MultiValueCommand
@@ -39,6 +40,7 @@ app.command("kernels", cls=MultiValueCommand)(kernels.main)
 app.command("linear", cls=MultiValueCommand)(linear.main)
 app.command("policy", cls=MultiValueCommand)(policy.main)
 app.command("doors", cls=MultiValueCommand)(doors.main)
+app.command("tensorrt", cls=MultiValueCommand)(tensorrt.main)
 app.command("openvino-layers")(openvino_layers.main)
 app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)

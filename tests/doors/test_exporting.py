@@ -83,7 +83,10 @@ def test_the_model_is_left_as_it_was(exported: Any) -> None:
     assert all(torch.equal(v, before[1][n]) for n, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", ["dinov2_registers", "siglip_vision", "ast"])
+@pytest.mark.parametrize(
+    "name",
+    ["siglip_vision", *(pytest.param(n, marks=pytest.mark.doors) for n in ("dinov2_registers", "ast"))],
+)
 def test_other_families_at_a_fixed_batch(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name)
     method = ToMe([8])
@@ -101,32 +104,31 @@ OPTIONS: dict[str, Any] = {
     "euclidean": ToMe([5], similarity="euclidean"),
     "importance": ToMe([5], importance="class_attention"),
 }
+# Their rows are of three blocks.
+ONE_BLOCK: dict[str, Any] = {
+    "tofu_measured": {"strategies": ("prune",)},
+    "diffrate_counts": {"pruned": (4,)},
+}
 # Trained on a width of its own.
 LEARNED = ("dynamicvit", "adavit")
+# A method of each kind; the others are run by `make test-doors`.
+FEW = ("evit", "pitome", "diffrate", "kmeans", "ats", "threshold", "mlerp")
+NAMES = [n for n in (*ROWS, *OPTIONS) if n not in LEARNED]
 
 
-@pytest.mark.parametrize("name", [*(n for n in ROWS if n not in LEARNED), *OPTIONS])
+@pytest.mark.parametrize(
+    "name", [n if n in FEW else pytest.param(n, marks=pytest.mark.doors) for n in NAMES]
+)
 def test_every_method_goes_through(name: str) -> None:
     model, x = make(depth=1), pixels()
-    method = OPTIONS[name] if name in OPTIONS else _of_one_block(ROWS[name].make)
+    made = OPTIONS[name] if name in OPTIONS else ROWS[name].make([5])
+    method = made.replace(**ONE_BLOCK.get(name, {}))
     expected = tomepass.apply(model, method, example_inputs=x)(x)
     program = tomepass.export(model, method, example_inputs=x, dynamic_batch=False)
     (given,) = program.example_inputs[1]
     found = program.module()(**{given: x})
     assert (found - expected).abs().max() < 1e-4
     assert not any("tome" in target for target in operators(program))
-
-
-def _of_one_block(method: Any) -> Any:
-    one = {"strategies": ("merge",), "pruned": (4,)}
-    for fields in ({}, *({name: value} for name, value in one.items())):
-        try:
-            made = method([5], **fields)
-        except (TypeError, ValueError):
-            continue
-        if all(len(getattr(made, n, None) or (0,)) == 1 for n in one):
-            return made
-    return method([5])
 
 
 # What is refused
