@@ -17,6 +17,7 @@ from benchmarks import (
     linear,
     openvino_layers,
     policy,
+    quantization,
     scaling,
     tensorrt,
     throughput,
@@ -41,6 +42,7 @@ app.command("linear", cls=MultiValueCommand)(linear.main)
 app.command("policy", cls=MultiValueCommand)(policy.main)
 app.command("doors", cls=MultiValueCommand)(doors.main)
 app.command("tensorrt", cls=MultiValueCommand)(tensorrt.main)
+app.command("quantization", cls=MultiValueCommand)(quantization.main)
 app.command("openvino-layers")(openvino_layers.main)
 app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)
