@@ -109,7 +109,8 @@ def _row(subject: Any, method: ToMe, name: str, batch: int) -> dict[str, Any]:
             tolerance=asked.tolerance,
         )  # fmt: skip
         size = sum(file.stat().st_size for file in path.parent.iterdir())
-    assert written.milliseconds is not None and written.speedup is not None
+    assert written.milliseconds is not None
+    assert written.speedup is not None
     return {
         "door": name,
         "runtime": _runtime(form.needs, form.runtime),

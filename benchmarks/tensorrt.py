@@ -52,7 +52,9 @@ def main(
         if not torch.cuda.is_available():
             raise TomeError("TensorRT needs a CUDA device, and there is none")
         subject = make_model(model).to("cuda", parse_dtype(dtype))
-        rows = [_row(subject, ToMe(parse_r(text)), text, batch, rounds) for text in r or ("8", "16")]
+        rows = [
+            _row(subject, ToMe(parse_r(text)), text, batch, rounds) for text in r or ("8", "16")
+        ]
     except (TomeError, TypeError, ValueError) as error:
         Console(stderr=True, soft_wrap=True).print(
             f"error: {error}", style="red", markup=False, highlight=False

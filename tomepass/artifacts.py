@@ -212,9 +212,7 @@ def in_turns(runs: list[Run], inputs: Mapping[str, Any]) -> tuple[float, float]:
     return before, after
 
 
-def _check_parity(
-    rows: tuple[Parity, ...], path: Path, model: nn.Module, tolerance: float
-) -> None:
+def _check_parity(rows: tuple[Parity, ...], path: Path, model: nn.Module, tolerance: float) -> None:
     worst = max(rows, key=lambda row: row.relative_error)
     single = next(model.parameters()).dtype is torch.float32
     # Not "greater than": what is not a number fails too.

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from tomepass.adaptive import AdaptiveModel
 from tomepass.capture import batch_of_two
+from tomepass.decompositions import FOR_RUNTIMES
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.methods import Method, RLike, resolve_method
@@ -151,14 +152,14 @@ def _program(
     try:
         with torch.no_grad():
             program = torch.export.export(subject, (), given, dynamic_shapes=shapes, strict=False)
-            # Nothing but our own is decomposed: runtimes have kernels for attention and norms.
-            program = program.run_decompositions(dict(COMPOSITES))
+            # Hardly more than our own is decomposed: runtimes have kernels for attention and norms.
+            program = program.run_decompositions({**COMPOSITES, **FOR_RUNTIMES})
     except TomeError:
         raise
     except Exception as error:
         lines = " ".join(str(error).strip().splitlines()[:3])[:500]
         raise TomeError(
-            f"torch.export could not export {type(model).__name__}: {type(error).__name__}: {lines}",
+            f"{type(model).__name__} could not be exported: {type(error).__name__}: {lines}",
             advice="try dynamic_batch=False, or another version of torch",
         ) from error
     _check_operators(program)

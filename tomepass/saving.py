@@ -116,9 +116,7 @@ def chosen_method(
 
 
 def _standard(path: str | os.PathLike[str]) -> tuple[Method, Outputs]:
-    print(
-        f"tomepass: no {FILE} in {os.fspath(path)!r}, merging with {ToMe()!r}", file=sys.stderr
-    )
+    print(f"tomepass: no {FILE} in {os.fspath(path)!r}, merging with {ToMe()!r}", file=sys.stderr)
     return ToMe(), "original"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,11 +45,11 @@ def exported() -> Exported:
 
 
 @pytest.fixture(scope="session")
-def archive(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def archive(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The program, saved."""
     path = tmp_path_factory.mktemp("archive") / "vit.pt2"
     torch.export.save(exported.program, path)
-    yield path
+    return path
 
 
 @pytest.fixture(scope="session")

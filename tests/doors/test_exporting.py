@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from zoo import make_inputs, make_model
 from encoders import make, pixels
 from torch import Tensor, nn
+from zoo import make_inputs, make_model
 
 import tomepass
 from tomepass import MLERP, ToMe, TomeError
@@ -85,7 +85,10 @@ def test_the_model_is_left_as_it_was(exported: Any) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["siglip_vision", *(pytest.param(n, marks=pytest.mark.doors) for n in ("dinov2_registers", "ast"))],
+    [
+        "siglip_vision",
+        *(pytest.param(n, marks=pytest.mark.doors) for n in ("dinov2_registers", "ast")),
+    ],
 )
 def test_other_families_at_a_fixed_batch(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name)
@@ -197,5 +200,3 @@ def test_the_method_of_an_applied_model_is_taken() -> None:
     program = tomepass.export(merged, example_inputs=x, dynamic_batch=False)
     (given,) = program.example_inputs[1]
     assert torch.equal(program.module()(**{given: x}), merged(x))
-
-

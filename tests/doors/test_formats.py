@@ -22,9 +22,7 @@ def _needs(name: str) -> Door:
 @pytest.mark.parametrize(
     "name", ["pt2", "onnx", "openvino", pytest.param("aoti", marks=pytest.mark.doors)]
 )
-def test_a_written_file_gives_the_logits_of_apply(
-    name: str, exported: Any, tmp_path: Path
-) -> None:
+def test_a_written_file_gives_the_logits_of_apply(name: str, exported: Any, tmp_path: Path) -> None:
     form = _needs(name)
     path = tmp_path / f"vit{form.suffix}"
     form.write(exported.program, path)

@@ -86,5 +86,5 @@ def test_an_archive_that_cannot_be_read(damage: str, archive: Path, tmp_path: Pa
         torch.save({"a": torch.ones(2)}, path)
     elif damage == "empty":
         path.write_bytes(b"")
-    with pytest.raises(TomeError, match="no archive|holds no exported program|no such file"):
+    with pytest.raises(TomeError, match=r"no archive|holds no exported program|no such file"):
         tomepass.load(path)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ READER = Path(__file__).parent / "tensorrt_registry.py"
 
 
 @pytest.fixture
-def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
+def handed(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
     """Graphs that a backend named tensorrt is given, which runs them as they are."""
     graphs: list[fx.GraphModule] = []
 
@@ -40,7 +40,7 @@ def handed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fx.GraphModule]]:
     monkeypatch.setitem(sys.modules, "torch_tensorrt", types.ModuleType("torch_tensorrt"))
     monkeypatch.setitem(registry._BACKENDS, "tensorrt", None)
     monkeypatch.setitem(registry._COMPILER_FNS, "tensorrt", backend)
-    yield graphs
+    return graphs
 
 
 def test_the_backend_is_handed_plain_operators(handed: list[fx.GraphModule]) -> None:

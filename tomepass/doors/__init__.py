@@ -72,9 +72,7 @@ DOORS: dict[str, Door] = {
     for door in (
         Door("pt2", ".pt2", "pt2", (), None, "torch.export"),
         Door("aoti", ".pt2", "aoti", (), None, "AOTInductor"),
-        Door(
-            "onnx", ".onnx", "onnx_file", ("onnxscript", "onnxruntime"), "onnx", "ONNX Runtime"
-        ),
+        Door("onnx", ".onnx", "onnx_file", ("onnxscript", "onnxruntime"), "onnx", "ONNX Runtime"),
         Door("openvino", ".xml", "openvino_ir", ("openvino",), "openvino", "OpenVINO"),
         Door("tensorrt", ".pt2", "tensorrt_program", ("torch_tensorrt",), "tensorrt", "TensorRT"),
     )

@@ -36,7 +36,7 @@ def write(program: ExportedProgram, path: Path) -> None:
         first = next((line for line in str(error).splitlines() if line.strip()), "")
         raise TomeError(
             f"torch.onnx.export failed: {type(error).__name__}: {first}",
-            advice="read the whole error with torch.onnx.export(tomepass.export(model), dynamo=True)",
+            advice="torch.onnx.export(tomepass.export(model), dynamo=True) shows the whole error",
         ) from error
     assert made is not None
     weights = sum(value.nbytes for value in program.state_dict.values())
