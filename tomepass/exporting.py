@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -125,6 +125,9 @@ def _check_exportable(model: nn.Module, method: Method, dynamic_batch: object) -
 class _Subject(nn.Module):
     """The model's state under the model's names, with a forward of the names of one call."""
 
+    run: Callable[[dict[str, Any]], Any]
+    fixed: dict[str, Any]
+
     def __init__(
         self, model: nn.Module, run: Callable[[dict[str, Any]], Any], fixed: dict[str, Any]
     ) -> None:
@@ -167,7 +170,7 @@ def _program(
         for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
             for name in _TRACES:
                 node.meta.pop(name, None)
-    return program
+    return cast(ExportedProgram, program)
 
 
 def _check_operators(program: ExportedProgram) -> None:
@@ -177,7 +180,7 @@ def _check_operators(program: ExportedProgram) -> None:
             continue
         target = node.target
         if isinstance(target, torch._ops.OpOverload):
-            name, schema = target.name(), target._schema
+            name, schema = str(target.name()), target._schema  # type: ignore[no-untyped-call]
             if schema.name in _WITHOUT_CONVERTER:
                 why = "it reduces into places that several values go to, which has no converter"
             elif schema.is_mutable:

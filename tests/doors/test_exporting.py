@@ -114,7 +114,7 @@ ONE_BLOCK: dict[str, Any] = {
 # Trained on a width of its own.
 LEARNED = ("dynamicvit", "adavit")
 # A method of each kind; the others are run by `make test-doors`.
-FEW = ("evit", "pitome", "diffrate", "kmeans", "ats", "threshold", "mlerp")
+FEW = ("evit", "pitome", "kmeans", "threshold")
 NAMES = [n for n in (*ROWS, *OPTIONS) if n not in LEARNED]
 
 

@@ -102,5 +102,5 @@ def test_an_operator_onnx_cannot_hold_is_named(tmp_path: Path) -> None:
             return torch.special.bessel_j0(x)
 
     program = torch.export.export(Odd(), (torch.ones(2, 3),))
-    with pytest.raises(TomeError, match=r"(?s)torch.onnx.export failed.*bessel_j0|dispatch"):
+    with pytest.raises(TomeError, match=r"(?s)torch.onnx.export failed.*bessel_j0"):
         DOORS["onnx"].write(program, tmp_path / "odd.onnx")

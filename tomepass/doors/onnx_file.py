@@ -33,9 +33,8 @@ def write(program: ExportedProgram, path: Path) -> None:
             program, dynamo=True, opset_version=OPSET, output_names=names, verbose=False
         )
     except Exception as error:  # the exporter wraps what it raises in classes of its own
-        first = next((line for line in str(error).splitlines() if line.strip()), "")
         raise TomeError(
-            f"torch.onnx.export failed: {type(error).__name__}: {first}",
+            f"torch.onnx.export failed: {_reason(error)}",
             advice="torch.onnx.export(tomepass.export(model), dynamo=True) shows the whole error",
         ) from error
     assert made is not None
@@ -57,3 +56,10 @@ def load(path: Path) -> Run:
         return [torch.from_numpy(v) for v in session.run(None, dict(zip(names, values)))]  # noqa: B905
 
     return run
+
+
+def _reason(error: BaseException) -> str:
+    """What the exporter was stopped by, under what it wrapped around it."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
