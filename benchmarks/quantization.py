@@ -109,12 +109,17 @@ def _nncf(subject: nn.Module, method: ToMe, x: Tensor) -> tuple[Form, Form]:
     import nncf
     import openvino
 
-    from tomepass.doors.openvino_ir import convert
+    from tomepass.doors.openvino_ir import convert, token_products
 
     def form(program: torch.export.ExportedProgram) -> Form:
         dataset = nncf.Dataset([x[i : i + 8].numpy() for i in range(0, len(x), 8)])
+        converted = convert(program)
         model = nncf.quantize(
-            convert(program), dataset, model_type=nncf.ModelType.TRANSFORMER, subset_size=8
+            converted,
+            dataset,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=8,
+            ignored_scope=nncf.IgnoredScope(names=token_products(converted)),
         )
         hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         compiled = openvino.Core().compile_model(model, "CPU", hints)

@@ -28,6 +28,29 @@ def convert(program: ExportedProgram) -> Any:
     return model
 
 
+def token_products(model: Any) -> list[str]:
+    """The names of products of two activations: which tokens are alike, and their merging.
+
+    In int8 they would choose other tokens and weigh them wrongly, and they cost next to nothing:
+    leave them out, ``nncf.quantize(..., ignored_scope=nncf.IgnoredScope(names=...))``. Attention
+    is an operator of its own here and none of them.
+    """
+    return [
+        node.get_friendly_name()
+        for node in model.get_ops()
+        if node.get_type_name() == "MatMul"
+        and not any(_constant(node.input_value(place).get_node()) for place in (0, 1))
+    ]
+
+
+def _constant(node: Any) -> bool:
+    """Is it a weight, perhaps converted or transposed?"""
+    inputs = node.input_values()
+    if not inputs:
+        return bool(node.get_type_name() == "Constant")
+    return all(_constant(value.get_node()) for value in inputs)
+
+
 def write(program: ExportedProgram, path: Path) -> None:
     """Writes both files, weights as they are."""
     import openvino
