@@ -104,10 +104,16 @@ def _package() -> Path | None:
 def test_every_operator_of_three_families_converts_into_one_engine(
     shared_models: Any, tmp_path: Path
 ) -> None:
-    names = ("vit", "dinov2_registers", "siglip_vision")
+    # SigLIP returns its tokens unmerged, by a gather: its converter is for fixed shapes alone.
+    dynamic = {"vit": True, "dinov2_registers": True, "siglip_vision": False}
+    names = tuple(dynamic)
     for name in names:
-        method = ToMe([8, 6, 4])
-        program = tomepass.export(shared_models[name], method, example_inputs=make_inputs(name))
+        program = tomepass.export(
+            shared_models[name],
+            ToMe([8, 6, 4]),
+            example_inputs=make_inputs(name),
+            dynamic_batch=dynamic[name],
+        )
         torch.export.save(program, tmp_path / f"{name}.pt2")
     archives = [tmp_path / f"{name}.pt2" for name in names]
     command = [sys.executable, str(READER), str(_package()), *map(str, archives)]
