@@ -21,8 +21,10 @@ pytestmark = pytest.mark.doors
 
 
 @pytest.fixture
-def cluster() -> Iterator[None]:
+def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ray = pytest.importorskip("ray")
+    # Workers at their usual low priority starve beside other tests.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     ray.init(num_cpus=3, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
