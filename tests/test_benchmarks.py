@@ -19,7 +19,7 @@ WIDTH = 768
 NAMES = {
     *("throughput", "latency", "breakdown", "scaling", "attention", "kernels", "linear"),
     *("openvino-layers", "compile-time", "capture-time", "accuracy", "adaptive"),
-    *("policy", "gpu"),
+    *("policy", "gpu", "doors", "quantization", "tensorrt"),
 }
 
 

@@ -15,11 +15,13 @@ from torch import Tensor, fx
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
+from tomepass.decompositions import FOR_RUNTIMES
 from tomepass.errors import TomeError
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
 from tomepass.methods import Method, ToMe
 from tomepass.module import OnUnmatched, Outputs, check_choices
+from tomepass.ops.library import COMPOSITES
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
 from tomepass.rewrite import rewrite
@@ -210,6 +212,10 @@ def resolve_inner(
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner == "openvino":
             _refuse_bfloat16(inputs)
+        if _EXTRAS.get(str(inner)) == "tensorrt":
+            written_out = {**COMPOSITES, **FOR_RUNTIMES}
+            # It has a table of decompositions of its own, which keeps operators it knows not.
+            gm = carry_marks(gm, capture_dynamo(gm, inputs, written_out).module)
         compiled: Callable[..., Any] = compiler(gm, list(inputs), **keywords)
         return compiled
 

@@ -29,9 +29,9 @@ OnUnmatched = Literal["raise", "warn"]
 Outputs = Literal["original", "merged"]
 
 # What the applied module shares with the model, and what is made anew when it is unpickled.
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _SETTINGS = ("original", "method", "on_unmatched", "outputs")
-_REMADE = {*_SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
+_REMADE = {*SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
 
 
 def apply(
@@ -73,7 +73,7 @@ def apply(
             f"the model is already merged with {model.method!r}",
             advice="apply tomepass to the original model",
         )
-    _check_model(model)
+    check_model(model)
     if method.adaptive is not False:
         from tomepass.adaptive import make_adaptive
 
@@ -114,7 +114,7 @@ def explain(
         model = model.original
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
-    _check_model(model)
+    check_model(model)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = _rebuild(model, method, on_unmatched, outputs).bind(inputs)
     return _analyse(model, method, call, outputs).report
@@ -141,7 +141,7 @@ class MergedModel(nn.Module):
     ) -> None:
         super().__init__()
         # The very dictionaries of the model: one module tree, seen through two objects.
-        self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
+        self.__dict__.update({name: model.__dict__[name] for name in SHARED})
         names, optional = _inputs_of(model)
         # Past nn.Module's own __setattr__, which would make the model a child.
         self.__dict__.update(
@@ -315,6 +315,24 @@ class MergedModel(nn.Module):
     def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The model's."""
         return self.original.load_state_dict(*args, **kwargs)
+
+    def save_pretrained(self, directory: Any, **options: Any) -> Any:
+        """Saves the model as usual, and beside it ``tomepass.json``: :func:`tomepass.load` reads
+        both.
+
+        Raises:
+            TomeError: if the model has no ``save_pretrained`` of its own.
+        """
+        from tomepass.saving import write_settings
+
+        if (save := getattr(self.original, "save_pretrained", None)) is None:
+            raise TomeError(
+                f"{type(self.original).__name__} has no save_pretrained",
+                advice="save its state_dict(), and the method: merged.method.to_json()",
+            )
+        saved = save(directory, **options)
+        write_settings(self, directory)
+        return saved
 
     def extra_repr(self) -> str:
         return f"merged by tomepass with {self.method!r}"
@@ -502,7 +520,8 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     )
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Refuses what is no module, and what is compiled already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 _library = torch.library.Library("tome", "DEF")  # type: ignore[no-untyped-call]
+COMPOSITES: dict[Any, Callable[..., Any]] = {}
+"""Every composite operator and what it is composed of."""
 
 
 def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -21,7 +23,9 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
         name = schema.split("(")[0]
         _library.define(schema)  # type: ignore[no-untyped-call]
         _library.impl(name, kernel, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-        return getattr(torch.ops.tome, name).default
+        operator = getattr(torch.ops.tome, name).default
+        COMPOSITES[operator] = kernel
+        return operator
 
     return define
 
