@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 OUT = Path("tomepass-bench")
+_LOG_WIDTH = 160  # no cell of a table is cut short in a file
 
 COMPARED: dict[str, Callable[[Any], str]] = {
     "speed-up": lambda row: f"{row['speed-up']:.2f}x ({row['least']:.2f}-{row['greatest']:.2f})",
@@ -72,7 +74,7 @@ class Results:
     def publish(self, out: Path) -> None:
         """Prints the table, and writes ``NAME.json``, ``NAME.md`` and ``NAME.png``."""
         where = environment()
-        shown = table(self.title, *self.columns)
+        shown = table(self.title, *(name.replace(", ", ",\n") for name in self.columns))
         for cells in self.cells():
             shown.add_row(*cells)
         out.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ class Results:
         if self.plot is not None:
             self._draw(self.plot, where, out)
             kinds = ".json, .md and .png"
-        console = Console()
+        console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
         console.print(shown)
         console.print(describe(where))
         console.print(f"written: {out / self.name}{kinds}")
