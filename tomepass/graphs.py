@@ -60,16 +60,16 @@ class Recorder(fx.Interpreter):
         return [call for call in self.calls if call.node.target in targets]
 
 
-def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """A copy of a graph that returns some of its nodes alone."""
+def only_outputs(
+    module: fx.GraphModule, names: Sequence[str], *, beside: bool = False
+) -> fx.GraphModule:
+    """A copy of a graph that returns some of its nodes alone, or beside its outputs: a pair."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
-    made: dict[str, fx.Node] = {}
-    for node in module.graph.nodes:
-        if node.op != "output":
-            copies[node] = graph.node_copy(node, copies.__getitem__)
-            made[node.name] = copies[node]
-    graph.output(tuple(made[name] for name in names))
+    outputs = graph.graph_copy(module.graph, copies)
+    made = {node.name: copy for node, copy in copies.items()}
+    found = tuple(made[name] for name in names)
+    graph.output((outputs, found) if beside else found)
     graph.eliminate_dead_code()
     return fx.GraphModule(module, graph)
 

@@ -72,7 +72,7 @@ def apply(
             f"the model is already merged with {model.method!r}",
             advice="apply tomepass to the original model",
         )
-    _check_model(model)
+    check_model(model)
     if method.adaptive is not False:
         from tomepass.adaptive import make_adaptive
 
@@ -113,7 +113,7 @@ def explain(
         model = model.original
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
-    _check_model(model)
+    check_model(model)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = _rebuild(model, method, on_unmatched, outputs).bind(inputs)
     return _analyse(model, method, call, outputs).report
@@ -475,7 +475,8 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     )
 
 
-def _check_model(model: object) -> None:
+def check_model(model: object) -> None:
+    """Refuses what is no module, and one that is compiled already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):
