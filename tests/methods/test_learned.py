@@ -394,13 +394,14 @@ class _Mean(torch.nn.Module):
 # ---- what is learned ---------------------------------------------------------------------------
 
 
-def test_a_short_training_beats_random_pruning_on_digits() -> None:
+@every_kind
+def test_a_short_training_beats_random_pruning_on_digits(kind: type[Learned]) -> None:
     """One patch of 64 is left beside the class token: a policy finds one that tells."""
     model, (pixels, _) = digits.load_model(), digits.load_images()
     seen, held = list(pixels[:180].split(9)), pixels[180:]  # no labels
     counts = [0, 63]
-    options: dict[str, Any] = {"epochs": 8, "learning_rate": 3e-3, "progress": False}
-    learned = divergence(model, train_policy(model, DynamicViT(counts), seen, **options), held)
+    options: dict[str, Any] = {"epochs": 5, "learning_rate": 3e-3, "progress": False}
+    learned = divergence(model, train_policy(model, kind(counts), seen, **options), held)
     random = [divergence(model, Prune(counts, score="random", seed=s), held) for s in range(5)]
     assert learned < 0.75 * sum(random) / len(random)
 
