@@ -5,6 +5,7 @@
 Policies are trained on the digits the model was trained on, distorted as then, without labels;
 accuracy and the divergence from the unreduced model are those of the held-out ones. Random pruning,
 the same tokens in every image, and the trained policies are told by the mean over several seeds.
+What a policy draws before it is trained is told too.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.nn import functional as F
 from benchmarks.results import OUT, Results, bars, cell
 from benchmarks.train_digits import augment, load_split
 from tomepass import apply, digits, train_policy
-from tomepass.methods import AdaViT, DynamicViT, Method, Prune
+from tomepass.methods import AdaViT, DynamicViT, Method, Policy, Prune
 from tomepass.options import MultiValueCommand
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -69,6 +70,7 @@ def main(
     made: dict[str, Callable[[], list[Method]]] = {
         "random": lambda: [Prune(score="random", seed=s, **given) for s in range(SEEDS)],
         "class attention": lambda: [Prune(**given)],
+        "draw alone": lambda: [DynamicViT(policy=_untrained(model, places), **given)],
         "DynamicViT": lambda: trained(DynamicViT),
         "AdaViT": lambda: trained(AdaViT),
     }
@@ -107,6 +109,13 @@ def main(
         | {"trainings": trainings},
         plot=plot,
     ).publish(out)
+
+
+def _untrained(model: nn.Module, places: tuple[int, ...]) -> Policy:
+    """What training starts from: all tokens score alike, and the draw alone decides."""
+    generator = torch.Generator().manual_seed(0)
+    width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    return Policy({place: DynamicViT().initial(width, 0.0, generator) for place in places})
 
 
 @torch.no_grad()
