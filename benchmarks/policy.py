@@ -2,9 +2,10 @@
 
     python -m benchmarks policy --blocks 0 2 4 --rate 0.3 --epochs 10
 
-Policies are trained on the digits the model was trained on, without labels; accuracy and the
-divergence from the unreduced model are those of the held-out ones. Random pruning is told by the
-mean over several seeds, each the same tokens in every image.
+Policies are trained on the digits the model was trained on, distorted as then, without labels;
+accuracy and the divergence from the unreduced model are those of the held-out ones. Random pruning,
+the same tokens in every image, and the trained policies are told by the mean over several seeds.
+What a policy draws before it is trained is told too.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from statistics import mean
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import typer
@@ -20,13 +22,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.results import OUT, Results, bars, cell
-from benchmarks.train_digits import load_split
+from benchmarks.train_digits import augment, load_split
 from tomepass import apply, digits, train_policy
-from tomepass.methods import AdaViT, DynamicViT, Method, Prune
+from tomepass.methods import AdaViT, DynamicViT, Method, Policy, Prune
 from tomepass.options import MultiValueCommand
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 SEEDS = 5
+
+
+class Quality(NamedTuple):
+    """Accuracy in percent, divergence from the unreduced model, tokens in use after blocks."""
+
+    accuracy: float
+    kl: float
+    kept: list[float]
 
 
 @app.command(cls=MultiValueCommand)
@@ -36,6 +46,7 @@ def main(
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training digits.")] = 10,
     batch: Annotated[int, typer.Option(min=1, help="Images a step.")] = 16,
     learning_rate: Annotated[float, typer.Option(help="At the start.")] = 3e-3,
+    trainings: Annotated[int, typer.Option(min=1, help="Of each policy, by other seeds.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="PyTorch's threads.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
 ) -> None:
@@ -47,27 +58,34 @@ def main(
     given: dict[str, Any] = {"keep_rate": rate, "blocks": places}
     torch.manual_seed(0)
     seen = digits.upscale(load_split()[0].images)
-    batches = [seen[rows] for rows in torch.split(torch.randperm(len(seen)), batch)]
+    # Distorted as for the model, which knows them by heart as they are: no policy costs it much.
+    order = torch.randperm(len(seen))
+    batches = [augment(seen[rows]) for rows in torch.split(order, batch)]
 
-    def trained(method: Any) -> tuple[Method, float]:
-        start = time.perf_counter()
+    def trained(kind: Callable[..., Any]) -> list[Method]:
         options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
-        return train_policy(model, method, batches, **options), time.perf_counter() - start
+        seeds = range(trainings)
+        return [train_policy(model, kind(**given), batches, seed=s, **options) for s in seeds]
 
-    made: dict[str, Callable[[], tuple[list[Method], float]]] = {
-        "random": lambda: ([Prune(score="random", seed=s, **given) for s in range(SEEDS)], 0.0),
-        "class attention": lambda: ([Prune(**given)], 0.0),
-        "DynamicViT": lambda: _alone(*trained(DynamicViT(**given))),
-        "AdaViT": lambda: _alone(*trained(AdaViT(**given))),
+    made: dict[str, Callable[[], list[Method]]] = {
+        "random": lambda: [Prune(score="random", seed=s, **given) for s in range(SEEDS)],
+        "class attention": lambda: [Prune(**given)],
+        "draw alone": lambda: [DynamicViT(policy=_untrained(model, places), **given)],
+        "DynamicViT": lambda: trained(DynamicViT),
+        "AdaViT": lambda: trained(AdaViT),
     }
     rows = []
     for name, make in made.items():
-        methods, seconds = make()
-        found = [_quality(model, method, pixels, labels) for method in methods]
-        hits, kl = zip(*found, strict=True)
+        start = time.perf_counter()
+        methods = make()
+        seconds = (time.perf_counter() - start) / len(methods)
+        found = [_quality(model, method, places, pixels, labels) for method in methods]
+        kl = [quality.kl for quality in found]
         rows.append(
-            {"method": name, "accuracy": _mean(hits), "KL": _mean(kl)}
-            | {"least KL": min(kl), "greatest KL": max(kl), "seconds of training": seconds}
+            {"method": name, "accuracy": mean(quality.accuracy for quality in found)}
+            | {"KL": mean(kl), "least KL": min(kl), "greatest KL": max(kl)}
+            | {"kept": [mean(k) for k in zip(*(quality.kept for quality in found), strict=True)]}
+            | {"seconds of training": seconds}
         )
 
     def plot(axes: Any, rows: Any) -> None:
@@ -82,31 +100,35 @@ def main(
             "top-1 %": cell("accuracy", "{:.1f}"),
             "KL": cell("KL", "{:.3f}"),
             "least to greatest": lambda row: f"{row['least KL']:.3f}-{row['greatest KL']:.3f}",
+            "tokens in use": lambda row: ", ".join(f"{kept:.1f}" for kept in row["kept"]),
             "training, s": cell("seconds of training", "{:.0f}"),
         },
         rows=rows,
-        settings=given | {"epochs": epochs, "batch": batch, "learning_rate": learning_rate},
+        settings=given
+        | {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
+        | {"trainings": trainings},
         plot=plot,
     ).publish(out)
 
 
-def _alone(method: Method, seconds: float) -> tuple[list[Method], float]:
-    return [method], seconds
-
-
-def _mean(values: tuple[float, ...]) -> float:
-    return sum(values) / len(values)
+def _untrained(model: nn.Module, places: tuple[int, ...]) -> Policy:
+    """What training starts from: all tokens score alike, and the draw alone decides."""
+    generator = torch.Generator().manual_seed(0)
+    width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+    return Policy({place: DynamicViT().initial(width, 0.0, generator) for place in places})
 
 
 @torch.no_grad()
 def _quality(
-    model: nn.Module, method: Method, pixels: Tensor, labels: Tensor
-) -> tuple[float, float]:
-    """Accuracy in percent, and the divergence from the unreduced model's classes."""
-    reduced, whole = (m(pixels).logits for m in (apply(model, method), model))
+    model: nn.Module, method: Method, places: tuple[int, ...], pixels: Tensor, labels: Tensor
+) -> Quality:
+    merged = apply(model, method)
+    reduced, whole = (m(pixels).logits for m in (merged, model))
     logs = (reduced.log_softmax(-1), whole.log_softmax(-1))
     kl = F.kl_div(*logs, log_target=True, reduction="batchmean")
-    return 100 * float((reduced.argmax(-1) == labels).float().mean()), float(kl)
+    right = 100 * float((reduced.argmax(-1) == labels).float().mean())
+    kept = merged.kept(pixels)[:, list(places)].float().mean(0)
+    return Quality(right, float(kl), kept.tolist())
 
 
 if __name__ == "__main__":

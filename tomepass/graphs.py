@@ -69,12 +69,18 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """A copy of a graph that returns some of its nodes alone, and runs what they need alone."""
+def only_outputs(
+    module: fx.GraphModule, names: Sequence[str], *, beside: bool = False
+) -> fx.GraphModule:
+    """A copy of a graph that returns some of its nodes alone, or beside its outputs: a pair.
+
+    It runs what they need and nothing else.
+    """
     named = {node.name: node for node in module.graph.nodes}
+    output = module.graph.output_node()
     # Dead code elimination would keep dropout and attention, which may draw random numbers.
     needed = {node for node in named.values() if node.op == "placeholder"}
-    waiting = [named[name] for name in names]
+    waiting = [named[name] for name in names] + (output.all_input_nodes if beside else [])
     while waiting:
         if (node := waiting.pop()) not in needed:
             needed.add(node)
@@ -84,7 +90,8 @@ def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule
     for node in module.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    graph.output(tuple(copies[named[name]] for name in names))
+    found = tuple(copies[named[name]] for name in names)
+    graph.output((fx.map_arg(output.args[0], copies.__getitem__), found) if beside else found)
     return fx.GraphModule(module, graph)
 
 

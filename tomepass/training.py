@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from tomepass.axis import Axis, shape_of
 from tomepass.capture import Capture, capture_module
 from tomepass.counts import BlockPlan, StreamPlan, plan_counts
 from tomepass.errors import TomeError
+from tomepass.graphs import only_outputs
 from tomepass.methods import Learned, Method, Policy
 from tomepass.methods.fields import flag, number, whole
-from tomepass.module import MergedModel, read_state
+from tomepass.module import MergedModel, check_model, read_state
 from tomepass.planning import PlannedStream, plan_graph
 from tomepass.reduction import Reduction
 from tomepass.report import make_report
@@ -35,8 +36,6 @@ LearnedMethod = TypeVar("LearnedMethod", bound=Learned)
 # What the terms of the loss count (DynamicViT, section 4.1), besides cross entropy with 1.
 OUTPUTS, TOKENS, RATE = 0.5, 0.5, 2.0
 GRADIENT_NORM = 1.0
-# In use no noise is drawn: it falls to this share, over this share of the epochs.
-LEAST_NOISE, FALLING = 0.3, 0.5
 
 
 def train_policy(
@@ -53,12 +52,12 @@ def train_policy(
     """Trains the policy of a learned method for a model, which is not changed (arXiv 2106.02034).
 
     All tokens stay in training. Each block that reduces draws a mask of those that would, by the
-    Gumbel-softmax, whose noise falls from epoch to epoch: as many as are kept in use, or, of a
-    method whose images differ in that, each by itself. The mask multiplies the exponentials
-    of the attentions that follow. The loss is that of DynamicViT: the squared distance of each
-    block's share of tokens from the one planned; the divergence of the logits from the whole
-    model's; the squared distance of the tokens left at the end from the whole model's, where the
-    model returns them; and the cross entropy, if there are labels.
+    Gumbel-softmax: as many as are kept in use, or, of a method whose images differ in that, at
+    most as many. The mask multiplies the exponentials of the attentions that follow. The loss is
+    that of DynamicViT: the squared distance of each block's share of tokens from the one planned;
+    the divergence of the logits from the whole model's; the squared distance of the tokens left
+    at the end from the whole model's, where the model returns them; and the cross entropy, if
+    there are labels.
 
     Args:
         model: in eval mode, its attention fused.
@@ -94,7 +93,6 @@ def train_policy(
         with progress_bar(progress) as bar:
             task = bar.add_task("training", total=rounds)
             for epoch in range(rounds):
-                trained.held.noise.fill_(max(LEAST_NOISE, 1 - epoch / (FALLING * rounds)))
                 for group in optimizer.param_groups:
                     group["lr"] = rate * (1 + math.cos(math.pi * epoch / rounds)) / 2
                 loss = _epoch(trained, optimizer, batches, labelled)
@@ -144,9 +142,8 @@ class _Training:
         )
         rewritten = rewrite(self.capture.graph, plan_graph(self.capture.graph, soft))
         masks = [name for name in rewritten.matches[0] if name is not None]
-        self.graph = _with_outputs(rewritten.module, masks)
+        self.graph = only_outputs(rewritten.module, masks, beside=True)
         self.tokens = _returned_tokens(self.capture, self.stream)
-        self.compared = self.tokens is not None
 
     def parameters(self) -> list[nn.Parameter]:
         return [weight for held in self.weights.values() for weight in held.values()]
@@ -200,8 +197,6 @@ class _Held:
 
     def __init__(self, blocks: dict[int, dict[str, nn.Parameter]], left: dict[int, int]) -> None:
         self.blocks, self.left = blocks, left
-        device = next(weight.device for held in blocks.values() for weight in held.values())
-        self.noise = torch.ones((), device=device)
 
 
 @dataclass(frozen=True)
@@ -240,9 +235,8 @@ class _Soft(Method):
         held = self.weights.blocks[block.index]
         weights = [block.constant(held[name]) for name in self.of.shapes(block.width)]
         score = self.of.score(block, weights, block.size)
-        noise = block.constant(self.weights.noise)
-        count = self.weights.left[block.index] if self.of.counted else None
-        keep = block.call("gumbel_keep", score, noise, block.size, block.protected, count)
+        count, fewer = self.weights.left[block.index], not self.of.counted
+        keep = block.call("gumbel_keep", score, block.size, block.protected, count, fewer)
         stands = block.call("select", score, block.tokens, block.protected)
         size = block.call("gather_size", keep, stands)
         places = block.call("places", stands, block.tokens)
@@ -310,16 +304,6 @@ def _first_weights(
     return weights
 
 
-def _with_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
-    """A copy of a graph that returns its outputs and some of its nodes."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    outputs = graph.graph_copy(module.graph, copies)
-    named = {node.name: copy for node, copy in copies.items()}
-    graph.output((outputs, tuple(named[name] for name in names)))
-    return fx.GraphModule(module, graph)
-
-
 # ---- the loss --------------------------------------------------------------------------------
 
 
@@ -377,14 +361,13 @@ def _divergence(logits: Tensor, whole: Tensor) -> Tensor:
 # ---- what users give -------------------------------------------------------------------------
 
 
-def _check(model: object, method: object) -> None:
+def _check(model: nn.Module, method: object) -> None:
     if not isinstance(method, Learned):
         raise TypeError(
             "method must be one whose policy is learned, such as tomepass.methods.DynamicViT(), "
             f"got {method!r}"
         )
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    check_model(model)
     if isinstance(model, MergedModel):
         raise TomeError(
             "the model has tomepass applied already",

@@ -389,8 +389,23 @@ def normalised(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * weight + bias
 
 
-def keep_probability(seen: Seen, w: dict[str, Tensor]) -> Tensor:
-    """DynamicViT's prediction module, eq. 1 to 5: the probability of keeping each token."""
+def draws(seen: Seen) -> Tensor:
+    """The logistic variables of learned policies: quantiles an even step apart."""
+    import random
+
+    prime = seen.tokens + 1
+    while any(prime % d == 0 for d in range(2, prime)):
+        prime += 1
+    drawn = random.Random(seen.index)
+    drawn.randrange(1, prime)
+    start, step = drawn.randrange(prime), round(prime * 0.6180339887)
+    places = [(i * step + start) % prime for i in range(1, seen.tokens + 1)]
+    shares = [(place + 0.5) / prime for place in places]
+    return torch.tensor([math.log(share / (1 - share)) for share in shares]).double()
+
+
+def keep_odds(seen: Seen, w: dict[str, Tensor]) -> Tensor:
+    """DynamicViT's prediction module, eq. 1 to 5: the log-odds of keeping each token."""
     layer = lambda x, name: x @ w[f"{name}.weight"].T + w[f"{name}.bias"]  # noqa: E731
     gelu = lambda x: x / 2 * (1 + torch.erf(x / math.sqrt(2)))  # noqa: E731
     w = {name: tensor.double() for name, tensor in w.items()}
@@ -399,15 +414,16 @@ def keep_probability(seen: Seen, w: dict[str, Tensor]) -> Tensor:
     shared = features[seen.free, half:].mean(0)
     rows = torch.stack([torch.cat([row[:half], shared]) for row in features])
     logits = layer(gelu(layer(gelu(layer(rows, "mix")), "narrow")), "out")
-    return logits.softmax(-1)[:, 0]
+    chances = logits.softmax(-1)
+    return (chances[:, 0] / chances[:, 1]).log()
 
 
 def dynamicvit(weights: Weights) -> Rule:
-    return prune(lambda seen: keep_probability(seen, weights[seen.index]))
+    return prune(lambda seen: keep_odds(seen, weights[seen.index]) + draws(seen))
 
 
 def adavit(weights: Weights) -> Rule:
-    """A linear policy; of at most so many tokens those below one half are out of use."""
+    """A linear policy and a draw; of at most so many tokens those below 0 are out of use."""
 
     def rule(seen: Seen) -> list[Group]:
         w = {name: tensor.double() for name, tensor in weights[seen.index].items()}
@@ -416,9 +432,9 @@ def adavit(weights: Weights) -> Rule:
         other = x[0] if seen.protected else x[used].mean(0)
         logit = (x * w["token.weight"]).sum(-1) + (other * w["class.weight"]).sum() + w["bias"]
         score = torch.full_like(logit, -math.inf)
-        score[used] = 1 / (1 + torch.exp(-logit[used]))
+        score[used] = (logit + draws(seen))[used]
         kept = best(score, seen.free, seen.left - seen.protected)
-        stays = {i for i in kept if score[i] >= 0.5} | set(best(score, kept, 1))
+        stays = {i for i in kept if score[i] >= 0} | set(best(score, kept, 1))
         tokens = [alone(seen, i, "keep") for i in range(seen.protected)]
         return tokens + [
             alone(seen, i, "keep") if i in stays else Group(i, [], [], 0.0) for i in kept

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map_only
 from tomepass import reference
 from tomepass.methods import AdaViT, DynamicViT, Learned
 from tomepass.ops.keep_score import (
+    drawn,
     keep_score,
     keep_score_linear,
     used_size,
@@ -109,6 +110,7 @@ EXAMPLES = [
     Example(keep_score, lambda b: (hidden(b), sizes(b), policy(DynamicViT), [])),
     Example(keep_score_linear, lambda b: (hidden(b), None, policy(AdaViT), [0])),
     Example(keep_score_linear, lambda b: (hidden(b), sizes(b), policy(AdaViT), [])),
+    Example(drawn, lambda b: (hidden(b)[..., 0], TOKENS, 2)),
     Example(used_size, lambda b: (hidden(b)[..., 0], None, some(b), [0])),
     Example(used_size, lambda b: (hidden(b)[..., 0], sizes(b), some(b), [0])),
     Example(places, lambda b: (some(b), TOKENS, used(b))),

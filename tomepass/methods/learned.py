@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 class Learned(Pruning):
     """What methods with a trained policy have in common.
 
+    In use too a fixed draw, the same for every image, is added to the scores: see
+    :func:`~tomepass.ops.keep_score.drawn`.
+
     Args:
         policy: the weights, made by :func:`tomepass.train_policy`. None: not trained yet.
     """
@@ -30,6 +33,9 @@ class Learned(Pruning):
     standard: ClassVar[Schedule] = Schedule("keep_rate", (0.7,))
     counted: ClassVar[bool] = True
     """Whether all images keep the tokens the plan counts, in training too."""
+
+    read_out: ClassVar[tuple[str, ...]] = ()
+    """The last weights, 0 at first: until something is known a draw is left to chance."""
 
     policy: Policy | None = None
     prop_attn: bool = False
@@ -52,10 +58,10 @@ class Learned(Pruning):
             )
 
     def reduce(self, block: Reducing) -> Reduction:
-        """Keeps the ``block.left`` tokens that score highest."""
+        """Keeps the ``block.left`` tokens that score highest after a draw."""
         weights = [block.constant(weight) for weight in self._weights(block)]
         score = self.score(block, weights, block.masked_size)
-        return self.kept(block, score)
+        return self.kept(block, block.call("drawn", score, block.tokens, block.index))
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """The weights of one block of a stream ``[B, N, width]``, in the operator's order."""
@@ -71,7 +77,7 @@ class Learned(Pruning):
         raise NotImplementedError
 
     def kept(self, block: Reducing, score: fx.Node) -> Reduction:
-        """Which tokens stay, given their log-odds."""
+        """Which tokens stay, given their log-odds after the draw."""
         stands = block.call("select", score, block.left, block.protected, block.masked_size)
         return block.pruned(stands)
 
@@ -81,7 +87,7 @@ class Learned(Pruning):
 
         weights = {}
         for name, shape in self.shapes(width).items():
-            if len(shape) > 1:
+            if len(shape) > 1 and name not in self.read_out:
                 weights[name] = torch.randn(shape, generator=generator) / math.sqrt(shape[-1])
             else:
                 weights[name] = torch.full(shape, float(name == "norm.weight"))
@@ -125,7 +131,7 @@ class DynamicViT(Learned):
     """DynamicViT, arXiv 2106.02034: a small prediction module says which tokens stay.
 
     After the attention of each block that reduces, the module scores every token from its own
-    features and from the mean over all, and those with the highest scores are kept.
+    features and from the mean over all, and those with the highest scores after a draw are kept.
 
     Args:
         policy: the weights, made by :func:`tomepass.train_policy`. None: not trained yet.
@@ -135,6 +141,7 @@ class DynamicViT(Learned):
     """
 
     name: ClassVar[str] = "dynamicvit"
+    read_out: ClassVar[tuple[str, ...]] = ("out.weight",)
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """The norm and four linear layers of the prediction module."""
@@ -162,10 +169,10 @@ class AdaViT(Learned):
     """The token policy of AdaViT, arXiv 2111.15668: each image keeps as many tokens as it needs.
 
     After the attention of each block that reduces, a linear layer gives every token a probability
-    of being kept, from its own features and the class token's, both normalised. Below one half a
-    token is out of use from there on: no other attends to it. The counts of the plan are a
-    capacity: of more tokens in use those with the highest probability are kept. The heads and
-    blocks that the paper also skips are not.
+    of being kept, from its own features and the class token's, both normalised. What a draw does
+    not keep is out of use from there on: no other token attends to it. The counts of the plan are
+    a capacity: of more tokens in use those with the highest odds are kept. The heads and blocks
+    that the paper also skips are not.
 
     Args:
         policy: the weights, made by :func:`tomepass.train_policy`. None: not trained yet.
@@ -177,6 +184,7 @@ class AdaViT(Learned):
     name: ClassVar[str] = "adavit"
     holes: ClassVar[bool] = True
     counted: ClassVar[bool] = False
+    read_out: ClassVar[tuple[str, ...]] = ("token.weight", "class.weight")
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
         """A norm, a linear layer on the token and one on the class token."""
@@ -193,7 +201,7 @@ class AdaViT(Learned):
         return block.call("keep_score_linear", block.hidden, size, list(weights), block.protected)
 
     def kept(self, block: Reducing, score: fx.Node) -> Reduction:
-        """The highest probabilities, those below one half out of use."""
+        """The highest odds, what the draw did not keep out of use."""
         before, held = block.masked_size, block.protected
         stands = block.call("select", score, block.left, held, before)
         return block.pruned(stands, block.call("used_size", score, before, stands, held))

@@ -9,7 +9,7 @@ from torch import Tensor
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant
-from tomepass.ops.prune import gather_size
+from tomepass.ops.prune import gather_size, shuffle
 
 
 @register("keep_score(Tensor x, Tensor? size, Tensor[] weights, int[] protected) -> Tensor")
@@ -70,12 +70,36 @@ def keep_score_linear(
         return F.linear(normed, own).squeeze(-1) + F.linear(whole, other, bias)
 
 
+@register("drawn(Tensor odds, SymInt tokens, int seed) -> Tensor")
+def drawn(odds: Tensor, tokens: int, seed: int) -> Tensor:
+    """Log-odds after a draw: each and a logistic variable, the same for every image.
+
+    A sum is above 0 with its token's probability, and the highest are a draw of the
+    Gumbel-softmax. Tokens that look alike have like odds: the highest of these alone would be
+    near duplicates. The i-th token's variable is the quantile of ``((i * step + start) % prime +
+    1/2) / prime``, the prime the first above N, step next to the golden section of it, which
+    spreads them evenly, start as :func:`~tomepass.ops.prune.shuffle` draws it.
+
+    Args:
+        odds: ``[B, N]`` log-odds.
+        tokens: N.
+        seed: of the draw.
+
+    Returns:
+        ``[B, N]`` in the dtype of ``odds``.
+    """
+    _, start, prime = shuffle(tokens, seed)
+    step = round(prime * (5**0.5 - 1) / 2)
+    order = (torch.arange(1, tokens + 1, device=odds.device) * step + start) % prime
+    return odds + ((order.to(odds.dtype) + 0.5) / prime).logit()
+
+
 @register("used_size(Tensor score, Tensor? size, Tensor stands, int[] protected) -> Tensor")
 def used_size(score: Tensor, size: Tensor | None, stands: Tensor, protected: list[int]) -> Tensor:
     """Sizes of the tokens kept, 0 for those that their score puts out of use.
 
     Args:
-        score: ``[B, N]`` log-odds of keeping; below 0 a token is out of use.
+        score: ``[B, N]`` log-odds of keeping, drawn; below 0 a token is out of use.
         size: ``[B, N]`` before, None for one each; what is out of use stays so.
         stands: ``[B, N']`` positions of the tokens kept, the protected ones first.
         protected: positions that are always in use, as is the highest score among the others.

@@ -8,54 +8,53 @@ from torch import Tensor
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.positions import constant
 
+TEMPERATURE = 0.1
+"""Of the Gumbel-softmax. Near 0 a mask is hard, and its gradients are few and large; near 1 many
+tokens that stay a little do the work of the few that there will be."""
+
 
 @register(
-    "gumbel_keep(Tensor score, Tensor noise, Tensor? keep, int[] protected, int? count=None) "
+    "gumbel_keep(Tensor score, Tensor? keep, int[] protected, int count, bool fewer=False) "
     "-> Tensor"
 )
 def gumbel_keep(
-    score: Tensor,
-    noise: Tensor,
-    keep: Tensor | None,
-    protected: list[int],
-    count: int | None = None,
+    score: Tensor, keep: Tensor | None, protected: list[int], count: int, fewer: bool = False
 ) -> Tensor:
     """Draws which tokens stay, with gradients (DynamicViT, arXiv 2106.02034, section 3.3).
 
-    The Gumbel-softmax of two classes at temperature 1: the difference of two Gumbel variables is
-    a logistic one. Forward the mask is hard, backward it is the soft one, straight through.
+    The Gumbel-softmax of two classes (arXiv 1611.01144): the difference of two Gumbel variables is
+    a logistic one. The mask is soft, not straight through: where few tokens stay, what a little
+    more of one would change says little of what all of it changes.
 
     Args:
         score: ``[B, N]`` log-odds of keeping.
-        noise: a scalar, the share of the noise: 1 draws by these odds, 0 takes the likelier.
         keep: ``[B, N]``, the mask so far: a token that went stays away. None: all are there.
         protected: positions that always stay.
-        count: of the others to keep: those whose odds are highest after the draw, as when tokens
-            are counted in use. None: each is drawn by itself.
+        count: of the others to keep: those whose odds are highest after the draw, as in use.
+        fewer: of these only those whose odds are even or better, and always one, as in use.
 
     Returns:
-        ``[B, N]`` in the dtype of ``score``: 0 or 1.
+        ``[B, N]`` in the dtype of ``score``, between 0 and 1; tokens to keep are above a half.
     """
     tiny = torch.finfo(score.dtype).eps
     drawn = torch.rand_like(score).clamp(tiny, 1 - tiny)
-    odds = score + noise * (drawn.log() - (-drawn).log1p())
+    odds = score + drawn.logit()
     held = constant(sorted(protected), score.shape[0], score.device)
-    if count is not None:
-        odds = odds - _threshold(odds.detach(), keep, held, count)
-    soft = odds.sigmoid()
-    mask = (soft > 0.5).to(soft.dtype) + (soft - soft.detach())
+    mask = ((odds - _threshold(odds, keep, held, count, fewer)) / TEMPERATURE).sigmoid()
     mask = mask.scatter(1, held, 1.0)
-    return mask if keep is None else mask * keep
+    return mask if keep is None else torch.minimum(mask, keep)
 
 
-def _threshold(odds: Tensor, keep: Tensor | None, held: Tensor, count: int) -> Tensor:
-    """What ``count`` of the odds of tokens that are there lie above: ``[B, 1]``."""
+def _threshold(odds: Tensor, keep: Tensor | None, held: Tensor, count: int, fewer: bool) -> Tensor:
+    """What the odds of the tokens to keep lie above: ``[B, 1]``."""
     lowest = torch.finfo(odds.dtype).min / 4
     free = odds.scatter(1, held, lowest)
     if keep is not None:
-        free = torch.where(keep > 0, free, lowest)
+        free = torch.where(keep > 0.5, free, lowest)
     ordered = free.sort(-1, descending=True).values
-    return (ordered[:, count - 1 : count] + ordered[:, count : count + 1]) / 2
+    between = (ordered[:, :-1] + ordered[:, 1:]) / 2
+    most = between[:, count - 1 : count]
+    return torch.maximum(most, between[:, :1].clamp(max=0)) if fewer else most
 
 
 @register(
@@ -80,7 +79,7 @@ def masked_attention(
         query: ``[B, H, N, D]``.
         key: ``[B, H, M, D]``.
         value: ``[B, H, M, E]``.
-        keep: ``[B, M]``, 0 for keys that are left out, 1 for the others.
+        keep: ``[B, M]``, 0 for keys that are left out, 1 for those that are not, or between.
         bias: added to the scores.
         scale: of the scores; by default D to the power -1/2.
         own: whether queries are the keys' tokens, each of which sees itself.
