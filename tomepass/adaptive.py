@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from tomepass.capture import Capture
 from tomepass.errors import TomeError
+from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import only_outputs
 from tomepass.methods import Method
 from tomepass.module import (
@@ -127,6 +128,12 @@ class AdaptiveModel(nn.Module):
         for budget in self.budgets:
             budget.compile(*args, **kwargs)
 
+    def save_pretrained(self, directory: Any, **options: Any) -> Any:
+        """Saves the model as usual, and beside it the method with its thresholds."""
+        from tomepass.saving import save
+
+        return save(self.original, self.method, "original", directory, **options)
+
     def train(self, mode: bool = True) -> AdaptiveModel:
         """Sets training mode, of the model too."""
         self.original.train(mode)
@@ -159,8 +166,11 @@ def make_adaptive(
     """The model behind ``apply(model, method)`` where the method is adaptive.
 
     Raises:
-        TomeError: if there are no images to measure thresholds on, or to capture with.
+        TomeError: if there are no images to measure thresholds on, or none to capture with can be
+            made from the config.
     """
+    if example_inputs is None and method.adaptive is not True:
+        example_inputs = inputs_from_config(model)
     if example_inputs is None:
         raise TomeError(
             f"{method!r} routes images by their redundancy, which is to be measured",

@@ -323,16 +323,9 @@ class MergedModel(nn.Module):
         Raises:
             TomeError: if the model has no ``save_pretrained`` of its own.
         """
-        from tomepass.saving import write_settings
+        from tomepass.saving import save
 
-        if (save := getattr(self.original, "save_pretrained", None)) is None:
-            raise TomeError(
-                f"{type(self.original).__name__} has no save_pretrained",
-                advice="save its state_dict(), and the method: merged.method.to_json()",
-            )
-        saved = save(directory, **options)
-        write_settings(self, directory)
-        return saved
+        return save(self.original, self.method, self.outputs, directory, **options)
 
     def extra_repr(self) -> str:
         return f"merged by tomepass with {self.method!r}"

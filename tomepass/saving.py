@@ -13,7 +13,7 @@ from torch import nn
 from tomepass.errors import TomeError
 from tomepass.loading import load_model
 from tomepass.methods import Method, ToMe, method_from_dict
-from tomepass.module import MergedModel, Outputs, apply
+from tomepass.module import Outputs, apply
 from tomepass.schedule import Schedule
 
 FILE = "tomepass.json"
@@ -21,17 +21,30 @@ VERSION = 1
 _FIELDS = ("version", "method", "outputs")
 
 
-def write_settings(merged: MergedModel, directory: str | os.PathLike[str]) -> None:
-    """Writes what is needed to apply the same again: ``tomepass.json`` in a directory."""
-    data = {
-        "version": VERSION,
-        "method": merged.method.to_dict(),
-        "outputs": merged.outputs,
-    }
+def save(
+    model: nn.Module,
+    method: Method,
+    outputs: Outputs,
+    directory: str | os.PathLike[str],
+    **options: Any,
+) -> Any:
+    """Saves a model as usual, and beside it what is needed to apply the same method again.
+
+    Raises:
+        TomeError: if the model has no ``save_pretrained`` of its own.
+    """
+    if (own := getattr(model, "save_pretrained", None)) is None:
+        raise TomeError(
+            f"{type(model).__name__} has no save_pretrained",
+            advice="save its state_dict(), and the method: merged.method.to_json()",
+        )
+    saved = own(directory, **options)
+    data = {"version": VERSION, "method": method.to_dict(), "outputs": outputs}
     path = Path(directory) / FILE
     aside = path.with_name(f".{FILE}.{os.getpid()}")
     aside.write_text(json.dumps(data, indent=1) + "\n")
     aside.replace(path)
+    return saved
 
 
 def read_settings(directory: str | os.PathLike[str]) -> tuple[Method, Outputs] | None:

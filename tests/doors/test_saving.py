@@ -27,6 +27,16 @@ def test_a_merged_model_comes_back_as_it_was(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", FILE}
 
 
+def test_an_adaptive_model_comes_back_with_its_thresholds(tmp_path: Path) -> None:
+    x = torch.randn(4, 3, 32, 32)
+    method = ToMe(4, adaptive=True)
+    merged = tomepass.apply(make_vit(num_hidden_layers=1), method, example_inputs=x)
+    merged.save_pretrained(tmp_path)
+    loaded = tomepass.load(tmp_path)
+    assert loaded.method == merged.method
+    assert torch.equal(loaded(x).logits, merged(x).logits)
+
+
 def test_a_directory_without_settings_is_merged_with_16_and_says_so(
     model_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
