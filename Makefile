@@ -8,7 +8,7 @@ CORE_TESTS = tests/test_zoo.py tests/test_rewrite.py tests/test_backend.py \
 ENV = $(VENV)/.installed
 DOCS = $(VENV)/.installed-docs
 
-.PHONY: demo test test-floor test-zoo lint types docs format clean
+.PHONY: demo test test-doors test-floor test-zoo lint types docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/tomepass demo
@@ -16,6 +16,14 @@ demo: $(VENV)/.installed-demo
 # A thread a worker: two would only wait for each other.
 test: $(ENV)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# What compiles, installs or starts something: AOTInductor and its C++ program, Ray, quantisation,
+# torch_tensorrt's converter registry (of its wheel alone: no TensorRT, no CUDA), recipes of docs.
+test-doors:
+	$(PYTHON) -m venv .venv-doors
+	.venv-doors/bin/pip install -q -c constraints.txt -e ".[dev,onnx,openvino,quantization,ray]"
+	.venv-doors/bin/pip install -q --no-deps torch_tensorrt==2.13.0
+	.venv-doors/bin/pytest -m doors
 
 lint: $(ENV)
 	$(BIN)/ruff check .
@@ -49,7 +57,7 @@ test-zoo:
 	.venv-transformers-4/bin/pytest $(CORE_TESTS)
 
 clean:
-	rm -rf .venv .venv-floor .venv-zoo .venv-transformers-4 site build dist
+	rm -rf .venv .venv-doors .venv-floor .venv-zoo .venv-transformers-4 site build dist
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
@@ -59,7 +67,7 @@ $(VENV)/.installed-demo: $(BIN)/pip pyproject.toml constraints.txt
 	touch $@
 
 $(ENV): $(BIN)/pip pyproject.toml constraints.txt
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev,onnx,openvino]"
 	touch $@
 
 $(DOCS): $(ENV)

@@ -11,12 +11,16 @@ from benchmarks import (
     breakdown,
     capture_time,
     compile_time,
+    doors,
+    gpu,
     kernels,
     latency,
     linear,
     openvino_layers,
     policy,
+    quantization,
     scaling,
+    tensorrt,
     throughput,
 )
 from tomepass.options import MultiValueCommand
@@ -36,7 +40,11 @@ app.command("scaling", cls=MultiValueCommand)(scaling.main)
 app.command("attention", cls=MultiValueCommand)(attention.main)
 app.command("kernels", cls=MultiValueCommand)(kernels.main)
 app.command("linear", cls=MultiValueCommand)(linear.main)
+app.command("gpu")(gpu.main)
 app.command("policy", cls=MultiValueCommand)(policy.main)
+app.command("doors", cls=MultiValueCommand)(doors.main)
+app.command("tensorrt", cls=MultiValueCommand)(tensorrt.main)
+app.command("quantization", cls=MultiValueCommand)(quantization.main)
 app.command("openvino-layers")(openvino_layers.main)
 app.command("compile-time")(compile_time.main)
 app.command("capture-time")(capture_time.main)

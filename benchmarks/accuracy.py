@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,9 +111,8 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     subject, data, label = load(model, images, labels)
-    order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(0))
-    tuned = min(tuned, len(order) // 2)
-    run = _Run(subject, data, order[:tuned], order[tuned:], batch, rounds, out / f"{name}.cache")
+    mine, others = split(data, tuned)
+    run = _Run(subject, data, mine, others, batch, rounds, out / f"{name}.cache")
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     with progress_bar() as bar:
@@ -135,10 +135,10 @@ def main(
             "speed-up": lambda r: f"{r['speed-up']:.2f}x ({r['least']:.2f}-{r['greatest']:.2f})",
             "ideal": lambda row: f"{1 / row['macs']:.2f}x",
         }
-    settings = {"model": label, "images": len(order) - tuned, "tuned": tuned, "batch": batch}
+    settings = {"model": label, "images": len(others), "tuned": len(mine), "batch": batch}
     Results(
         name=name,
-        title=f"{label}, {len(order) - tuned} images, nothing trained",
+        title=f"{label}, {len(others)} images, nothing trained",
         columns=columns,
         rows=rows,
         settings=settings | {"rounds": rounds},
@@ -164,6 +164,13 @@ def load(
     return subject, load_images(subject, model, images, labels), Path(model).name
 
 
+def split(data: ImageSet, tuned: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which images calibration may see, half of them at most, and which are reported on."""
+    order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(0))
+    tuned = min(tuned, len(order) // 2)
+    return order[:tuned], order[tuned:]
+
+
 def _chosen(names: Sequence[str]) -> dict[str, Method]:
     every = {name: method for group in _GROUPS.values() for name, method in group.items()}
     chosen: dict[str, Method] = {}
@@ -187,6 +194,12 @@ class _Run:
     rounds: int
     cache: Path
 
+    @cached_property
+    def judge(self) -> Judge:
+        """Of the images that are reported on."""
+        labels = None if self.data.labels is None else self.data.labels[self.seen]
+        return Judge(self.model, torch.split(self.data.pixel_values[self.seen], 64), labels)
+
     def row(self, name: str, method: Method, macs: float, speed: bool) -> dict[str, Any] | None:
         """What one method does at one share of the MACs; None where it cannot reach it."""
         known = json.loads(self.cache.read_text()) if self.cache.exists() else {}
@@ -199,7 +212,7 @@ class _Run:
         return found
 
     def _measured(self, name: str, method: Method, macs: float, speed: bool) -> Any:
-        judge = _judge(self)
+        judge = self.judge
         try:
             if name in CALIBRATED:
                 method = tomepass.calibrate(
@@ -211,7 +224,7 @@ class _Run:
                     progress=False,
                 ).method
             else:
-                method = even(method, macs, judge.share, judge.streams[0].plan.tokens, judge.depth)
+                method = even(method, macs, judge.share, judge.costs.tokens, judge.depth)
         except TomeError:
             return None
         score = judge.score(method)
@@ -229,7 +242,7 @@ class _Run:
     def _speed(self, method: Method) -> dict[str, float]:
         inputs = self.data.pixel_values[: self.batch]
         found = measure(self.model, inputs, method, rounds=self.rounds)
-        unmerged = 1000 / found.original.milliseconds.median
+        unmerged = found.original.images_per_second
         return {
             "images/s": unmerged * found.ratio.median,
             "unmerged images/s": unmerged,
@@ -237,17 +250,6 @@ class _Run:
             "least": found.ratio.low,
             "greatest": found.ratio.high,
         }
-
-
-_JUDGES: dict[int, Judge] = {}
-
-
-def _judge(run: _Run) -> Judge:
-    if id(run.model) not in _JUDGES:
-        batches = torch.split(run.data.pixel_values[run.seen], 64)
-        labels = None if run.data.labels is None else run.data.labels[run.seen]
-        _JUDGES[id(run.model)] = Judge(run.model, batches, labels)
-    return _JUDGES[id(run.model)]
 
 
 def _plot(axes: Any, rows: Sequence[Any]) -> None:

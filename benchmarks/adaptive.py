@@ -17,7 +17,7 @@ import typer
 from torch import Tensor, nn
 
 import tomepass
-from benchmarks.accuracy import load
+from benchmarks.accuracy import load, split
 from benchmarks.results import OUT, Results, bars, cell
 from benchmarks.turns import medians_in_turns
 from tomepass import Method, ToMe
@@ -44,14 +44,13 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     subject, data, label = load(model, images, labels)
-    order = torch.randperm(len(data.names), generator=torch.Generator().manual_seed(0))
-    tuned = min(tuned, len(order) // 2)
-    seen = data.pixel_values[order[tuned:]]
+    mine, others = split(data, tuned)
+    seen = data.pixel_values[others]
     judge = Judge(subject, torch.split(seen, 64))
     rows = []
     for text in r or ("8", "13", "16"):
         method = ToMe(parse_r(text), adaptive=True)
-        adaptive = tomepass.apply(subject, method, example_inputs=data.pixel_values[order[:tuned]])
+        adaptive = tomepass.apply(subject, method, example_inputs=data.pixel_values[mine])
         rows.append({"r": text} | _compared(subject, judge, adaptive, seen, batch, rounds))
     Results(
         name="adaptive",
@@ -65,7 +64,7 @@ def main(
             **{f"{form}, images/s": cell(form, "{:.1f}") for form in _FORMS},
         },
         rows=rows,
-        settings={"model": label, "images": len(seen), "tuned": tuned, "batch": batch},
+        settings={"model": label, "images": len(seen), "tuned": len(mine), "batch": batch},
         plot=_plot,
     ).publish(out)
 
@@ -79,7 +78,7 @@ def _compared(
     divergence = torch.stack(outputs).gather(0, routes[None])[0].mean()
     shares = [judge.share(budget.method) for budget in adaptive.budgets]
     macs = sum(n * share for n, share in zip(counted, shares, strict=True)) / len(seen)
-    plain = even(ToMe(), macs, judge.share, judge.streams[0].plan.tokens, judge.depth)
+    plain = even(ToMe(), macs, judge.share, judge.costs.tokens, judge.depth)
     return {
         "macs": macs,
         "KL, one budget": judge.score(plain).divergence,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 OUT = Path("tomepass-bench")
+_LOG_WIDTH = 160  # no cell of a table is cut short in a file
 
 COMPARED: dict[str, Callable[[Any], str]] = {
     "speed-up": lambda row: f"{row['speed-up']:.2f}x ({row['least']:.2f}-{row['greatest']:.2f})",
@@ -56,7 +58,7 @@ class Results:
         columns: a header and what a row shows under it.
         rows: raw figures, as they go into the JSON.
         settings: what the rows have in common, for the JSON.
-        plot: draws the rows.
+        plot: draws the rows; None for a table alone.
     """
 
     name: str
@@ -64,7 +66,7 @@ class Results:
     columns: Mapping[str, Callable[[Any], str]]
     rows: Sequence[Row]
     settings: Row
-    plot: Callable[[Axes, Sequence[Row]], None]
+    plot: Callable[[Axes, Sequence[Row]], None] | None
 
     def cells(self) -> list[list[str]]:
         return [[show(row) for show in self.columns.values()] for row in self.rows]
@@ -72,7 +74,7 @@ class Results:
     def publish(self, out: Path) -> None:
         """Prints the table, and writes ``NAME.json``, ``NAME.md`` and ``NAME.png``."""
         where = environment()
-        shown = table(self.title, *self.columns)
+        shown = table(self.title, *(name.replace(", ", ",\n") for name in self.columns))
         for cells in self.cells():
             shown.add_row(*cells)
         out.mkdir(parents=True, exist_ok=True)
@@ -86,14 +88,20 @@ class Results:
         lines = [list(self.columns), ["---"] * len(self.columns), *self.cells()]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
         (out / f"{self.name}.md").write_text(text)
-        machine = f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads"
-        drawn, axes = figure(self.title, f"{machine}, torch {where['torch']}")
-        self.plot(axes, self.rows)
-        save(drawn, out / f"{self.name}.png")
-        console = Console()
+        kinds = ".json and .md"
+        if self.plot is not None:
+            self._draw(self.plot, where, out)
+            kinds = ".json, .md and .png"
+        console = Console(width=None if sys.stdout.isatty() else _LOG_WIDTH)
         console.print(shown)
         console.print(describe(where))
-        console.print(f"written: {out / self.name}.json, .md and .png")
+        console.print(f"written: {out / self.name}{kinds}")
+
+    def _draw(self, plot: Callable[[Axes, Sequence[Row]], None], where: Row, out: Path) -> None:
+        machine = f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads"
+        drawn, axes = figure(self.title, f"{machine}, torch {where['torch']}")
+        plot(axes, self.rows)
+        save(drawn, out / f"{self.name}.png")
 
 
 def cell(name: str, form: str = "{}") -> Callable[[Any], str]:

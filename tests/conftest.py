@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+
+# Triton reads this when it is imported, which importing Dynamo does.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import torch._dynamo
 import torch.utils._pytree as pytree
 from zoo import CORE, FAMILIES, installed, make_inputs, make_model
@@ -23,6 +29,12 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Leaves out tests on a GPU where there is none, and interpreted ones where there is one."""
+    if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(autouse=True)

@@ -55,6 +55,12 @@ def test_images_are_split_evenly_and_keep_their_order(
         assert relative_error(ours[mine], alone) < 1e-5
 
 
+def test_routing_runs_nothing_but_the_embedding(adaptive: AdaptiveModel) -> None:
+    nodes = adaptive._router.graph.graph.nodes
+    attention = torch.ops.aten.scaled_dot_product_attention.default
+    assert not [node for node in nodes if node.target == attention]
+
+
 @torch.no_grad()
 def test_the_budgets_are_shares_of_the_counts(adaptive: AdaptiveModel, images: Tensor) -> None:
     counts = [

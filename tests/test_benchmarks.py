@@ -19,7 +19,7 @@ WIDTH = 768
 NAMES = {
     *("throughput", "latency", "breakdown", "scaling", "attention", "kernels", "linear"),
     *("openvino-layers", "compile-time", "capture-time", "accuracy", "adaptive"),
-    "policy",
+    *("policy", "gpu", "doors", "quantization", "tensorrt"),
 }
 
 
@@ -190,7 +190,7 @@ def test_accuracy_compares_methods_at_equal_macs_and_goes_on(
     assert merged["KL"] < pruned["KL"]
     assert data["settings"]["images"] == 12
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
-    monkeypatch.setattr(accuracy, "_judge", None)  # nothing is measured again
+    monkeypatch.setattr(accuracy._Run, "judge", None)  # nothing is measured again
     again = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)], catch_exceptions=False)
     assert again.exit_code == 0
 

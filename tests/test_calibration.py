@@ -158,7 +158,7 @@ def test_a_linear_block_measures_0_and_a_square_one_does_not() -> None:
         ({"macs": 1.5}, ValueError, "above 0 and at most 1"),
         ({"macs": 0.6, "held_out": 1.0}, ValueError, "held_out"),
         ({"macs": 0.6, "methods": ["tome"]}, TypeError, "methods must be"),
-        ({"macs": 0.02}, TomeError, "cannot leave 0.02"),
+        ({"macs": 0.02}, TomeError, "macs=0.02 cannot be reached"),
     ],
 )
 def test_wrong_goals_are_refused(

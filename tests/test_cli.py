@@ -96,4 +96,4 @@ def test_bench_measures_each_r(model_dir: str, tmp_path: Path) -> None:
 
 def test_help_names_all_commands() -> None:
     printed = _run("--help")
-    assert all(name in printed for name in ("demo", "explain", "check", "bench"))
+    assert all(name in printed for name in ("demo", "explain", "check", "bench", "export"))

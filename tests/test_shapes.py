@@ -74,5 +74,5 @@ def test_a_method_s_own_spread_reaches_the_goal_by_its_smallest_step(method: Met
 
 
 def test_what_cannot_be_reached_is_said() -> None:
-    with pytest.raises(TomeError, match=r"(?s)ToMe cannot leave 0.01 .* ask for 0\.\d+ or more"):
+    with pytest.raises(TomeError, match=r"(?s)macs=0.01 .* ToMe .* ask for macs=0\.\d+ or more"):
         even(ToMe(), 0.01, share, TOKENS, DEPTH)

@@ -46,3 +46,33 @@ def test_a_write_that_readers_do_not_show_is_found(function: Callable[[Tensor], 
 )
 def test_a_write_nobody_else_reads_is_a_plain_result(function: Callable[[Tensor], Tensor]) -> None:
     assert _found(function) is None
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.flatten(0, 1) @ x[0]).view(2, 4, 4).add_(1),
+        lambda x: (x * 2).view(8, 4).relu_().view(2, 4, 4),
+    ],
+)
+def test_a_write_through_a_view_of_what_is_not_read_again_is_a_plain_result(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    assert _found(function) is None
+
+
+def _base_read_after(x: Tensor) -> Tensor:
+    y = x * 2
+    y.view(8, 4).add_(1)
+    return y
+
+
+def _input_written(x: Tensor) -> Tensor:
+    return x.view(8, 4).add_(1)
+
+
+@pytest.mark.parametrize("function", [_base_read_after, _input_written])
+def test_a_write_through_a_view_of_what_is_read_again_is_found(
+    function: Callable[[Tensor], Tensor],
+) -> None:
+    assert _found(function) is not None

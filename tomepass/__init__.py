@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tomepass.calibration import Calibration, calibrate
     from tomepass.equivalence import CheckReport, check
     from tomepass.errors import TomeError
+    from tomepass.exporting import export
     from tomepass.methods import (
         ATS,
         MLERP,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from tomepass.module import MergedModel, apply, explain
     from tomepass.plans import Plan, plan
     from tomepass.report import Report
+    from tomepass.saving import load
     from tomepass.training import train_policy
 
 __version__ = "0.1.0"
@@ -66,6 +68,8 @@ __all__ = [
     "calibrate",
     "check",
     "explain",
+    "export",
+    "load",
     "plan",
     "tome_backend",
     "train_policy",
@@ -98,6 +102,8 @@ _HOME = {
     "calibrate": "calibration",
     "check": "equivalence",
     "explain": "module",
+    "export": "exporting",
+    "load": "saving",
     "plan": "plans",
     "tome_backend": "backend",
     "train_policy": "training",

@@ -9,22 +9,26 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from tomepass.capture import Capture, capture_module
+from tomepass.capture import Capture
 from tomepass.errors import TomeError
 from tomepass.graphs import only_outputs
-from tomepass.methods import Method, ToMe
+from tomepass.methods import Method
 from tomepass.module import (
     MergedModel,
     OnUnmatched,
     Outputs,
-    apply_capture,
     call_of,
     read_state,
+    read_streams,
 )
-from tomepass.planning import PlannedStream, plan_graph
+from tomepass.planning import PlannedStream
 
-BUDGETS = (0.6, 1.0, 1.4)
-"""Shares of the method's counts, from the least redundant images to the most."""
+BUDGETS = (0.85, 1.0, 1.15)
+"""Shares of the method's counts, from the least redundant images to the most.
+
+Divergence grows faster than the counts: budgets that lie farther apart lose more than routing
+gains.
+"""
 
 
 def redundancy(x: Tensor, protected: tuple[int, ...]) -> Tensor:
@@ -52,7 +56,8 @@ class AdaptiveModel(nn.Module):
 
     Args:
         model: in eval mode.
-        method: with ``adaptive`` thresholds, as many as lie between the budgets.
+        method: with ``adaptive`` thresholds, as many as lie between the budgets, or True, which
+            measures them: redundancies that split ``example_inputs`` evenly.
         example_inputs: as for :meth:`MergedModel.prepare`.
         outputs: ``"original"``: merged sequences of different lengths could not be put together.
     """
@@ -66,13 +71,16 @@ class AdaptiveModel(nn.Module):
         outputs: Outputs = "original",
     ) -> None:
         super().__init__()
-        call = call_of(model, example_inputs)
-        capture, stream = _stream_of(model, call)
         if outputs == "merged":
             raise ValueError(
                 "outputs='merged' and adaptive=... make no sense together: images of one batch "
                 "keep different numbers of tokens"
             )
+        call = call_of(model, example_inputs)
+        capture, (stream, *_) = read_streams(model, call)
+        router = _router(model, capture, stream)
+        if method.adaptive is True:
+            method = method.replace(adaptive=_thresholds(router(call)))
         plain = method.replace(adaptive=False)
         scaled = [_scaled(plain, share, stream) for share in BUDGETS]
         # Past nn.Module's own __setattr__: the model is the user's, not a child of three parents.
@@ -80,7 +88,7 @@ class AdaptiveModel(nn.Module):
             original=model,
             method=method,
             budgets=tuple(MergedModel(model, each, on_unmatched, outputs) for each in scaled),
-            _router=_router(model, capture, stream),
+            _router=router,
         )
         for budget in self.budgets:
             budget.prepare(example_inputs)
@@ -141,25 +149,6 @@ class AdaptiveModel(nn.Module):
         return f"merged by tomepass with {self.method!r}"
 
 
-def thresholds(model: nn.Module, inputs: Any) -> tuple[float, ...]:
-    """Redundancies that split the given images evenly over the budgets.
-
-    Raises:
-        TomeError: if there are fewer images than budgets, or the model cannot be merged.
-    """
-    call = call_of(model, inputs)
-    capture, stream = _stream_of(model, call)
-    found = _router(model, capture, stream)(call).double()
-    if len(found) < len(BUDGETS):
-        raise TomeError(
-            f"adaptive=True splits images over {len(BUDGETS)} budgets by what it measures on "
-            f"example_inputs, which hold {len(found)}",
-            advice="give a batch of real images, 32 or more",
-        )
-    shares = torch.arange(1, len(BUDGETS), dtype=torch.float64) / len(BUDGETS)
-    return tuple(found.quantile(shares.to(found.device)).tolist())
-
-
 def make_adaptive(
     model: nn.Module,
     method: Method,
@@ -177,8 +166,6 @@ def make_adaptive(
             f"{method!r} routes images by their redundancy, which is to be measured",
             advice="give example_inputs=: a batch of real images, 32 or more",
         )
-    if method.adaptive is True:
-        method = method.replace(adaptive=thresholds(model, example_inputs))
     return AdaptiveModel(model, method, example_inputs, on_unmatched, outputs)
 
 
@@ -203,12 +190,16 @@ def _router(model: nn.Module, capture: Capture, stream: PlannedStream) -> _Route
     return _Router(model, capture, graph, stream.plan.protected)
 
 
-def _stream_of(model: nn.Module, call: dict[str, Any]) -> tuple[Capture, PlannedStream]:
-    capture = capture_module(model, call)
-    streams = plan_graph(capture.graph, ToMe(0)).streams
-    if not streams:
-        raise apply_capture(model, capture, ToMe(0)).report.refusal()
-    return capture, streams[0]
+def _thresholds(found: Tensor) -> tuple[float, ...]:
+    """Redundancies that split images evenly over the budgets, given theirs, ``[B]``."""
+    if len(found) < len(BUDGETS):
+        raise TomeError(
+            f"adaptive=True splits images over {len(BUDGETS)} budgets by what it measures on "
+            f"example_inputs, which hold {len(found)}",
+            advice="give a batch of real images, 32 or more",
+        )
+    shares = torch.arange(1, len(BUDGETS), dtype=torch.float64) / len(BUDGETS)
+    return tuple(found.double().quantile(shares.to(found.device)).tolist())
 
 
 def _scaled(method: Method, share: float, stream: PlannedStream) -> Method:

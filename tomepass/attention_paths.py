@@ -3,6 +3,7 @@
 | device, dtype | path | why |
 |---|---|---|
 | CPU with AMX, bfloat16 | log(size) as a bias, keys padded to a multiple of 16 | tiles of 16 |
+| CUDA | what :mod:`tomepass.attention_gpu` says | flash takes no bias |
 | all others | log(size) as a bias | the bias costs the fused kernels next to nothing |
 
 Padded keys get the lowest bias there is: after the softmax they weigh exactly nothing. The figures

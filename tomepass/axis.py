@@ -43,7 +43,8 @@ _COMPOSITES = (aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar)
 
 def move(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     """The axis of ``node`` that ``axis`` of its argument ``operand`` becomes, or why none."""
-    if (rule := RULES.get(node.target)) is not None:
+    rule = RULES.get(node.target) or _NAMED.get(getattr(node.target, "__name__", ""))
+    if rule is not None:
         return rule(node, operand, axis, length)
     if is_pointwise(node):
         return _pointwise(node, operand, axis, length)
@@ -188,7 +189,7 @@ def _biased_matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) ->
     return axis
 
 
-@rule(aten.matmul.default, aten.bmm.default, aten.mm.default)
+@rule(aten.matmul.default, aten.bmm.default, aten.mm.default, aten._int_mm.default)
 def _matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     left, right = node.args[:2]
     if left is right:
@@ -232,6 +233,21 @@ def _normalised(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Ax
     if not _read_once(node, operand) or axis.dim >= len(shape_of(operand)) - trailing:
         return "a norm mixes along the axis"
     return axis
+
+
+def _in_groups(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
+    groups: list[int] = node.args[2 if _CHOOSES in str(node.target) else 1]  # type: ignore[assignment]
+    if len(groups) != len(shape_of(operand)) or groups[axis.dim] != 1:
+        return f"{target_name(node)} has one scale for several tokens"
+    return axis
+
+
+# Quantisation of each token by itself. The operators are there once torchao is imported.
+_CHOOSES = "torchao.choose_qparams_affine"
+_NAMED: dict[str, Rule] = dict.fromkeys(
+    ("choose_qparams_affine.default", "quantize_affine.default", "dequantize_affine.default"),
+    _in_groups,
+)
 
 
 # Where each of these names the dimension it works along, and which one if it does not.

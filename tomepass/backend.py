@@ -15,11 +15,13 @@ from torch import Tensor, fx
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
+from tomepass.decompositions import FOR_RUNTIMES
 from tomepass.errors import TomeError
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
 from tomepass.methods import Method, ToMe
 from tomepass.module import OnUnmatched, Outputs, check_choices
+from tomepass.ops.library import COMPOSITES
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
 from tomepass.rewrite import rewrite
@@ -186,8 +188,8 @@ def resolve_inner(
 ) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """The compiler behind a name, with its options bound.
 
-    Inductor gets the kernels of :mod:`tomepass.kernels` where no gradients are needed; all other
-    compilers get the composite operators.
+    Inductor gets the kernels of :mod:`tomepass.kernels`, on a CPU where no gradients are needed;
+    all other compilers get the composite operators.
 
     Raises:
         TomeError: if the backend is not installed or not known.
@@ -210,6 +212,10 @@ def resolve_inner(
     def compile_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         if inner == "openvino":
             _refuse_bfloat16(inputs)
+        if _EXTRAS.get(str(inner)) == "tensorrt":
+            written_out = {**COMPOSITES, **FOR_RUNTIMES}
+            # It has a table of decompositions of its own, which keeps operators it knows not.
+            gm = carry_marks(gm, capture_dynamo(gm, inputs, written_out).module)
         compiled: Callable[..., Any] = compiler(gm, list(inputs), **keywords)
         return compiled
 
@@ -239,8 +245,7 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
                 advice="set TORCHINDUCTOR_FREEZING=1, or compile and call under "
                 "torch._inductor.config.patch(freezing=True) and torch.no_grad()",
             )
-        if not _trains(inputs):
-            take_kernels(gm)
+        take_kernels(gm, trains=_trains(inputs))
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 

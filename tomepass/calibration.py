@@ -17,14 +17,13 @@ from tomepass.errors import TomeError
 from tomepass.judging import Judge, Outputs, Score
 from tomepass.linearity import block_linearity
 from tomepass.methods import Method, ToMe, method_from_dict
-from tomepass.plans import Plan
+from tomepass.plans import Plan, approach
 from tomepass.shapes import Shape, even, fitted
 from tomepass.tables import progress_bar
 
 if TYPE_CHECKING:
     from tomepass.backend import Inner
 
-_ATTEMPTS = 4
 _PROFILED = 32  # images that the linearity is measured on
 _SHAPES = (
     Shape(),
@@ -186,7 +185,7 @@ class _Search:
             )
         self.held, self.tuned = order[:kept].tolist(), order[kept:].tolist()
         self.memory = _Memory(judge, cache)
-        stream = max(judge.streams, key=lambda s: len(s.stream.blocks))
+        stream = max(judge.costs.streams, key=lambda s: len(s.stream.blocks))
         self.stream, self.depth = stream, judge.depth
         self.tokens, self.protected = stream.plan.tokens, len(stream.plan.protected)
 
@@ -320,27 +319,23 @@ def _until_measured(
     options: Mapping[str, Any],
 ) -> Plan:
     """Calibrates at fewer and fewer MACs until the speed-up is measured."""
-    ideal = speedup
-    plan = None
-    for _ in range(_ATTEMPTS):
-        try:
-            plan = search.run(1 / ideal, asked)
-        except TomeError:
-            if plan is None:
-                raise
-            break
+    judge = search.judge
+
+    def measured(plan: Plan) -> Plan:
         search.say(f"measuring {plan.method!r}")
-        judge = search.judge
         found = measure(
             judge.model, judge.calls[0], plan.method, inner=inner, inner_options=options, rounds=5
         )
         ratio = found.ratio.median
         why = f"{ratio:.2f}x measured; {plan.why}"
-        plan = plan.replace(speedup=ratio, why=why, inner=inner_name(inner))
-        if ratio >= speedup:
-            return plan
-        ideal *= max(speedup / ratio, 1.0) * 1.01
-    assert plan is not None
+        return plan.replace(speedup=ratio, why=why, inner=inner_name(inner))
+
+    plans = approach(
+        speedup, lambda ideal: search.run(1 / ideal, asked), measured, lambda p: p.speedup or 0.0
+    )
+    plan = plans[-1]
+    if (plan.speedup or 0.0) >= speedup:
+        return plan
     return plan.replace(why=f"{plan.why}; {speedup:g}x was asked for and not reached")
 
 

@@ -7,7 +7,7 @@ placeholder, parameters included, and every node carries a fake value in ``meta[
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -103,7 +103,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     Raises:
         TomeError: if ``torch.export`` cannot capture the model.
     """
-    example, dynamic = _batch_of_two(kwargs)
+    example, dynamic = batch_of_two(kwargs)
     try:
         program = torch.export.export(
             _ByKeyword(model), (example,), dynamic_shapes=(dynamic,), strict=False
@@ -151,8 +151,16 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     return Capture(graph, tuple(state), program.call_spec.out_spec, leaves)
 
 
-def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CanonicalGraph:
-    """Re-traces a Dynamo graph into the dialect; placeholders keep their order and metadata."""
+def capture_dynamo(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    decompositions: Mapping[Any, Any] = DECOMPOSITIONS,
+) -> CanonicalGraph:
+    """Re-traces a Dynamo graph into the dialect; placeholders keep their order and metadata.
+
+    Args:
+        decompositions: what is written out: operators, and functions that are traced instead.
+    """
     mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_as_fake(mode, value) for value in example_inputs]
     allowed = mode.allow_non_fake_inputs
@@ -162,7 +170,7 @@ def capture_dynamo(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Canonic
         with mode, fx_traceback.preserve_node_meta():
             traced = make_fx(
                 fx.Interpreter(gm).run,
-                decomposition_table=DECOMPOSITIONS,
+                decomposition_table=dict(decompositions),
                 pre_dispatch=True,
                 _allow_non_fake_inputs=True,
             )(*fakes)
@@ -270,7 +278,8 @@ def _path(target: str) -> str:
     return target.removeprefix("model.")
 
 
-def _batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Inputs remade with a batch of 2, and their dynamic shapes for ``torch.export``."""
     tensors = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor) and v.ndim]
     if not tensors:
         raise TomeError("no tensor among the inputs, so there is no batch to capture with")

@@ -1,4 +1,4 @@
-"""The command line: ``tomepass demo | explain | check | bench``."""
+"""The command line: ``tomepass demo | explain | check | bench | export``."""
 
 from __future__ import annotations
 
@@ -163,6 +163,64 @@ def bench(
         loaded, label, methods, options, backend=backend, batch=batch, rounds=rounds
     )
     write_bench(measured, out, as_json=json_)
+
+
+@app.command()
+@_reported
+def export(
+    model: Model,
+    to: Annotated[str, typer.Option(help="pt2, aoti, onnx, openvino or tensorrt.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The file to write.")],
+    r: Annotated[
+        str | None, typer.Option(help="As in explain. Default: as saved with the model, or 16.")
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="A plan's JSON file, instead of --r.")] = None,
+    dynamic: Annotated[
+        str, typer.Option(help="batch: any batch size; none: the size of --batch.")
+    ] = "batch",
+    batch: Batch = 8,
+    timed: Annotated[
+        bool, typer.Option("--speed/--no-speed", help="Measure against the unmerged model.")
+    ] = True,
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write the merged model for another runtime, run it there, and print how close it is."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn
+
+    from tomepass.artifacts import check_path, write_artifact
+    from tomepass.doors import door
+    from tomepass.saving import chosen_method
+
+    check_path(out, door(to), force)
+    any_batch = _any_batch(dynamic)
+    source, method = chosen_method(model, None if r is None else parse_r(r), plan)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("loading")
+        written = write_artifact(
+            source,
+            method,
+            to,
+            out,
+            force=force,
+            dynamic_batch=any_batch,
+            batch=batch,
+            timed=timed,
+            progress=lambda step: progress.update(task, description=step),
+        )
+    console = Console()
+    console.print(written.table())
+    console.print(f"written: {out}")
+
+
+def _any_batch(dynamic: str) -> bool:
+    if dynamic not in ("batch", "none"):
+        raise TomeError(
+            f"--dynamic {dynamic}: the batch alone can be dynamic, since a merge counts the "
+            "tokens there are: the resolution is fixed",
+            advice="export once for each resolution, with --dynamic batch or none",
+        )
+    return dynamic == "batch"
 
 
 def _model_and_inputs(

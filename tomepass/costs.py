@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING
 
 from torch import fx
 
 from tomepass.counts import StreamPlan
+from tomepass.macs import macs_by_name
 from tomepass.outcomes import Attended, Carried, Outcome, Positional
 
 if TYPE_CHECKING:
     from tomepass.capture import CanonicalGraph
+    from tomepass.methods import Method
     from tomepass.planning import PlannedStream
 
 
@@ -45,6 +48,54 @@ class StreamCosts:
         """Multiply-accumulates per image that a plan saves."""
         left = (plan.tokens, *(block.tokens_out for block in plan.blocks))
         return sum(p.saved(plan.tokens - left[p.after]) for p in self.products)
+
+
+@dataclass(frozen=True, eq=False)
+class ModelCosts:
+    """What all streams of a model cost, and what a method saves of it; nothing is run.
+
+    Args:
+        streams: with their layouts; their plans do not count.
+        of: the costs of each.
+        total: multiply-accumulates per image of the whole model.
+    """
+
+    streams: tuple[PlannedStream, ...]
+    of: tuple[StreamCosts, ...]
+    total: int
+
+    @staticmethod
+    def read(captured: CanonicalGraph, streams: Iterable[PlannedStream]) -> ModelCosts:
+        """Off a graph."""
+        macs, read = macs_by_name(captured), tuple(streams)
+        costs = tuple(stream_costs(captured, stream, macs) for stream in read)
+        return ModelCosts(read, costs, sum(macs.values()))
+
+    @property
+    def depth(self) -> int:
+        """Blocks of the deepest stream."""
+        return max(len(stream.stream.blocks) for stream in self.streams)
+
+    @property
+    def tokens(self) -> int:
+        """Of the longest stream."""
+        return max(stream.plan.tokens for stream in self.streams)
+
+    def planned(self, method: Method) -> tuple[PlannedStream, ...]:
+        """The streams under a method whose counts are those of the deepest."""
+        schedule, planned = method.schedule, []
+        for stream in self.streams:
+            own, fitting = len(stream.stream.blocks), method
+            if own < self.depth and schedule.kind == "list":
+                fitting = method.replace(r=[int(count) for count in schedule.values[:own]])
+            plan = fitting.plan(stream.plan.tokens, stream.plan.protected, own)
+            planned.append(replace(stream, plan=plan))
+        return tuple(planned)
+
+    def share(self, method: Method) -> float:
+        """The share of the multiply-accumulates that a method leaves."""
+        pairs = zip(self.of, self.planned(method), strict=True)
+        return (self.total - sum(costs.saved(stream.plan) for costs, stream in pairs)) / self.total
 
 
 def stream_costs(

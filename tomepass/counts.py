@@ -59,16 +59,16 @@ def plan_counts(
     blocks = []
     current = exact = tokens
     for index, asked in enumerate(counts):
-        exact -= min(asked, most(exact, _held(exact, tokens, protected)))
+        exact -= min(asked, most(exact, held_at(exact, tokens, protected)))
         goal = exact
         if exact < tokens and exact >= multiple_of:
             goal -= exact % multiple_of
-        r = min(max(current - goal, 0), most(current, _held(current, tokens, protected)))
+        r = min(max(current - goal, 0), most(current, held_at(current, tokens, protected)))
         blocks.append(BlockPlan(index, current, r))
         current -= r
     return StreamPlan(tokens, protected, tuple(blocks))
 
 
-def _held(current: int, tokens: int, protected: tuple[int, ...]) -> tuple[int, ...]:
+def held_at(current: int, tokens: int, protected: tuple[int, ...]) -> tuple[int, ...]:
     """Where the protected tokens stand: first, once anything is gone."""
     return protected if current == tokens else tuple(range(len(protected)))

@@ -98,3 +98,12 @@ def multi_head_attention(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = dict(
     zip(FUSED_LAYERS, (encoder_layer, multi_head_attention), strict=True)
 )
+
+
+def largest(x: Tensor, dim: int, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """``aten.max.dim`` as two reductions: TensorRT's converter gives one of the two results."""
+    return x.amax(dim, keepdim), x.argmax(dim, keepdim)
+
+
+FOR_RUNTIMES: dict[Any, Callable[..., Any]] = {aten.max.dim: largest}
+"""Written out for other runtimes, beside our own operators."""

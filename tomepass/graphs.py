@@ -60,17 +60,41 @@ class Recorder(fx.Interpreter):
         return [call for call in self.calls if call.node.target in targets]
 
 
-def only_outputs(
-    module: fx.GraphModule, names: Sequence[str], *, beside: bool = False
-) -> fx.GraphModule:
-    """A copy of a graph that returns some of its nodes alone, or beside its outputs: a pair."""
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose operators can be changed."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    return fx.GraphModule(module, graph)
+
+
+def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of a graph that returns some of its nodes alone, and runs what they need alone."""
+    named = {node.name: node for node in module.graph.nodes}
+    # Dead code elimination would keep dropout and attention, which may draw random numbers.
+    needed = {node for node in named.values() if node.op == "placeholder"}
+    waiting = [named[name] for name in names]
+    while waiting:
+        if (node := waiting.pop()) not in needed:
+            needed.add(node)
+            waiting.extend(node.all_input_nodes)
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node in needed:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[named[name]] for name in names))
+    return fx.GraphModule(module, graph)
+
+
+def with_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of a graph that returns a pair: its outputs, and some of its nodes."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     outputs = graph.graph_copy(module.graph, copies)
-    made = {node.name: copy for node, copy in copies.items()}
-    found = tuple(made[name] for name in names)
-    graph.output((outputs, found) if beside else found)
-    graph.eliminate_dead_code()
+    named = {node.name: copy for node, copy in copies.items()}
+    graph.output((outputs, tuple(named[name] for name in names)))
     return fx.GraphModule(module, graph)
 
 

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from tomepass.capture import capture_module
-from tomepass.costs import StreamCosts, stream_costs
+from tomepass.costs import ModelCosts
 from tomepass.errors import TomeError
-from tomepass.macs import macs_by_name
-from tomepass.methods import Method, ToMe
-from tomepass.module import MergedModel, apply_capture, call_of, read_state
-from tomepass.planning import Planned, PlannedStream, plan_graph, stepped_plan
+from tomepass.methods import Method
+from tomepass.module import MergedModel, apply_capture, call_of, read_state, read_streams
+from tomepass.planning import Planned
 from tomepass.rewrite import rewrite
 
 
@@ -81,19 +79,12 @@ class Judge:
         if not self.calls:
             raise TomeError("there are no images", advice="give at least one batch of inputs")
         self.labels = labels
-        self.capture = capture_module(self.model, self.calls[0])
-        planned = plan_graph(self.capture.graph, ToMe(0))
-        if not planned.streams:
-            raise apply_capture(self.model, self.capture, ToMe(0)).report.refusal()
-        self.streams: tuple[PlannedStream, ...] = planned.streams
-        macs = macs_by_name(self.capture.graph)
-        self.total = sum(macs.values())
-        self.costs: list[StreamCosts] = [
-            stream_costs(self.capture.graph, stream, macs) for stream in self.streams
-        ]
+        self.capture, streams = read_streams(self.model, self.calls[0])
+        self.costs = ModelCosts.read(self.capture.graph, streams)
         with torch.no_grad():
-            self.unmerged = torch.cat([_read(self.model(**call))[0] for call in self.calls])
-            self.classifies = _read(self.model(**self.calls[0]))[1]
+            answers = [_read(self.model(**call)) for call in self.calls]
+        self.unmerged = torch.cat([answer for answer, _ in answers])
+        self.classifies = answers[0][1]
 
     @property
     def images(self) -> int:
@@ -103,13 +94,11 @@ class Judge:
     @property
     def depth(self) -> int:
         """Blocks of the deepest stream."""
-        return max(len(stream.stream.blocks) for stream in self.streams)
+        return self.costs.depth
 
     def share(self, method: Method) -> float:
         """The share of the multiply-accumulates that a method leaves; nothing is run."""
-        plans = [stepped_plan(stream, method, self.depth) for stream in self.streams]
-        saved = sum(c.saved(plan) for c, plan in zip(self.costs, plans, strict=True))
-        return (self.total - saved) / self.total
+        return self.costs.share(method)
 
     def outputs(self, method: Method) -> Outputs:
         """Runs the reduced model, eagerly, on all images.
@@ -136,10 +125,8 @@ class Judge:
                 raise applied.report.refusal()
             return applied.graph
         method.ready()
-        plans = [stepped_plan(stream, method, self.depth) for stream in self.streams]
-        pairs = zip(self.streams, plans, strict=True)
-        streams = tuple(replace(stream, plan=plan) for stream, plan in pairs)
-        return rewrite(self.capture.graph, Planned(method, streams, ())).module
+        planned = Planned(method, self.costs.planned(method), ())
+        return rewrite(self.capture.graph, planned).module
 
     def score(self, method: Method) -> Score:
         """How close the reduced model is, over all images."""

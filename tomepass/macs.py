@@ -162,6 +162,7 @@ _MACS: dict[Any, Callable[[fx.Node], int]] = {
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
     aten.mm.default: _matmul,
+    aten._int_mm.default: _matmul,
     aten.baddbmm.default: _addmm,
     aten.einsum.default: _einsum,
     aten.addmm.default: _addmm,

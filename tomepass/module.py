@@ -17,10 +17,11 @@ from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
-from tomepass.graphs import only_outputs
+from tomepass.graphs import copied, only_outputs
 from tomepass.kept import Counting, KeptReport
+from tomepass.kernels.choose import on_cuda, take_kernels
 from tomepass.methods import Method, RLike, ToMe, resolve_method
-from tomepass.planning import plan_graph
+from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
 
@@ -28,9 +29,9 @@ OnUnmatched = Literal["raise", "warn"]
 Outputs = Literal["original", "merged"]
 
 # What the applied module shares with the model, and what is made anew when it is unpickled.
-_SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
+SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
 _SETTINGS = ("original", "method", "on_unmatched", "outputs")
-_REMADE = {*_SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
+_REMADE = {*SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
 
 
 def apply(
@@ -140,7 +141,7 @@ class MergedModel(nn.Module):
     ) -> None:
         super().__init__()
         # The very dictionaries of the model: one module tree, seen through two objects.
-        self.__dict__.update({name: model.__dict__[name] for name in _SHARED})
+        self.__dict__.update({name: model.__dict__[name] for name in SHARED})
         names, optional = _inputs_of(model)
         # Past nn.Module's own __setattr__, which would make the model a child.
         self.__dict__.update(
@@ -315,6 +316,24 @@ class MergedModel(nn.Module):
         """The model's."""
         return self.original.load_state_dict(*args, **kwargs)
 
+    def save_pretrained(self, directory: Any, **options: Any) -> Any:
+        """Saves the model as usual, and beside it ``tomepass.json``: :func:`tomepass.load` reads
+        both.
+
+        Raises:
+            TomeError: if the model has no ``save_pretrained`` of its own.
+        """
+        from tomepass.saving import write_settings
+
+        if (save := getattr(self.original, "save_pretrained", None)) is None:
+            raise TomeError(
+                f"{type(self.original).__name__} has no save_pretrained",
+                advice="save its state_dict(), and the method: merged.method.to_json()",
+            )
+        saved = save(directory, **options)
+        write_settings(self, directory)
+        return saved
+
     def extra_repr(self) -> str:
         return f"merged by tomepass with {self.method!r}"
 
@@ -328,16 +347,19 @@ class Applied:
         rewritten: the rewritten graph, None where the model is left as it is.
         source_graph: the same, returning the source map alone.
         report: what was found and done.
+        on_device: the graph with kernels for its device, where there are some that run anywhere
+            but in an exported program.
     """
 
     capture: Capture
     rewritten: Rewritten | None
     source_graph: fx.GraphModule | None
     report: Report
+    on_device: fx.GraphModule | None = None
 
     @property
     def graph(self) -> fx.GraphModule | None:
-        """The graph that runs."""
+        """The graph in composite operators, which is what is exported."""
         return None if self.rewritten is None else self.rewritten.module
 
     @functools.cached_property
@@ -352,8 +374,11 @@ class Applied:
         values = [*read_state(model, self.capture), *leaves]
         if graph is not None:
             return graph(*values)
-        assert self.graph is not None
-        return pytree.tree_unflatten(list(self.graph(*values)), self.capture.out_spec)
+        own = self.graph
+        if self.on_device is not None and not torch.compiler.is_exporting():
+            own = self.on_device
+        assert own is not None
+        return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 
 
 def make_applied(
@@ -396,15 +421,35 @@ def apply_capture(
     if rewritten is not None:
         paths = take_fastest_attention(rewritten.module, capture.graph.fake_mode)
         report = replace(report, paths=paths)
+    on_device = None
+    if rewritten is not None and on_cuda(rewritten.module):
+        on_device = copied(rewritten.module)
+        taken = take_kernels(on_device)
+        report = replace(report, kernels=taken.kernels, paths=taken.paths or report.paths)
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_outputs(rewritten.module, [rewritten.source])
-    return Applied(capture, rewritten, source_graph, report)
+    return Applied(capture, rewritten, source_graph, report, on_device)
 
 
 def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Inputs in the shapes :meth:`MergedModel.prepare` takes them, as a model's keyword inputs."""
     return _rebuild(model, ToMe(0), "raise", "original").bind(inputs)
+
+
+def read_streams(
+    model: nn.Module, call: dict[str, Any]
+) -> tuple[Capture, tuple[PlannedStream, ...]]:
+    """A model as captured, and its streams of tokens, nothing reduced yet.
+
+    Raises:
+        TomeError: if it cannot be captured, or is refused.
+    """
+    capture = capture_module(model, call)
+    streams = plan_graph(capture.graph, ToMe(0)).streams
+    if not streams:
+        raise apply_capture(model, capture, ToMe(0)).report.refusal()
+    return capture, streams
 
 
 def read_state(model: nn.Module, capture: Capture) -> list[Tensor]:
@@ -476,7 +521,7 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 
 def check_model(model: object) -> None:
-    """Refuses what is no module, and one that is compiled already."""
+    """Refuses what is no module, and what is compiled already."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,13 +11,12 @@ from torch import fx
 from tomepass.attention import find_attentions
 from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
-from tomepass.costs import stream_costs
+from tomepass.costs import ModelCosts
 from tomepass.counts import StreamPlan, plan_counts
-from tomepass.errors import TomeError
-from tomepass.macs import macs_by_name
 from tomepass.methods import Method
 from tomepass.origins import input_dependent, trace_origins
 from tomepass.outcomes import Attended, Carried, Layout, Masked, Positional, Side
+from tomepass.shapes import even
 from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
 from tomepass.tokens import TokenFlow, attends, follow_tokens
 from tomepass.writes import hidden_write
@@ -318,43 +315,10 @@ def _check_block(
 def _to_target(
     captured: CanonicalGraph, planned: list[PlannedStream], method: Method
 ) -> list[PlannedStream]:
-    """The streams with the smallest step of the method that reaches its share of the MACs.
-
-    Raises:
-        TomeError: if all that the method can do is not enough.
-    """
+    """The streams with the smallest step of the method that reaches its share of the MACs."""
     share = method.schedule.macs
     assert share is not None
     if not planned:
         return planned
-    macs = macs_by_name(captured)
-    total = sum(macs.values())
-    costs = [stream_costs(captured, p, macs) for p in planned]
-    depth = max(len(p.stream.blocks) for p in planned)
-    tokens = max(p.plan.tokens for p in planned)
-
-    def plans(step: int) -> list[StreamPlan]:
-        stepped = method.step(step, tokens, depth)
-        return [stepped_plan(p, stepped, depth) for p in planned]
-
-    def left(step: int) -> float:
-        saved = sum(c.saved(plan) for c, plan in zip(costs, plans(step), strict=True))
-        return (total - saved) / total
-
-    most = depth * tokens
-    if left(most) > share:
-        raise TomeError(
-            f"{method.schedule!r} cannot be reached: the most that {type(method).__name__} can do "
-            f"leaves {left(most):.3f} of the {total:,} multiply-accumulates",
-            advice=f"ask for macs={math.ceil(left(most) * 1000) / 1000} or more",
-        )
-    step = bisect.bisect_left(range(most + 1), -share, key=lambda s: -left(s))
-    return [replace(p, plan=plan) for p, plan in zip(planned, plans(step), strict=True)]
-
-
-def stepped_plan(planned: PlannedStream, method: Method, depth: int) -> StreamPlan:
-    """A stream's plan under a method whose counts are those of the deepest stream."""
-    own, schedule = len(planned.stream.blocks), method.schedule
-    if own < depth and schedule.kind == "list":
-        method = method.replace(r=[int(count) for count in schedule.values[:own]])
-    return method.plan(planned.plan.tokens, planned.plan.protected, own)
+    costs = ModelCosts.read(captured, planned)
+    return list(costs.planned(even(method, share, costs.share, costs.tokens, costs.depth)))

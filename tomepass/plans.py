@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 
     from tomepass.backend import Inner
     from tomepass.calibration import Calibration
+
+Proposed = TypeVar("Proposed")
+Found = TypeVar("Found")
 
 _ATTEMPTS = 4
 # A goal missed by rounding alone would be tried again with the same counts.
@@ -190,7 +193,11 @@ def plan(
         counted = _counted(model, inputs)
         if asked.schedule.kind == "speedup":
             goal, multiple = asked.schedule.values[0], _multiple(model, inputs)
-            tried = _until_reached(goal, multiple, attempt, counted)
+
+            def propose(ideal: float) -> Method:
+                return counted(ToMe(speedup=ideal, multiple_of=multiple))
+
+            tried = tuple(approach(goal, propose, attempt, lambda found: found.speedup))
         else:
             tried = tuple(attempt(method) for method in _alternatives(asked, counted))
     return _chosen(asked, tried, inner)
@@ -224,27 +231,35 @@ def _alternatives(asked: Method, counted: Callable[[Method], Method]) -> list[Me
     return list(dict.fromkeys(found))
 
 
-def _until_reached(
+def approach(
     goal: float,
-    multiple_of: int,
-    attempt: Callable[[Method], Tried],
-    counted: Callable[[Method], Method],
-) -> tuple[Tried, ...]:
-    """Merges more until the goal is measured: what is missing now is asked for next."""
-    tried: list[Tried] = []
+    propose: Callable[[float], Proposed],
+    attempt: Callable[[Proposed], Found],
+    speed: Callable[[Found], float],
+) -> list[Found]:
+    """Asks for more until a speed-up is measured: what is missing now is asked for next.
+
+    Args:
+        goal: the speed-up.
+        propose: what should reach one by the arithmetic; a TomeError where nothing can.
+        attempt: measures it.
+        speed: that was measured.
+    """
+    found: list[Found] = []
     ideal = goal
     for _ in range(_ATTEMPTS):
         try:
-            method = counted(ToMe(speedup=ideal, multiple_of=multiple_of))
+            proposed = propose(ideal)
         except TomeError:
-            if not tried:
+            if not found:
                 raise
             break
-        tried.append(attempt(method))
-        if tried[-1].speedup >= goal:
+        found.append(attempt(proposed))
+        reached = speed(found[-1])
+        if reached >= goal:
             break
-        ideal *= max(goal / tried[-1].speedup, 1.0) * _MARGIN
-    return tuple(tried)
+        ideal *= max(goal / reached, 1.0) * _MARGIN
+    return found
 
 
 def _chosen(asked: Method, tried: tuple[Tried, ...], inner: Inner) -> Plan:

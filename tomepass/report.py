@@ -74,6 +74,7 @@ class Report:
         macs: the same after merging, without the pass's own operators.
         macs_overhead: matching and merging.
         paths: how proportional attention is computed on the device it was read with.
+        kernels: on CUDA, which operators run as Triton kernels, and why others do not.
     """
 
     model: str
@@ -86,6 +87,7 @@ class Report:
     macs: int
     macs_overhead: int
     paths: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:

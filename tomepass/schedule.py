@@ -134,22 +134,6 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     return tuple(low + (high - low) * i // (blocks - 1) for i in range(blocks))
 
 
-def sources_and_destinations(
-    tokens: int, protected: Collection[int], partition: str = "alternating", k: int = 2
-) -> tuple[int, int]:
-    """How many sources and destinations a partition makes of the tokens that may merge.
-
-    ``"alternating"`` sources are those on even positions; of ``"kth"`` all but every k-th.
-    """
-    held = set(protected)
-    if partition == "alternating":
-        sources = sum(1 for i in range(0, tokens, 2) if i not in held)
-        return sources, tokens - len(held) - sources
-    free = tokens - len(held)
-    destinations = free // (k if partition == "kth" else 2)
-    return free - destinations, destinations
-
-
 def capped(r: int, tokens: int, protected: Collection[int]) -> int:
     """How many tokens can really merge in a block: at most half, and never a protected one.
 
@@ -158,15 +142,20 @@ def capped(r: int, tokens: int, protected: Collection[int]) -> int:
         tokens: tokens entering the block.
         protected: their protected positions.
     """
-    sources, destinations = sources_and_destinations(tokens, protected)
-    if not destinations:
-        return 0
-    return max(0, min(r, (sources + destinations) // 2, sources))
+    held = set(protected)
+    sources = sum(1 for i in range(0, tokens, 2) if i not in held)
+    free = tokens - len(held)
+    return max(0, min(r, free // 2, sources)) if free > sources else 0
 
 
 def merged_at_most(tokens: int, protected: Collection[int]) -> int:
     """The most that can merge in a block."""
     return capped(tokens, tokens, protected)
+
+
+def all_but_one(tokens: int, protected: Collection[int]) -> int:
+    """The most that can be dropped in a block, or put together in clusters."""
+    return max(0, tokens - len(set(protected)) - 1)
 
 
 def as_int(value: Any) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -96,25 +98,28 @@ def _filled(method: Method, macs: float, share: Share) -> Method:
 
 
 def even(method: Method, macs: float, share: Share, tokens: int, depth: int) -> Method:
-    """A method with its own spread of counts, at the most MACs that are allowed.
+    """A method with its own spread of counts: the smallest step that reaches a share of the MACs.
+
+    Args:
+        macs: the share to keep at most.
+        share: what a method leaves.
+        tokens: entering the stream.
+        depth: its blocks.
 
     Raises:
         TomeError: if all it can do is not enough.
     """
-    low, high = 0, tokens * depth
-    if share(method.step(high, tokens, depth)) > macs:
+
+    def left(step: int) -> float:
+        return share(method.step(step, tokens, depth))
+
+    most = tokens * depth
+    if left(most) > macs:
+        asked = f"macs={macs:.3g}" if method.schedule.macs is None else repr(method.schedule)
         raise TomeError(
-            f"{type(method).__name__} cannot leave {macs} of the multiply-accumulates",
-            advice=f"ask for {share(method.step(high, tokens, depth)):.3f} or more",
+            f"{asked} cannot be reached: the most that {type(method).__name__} can do leaves "
+            f"{left(most):.3f} of the multiply-accumulates",
+            advice=f"ask for macs={math.ceil(left(most) * 1000) / 1000} or more",
         )
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (
-            (low, middle)
-            if share(method.step(middle, tokens, depth)) <= macs
-            else (
-                middle + 1,
-                high,
-            )
-        )
-    return method.step(high, tokens, depth)
+    step = bisect.bisect_left(range(most + 1), -macs, key=lambda s: -left(s))
+    return method.step(step, tokens, depth)

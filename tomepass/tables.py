@@ -73,6 +73,7 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
         ("refused", [_reason(m, blocks) for m, blocks in _alike(report.refused)]),
         ("MACs", _costs(report)),
         ("paths", list(report.paths)),
+        ("kernels", list(report.kernels)),
         ("inputs", [report.inputs]),
         ("versions", [_versions()]),
     )

@@ -1,7 +1,8 @@
 """Writes in place: which ones a dataflow analysis may read as plain results.
 
-``relu_(linear(x))`` is a result like any other as long as nobody reads what it overwrote. A write
-into a slice of a tensor is not: its readers would not be seen to depend on what was written.
+``relu_(linear(x))`` and ``mm(x, w).view(shape).add_(bias)`` are results like any other as long as
+nobody reads what they overwrote. A write into a slice of a tensor that is read again is not: its
+readers would not be seen to depend on what was written.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ def hidden_write(graph: fx.Graph, data: frozenset[str]) -> fx.Node | None:
     dependent = input_dependent(graph, data)
     for node in nodes:
         for target in _written(node) if node in dependent else ():
-            if _is_view(target) or any(order[r] > order[node] for r in _readers(target)):
+            memory = _memory(target)
+            later = any(order[r] > order[node] for r in _readers(memory))
+            if (memory is not target and memory.op == "placeholder") or later:
                 return node
     return None
 
@@ -31,6 +34,13 @@ def _written(node: fx.Node) -> Iterator[fx.Node]:
         info = argument.alias_info
         if info is not None and info.is_write and isinstance(value, fx.Node):
             yield value
+
+
+def _memory(node: fx.Node) -> fx.Node:
+    """The node that made the memory a chain of views shows."""
+    while _is_view(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _readers(node: fx.Node) -> Iterator[fx.Node]:

@@ -1,1 +1,1 @@
-"""Kernels that take the place of composite operators where a graph is handed to Inductor."""
+"""Kernels in place of composite operators: under Inductor on a CPU, and everywhere on CUDA."""

@@ -3,23 +3,27 @@
 | device | dtype | kernels |
 |---|---|---|
 | CPU | float32, bfloat16 | those of :mod:`tomepass.kernels.cpu` |
+| CUDA, with triton | float32, bfloat16, float16 | those of ``gpu_match.py`` and ``gpu_merge.py`` |
 | all others | | none: the composite operators |
 
-Kernels have no gradients and need Inductor's compiler, so a graph that is trained, exported or
-handed to another backend keeps the composite operators.
+Kernels for the CPU have no gradients and need Inductor's compiler, so a graph that is trained or
+handed to another backend keeps the composite operators. Those for CUDA have gradients, and run in
+eager mode too. What is exported has the composite operators everywhere.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
 
 from tomepass.attention import FUSED
+from tomepass.attention_gpu import take_gpu_attention
 from tomepass.capture import carry_origin
+from tomepass.kernels.choose_gpu import take_gpu_kernels
 from tomepass.kernels.cpu import DTYPES, match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
@@ -29,12 +33,37 @@ from tomepass.ops.side import merge_bias
 _PAD = torch.ops.aten.constant_pad_nd.default
 
 
-def take_kernels(module: fx.GraphModule) -> None:
+class Taken(NamedTuple):
+    """Lines for the report, of CUDA graphs: on kernels, and on paths of attention."""
+
+    kernels: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+
+def take_kernels(module: fx.GraphModule, *, trains: bool = False) -> Taken:
     """Puts matches, merges and padded keys of a graph on kernels of their own, in place.
 
     Args:
         module: a rewritten graph, or Dynamo's graph of a module that holds one.
+        trains: gradients are needed.
+
+    Returns:
+        for CUDA, a line on each kind of kernel that was taken or was not.
     """
+    if on_cuda(module):
+        return Taken(take_gpu_kernels(module), take_gpu_attention(module))
+    if not trains:
+        _take_cpu_kernels(module)
+    return Taken()
+
+
+def on_cuda(module: fx.GraphModule) -> bool:
+    """Does a graph merge tokens on a CUDA device?"""
+    merges = module.graph.find_nodes(op="call_function", target=merge)
+    return any(_value(node.args[0]).device.type == "cuda" for node in merges)
+
+
+def _take_cpu_kernels(module: fx.GraphModule) -> None:
     for node in module.graph.find_nodes(op="call_function", target=match):
         if _takes(node.args[0]):
             node.target = match_cpu

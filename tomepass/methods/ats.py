@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from tomepass.methods.base import Method
-from tomepass.methods.prune import DROPS, all_but_one, refuse_sizes
+from tomepass.methods.prune import Pruning, refuse_sizes
 
 if TYPE_CHECKING:
     from tomepass.reducing import Reducing
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class ATS(Method):
+class ATS(Pruning):
     """Adaptive Token Sampling, arXiv 2111.15667: tokens sampled by what they add to the class
     token, a different number for each image.
 
@@ -31,7 +30,6 @@ class ATS(Method):
     """
 
     name: ClassVar[str] = "ats"
-    lossy: ClassVar[str] = DROPS
     holes: ClassVar[bool] = True
 
     prop_attn: bool = False
@@ -39,10 +37,6 @@ class ATS(Method):
     def check(self) -> None:
         """Refuses to count what tokens hold: each holds one."""
         refuse_sizes(self)
-
-    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
-        """All but one of those that are not protected."""
-        return all_but_one(tokens, protected)
 
     def reduce(self, block: Reducing) -> Reduction:
         """Samples the tokens of the ``block.left`` places."""

@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from tomepass.methods.base import Method
 from tomepass.methods.fields import number
-from tomepass.methods.prune import DROPS, all_but_one, refuse_sizes
+from tomepass.methods.prune import Pruning, refuse_sizes
 
 if TYPE_CHECKING:
     from tomepass.reducing import Reducing
@@ -18,7 +17,7 @@ _TOTAL = "avit_total"
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class AViT(Method):
+class AViT(Pruning):
     """A-ViT, arXiv 2112.07658: every token halts as soon as its halting scores add up to one.
 
     In each block a token scores h = sigmoid(gamma x + beta), x its first channel in the residual
@@ -41,7 +40,6 @@ class AViT(Method):
     """
 
     name: ClassVar[str] = "avit"
-    lossy: ClassVar[str] = DROPS
     holes: ClassVar[bool] = True
     every_block: ClassVar[bool] = True
 
@@ -59,10 +57,6 @@ class AViT(Method):
             epsilon=number("epsilon", self.epsilon, 0, 1),
         )
         refuse_sizes(self)
-
-    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
-        """All but one of those that are not protected."""
-        return all_but_one(tokens, protected)
 
     def reduce(self, block: Reducing) -> Reduction:
         """Adds up the scores, halts tokens, and keeps the ``block.left`` lowest sums."""

@@ -8,7 +8,7 @@ import math
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from tomepass.counts import StreamPlan, plan_counts
+from tomepass.counts import StreamPlan, held_at, plan_counts
 from tomepass.methods.fields import flag, number, positions, whole
 from tomepass.schedule import (
     TARGETS,
@@ -257,8 +257,8 @@ class Method:
             kept = free
             if rate < 1 and index in self._places(depth):
                 kept = min(free, max(1, math.ceil(free * rate)) + self.fused)
-            held = tuple(range(len(protected))) if any(counts) else protected
-            counts.append(min(free - kept, self.most(free + len(protected), held)))
+            current = free + len(protected)
+            counts.append(min(free - kept, self.most(current, held_at(current, tokens, protected))))
             free -= counts[-1]
         return plan_counts(tokens, protected, tuple(counts), self.multiple_of, self.most)
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from tomepass.methods.base import Method
 from tomepass.methods.fields import number, whole
-from tomepass.methods.prune import DROPS, all_but_one
+from tomepass.methods.prune import Pruning
 
 if TYPE_CHECKING:
+    from tomepass.methods.base import Method
     from tomepass.reducing import Reducing
     from tomepass.reduction import Reduction
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class DiffRate(Method):
+class DiffRate(Pruning):
     """Differentiable compression rate (DiffRate, arXiv 2305.17997): prune and merge in a block.
 
     Tokens are sorted by what the class token pays them (where there is none, by what all pay). Of
@@ -31,7 +31,6 @@ class DiffRate(Method):
     """
 
     name: ClassVar[str] = "diffrate"
-    lossy: ClassVar[str] = DROPS
 
     pruned: float | tuple[int, ...] = 0.5
 
@@ -42,10 +41,6 @@ class DiffRate(Method):
             self._set(pruned=counts)
         else:
             self._set(pruned=number("pruned", self.pruned, 0, 1))
-
-    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
-        """All but one of those that are not protected."""
-        return all_but_one(tokens, protected)
 
     def pruned_in(self, index: int, r: int) -> int:
         """How many of ``r`` tokens block ``index`` prunes."""

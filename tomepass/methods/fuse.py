@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, get_args
 
-from tomepass.methods.base import Method
 from tomepass.methods.fields import choice, flag
-from tomepass.methods.prune import DROPS, Score, all_but_one, scored
+from tomepass.methods.prune import Pruning, Score, scored
 from tomepass.reduction import Reduction
 from tomepass.schedule import Schedule
 
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class EViT(Method):
+class EViT(Pruning):
     """Keep the tokens the class token looks at, fuse the rest (EViT, arXiv 2202.07800).
 
     Of N - P tokens ``ceil(keep_rate * (N - P))`` stay; the others become one token, the mean by
@@ -35,7 +34,6 @@ class EViT(Method):
 
     name: ClassVar[str] = "evit"
     standard: ClassVar[Schedule] = Schedule("keep_rate", (0.7,))
-    lossy: ClassVar[str] = DROPS
 
     fuse: bool = True
     prop_attn: bool = False
@@ -51,10 +49,6 @@ class EViT(Method):
         """One token of the rest, or none."""
         return int(self.fuse)
 
-    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
-        """All but one, and one made of the rest."""
-        return max(0, all_but_one(tokens, protected) - self.fused)
-
     def reduce(self, block: Reducing) -> Reduction:
         """Keeps what the class token looks at."""
         score = block.class_attention
@@ -65,7 +59,7 @@ class EViT(Method):
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class SPViT(Method):
+class SPViT(Pruning):
     """Keep some tokens, package the others into one (SPViT, arXiv 2112.13890).
 
     The paper's selector is trained. Here tokens are scored by what the model's own attention says,
@@ -80,7 +74,6 @@ class SPViT(Method):
 
     name: ClassVar[str] = "spvit"
     standard: ClassVar[Schedule] = Schedule("keep_rate", (0.7,))
-    lossy: ClassVar[str] = DROPS
     score: Score = "attention_received"
     prop_attn: bool = True
 
@@ -92,10 +85,6 @@ class SPViT(Method):
     def fused(self) -> int:
         """The package."""
         return 1
-
-    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
-        """All but one, and the package."""
-        return max(0, all_but_one(tokens, protected) - 1)
 
     def reduce(self, block: Reducing) -> Reduction:
         """Keeps what scores highest and packages the rest."""

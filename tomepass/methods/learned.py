@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tomepass.errors import TomeError
-from tomepass.methods.base import Method
 from tomepass.methods.policy import Policy
-from tomepass.methods.prune import DROPS, all_but_one, refuse_sizes
+from tomepass.methods.prune import Pruning, refuse_sizes
 from tomepass.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class Learned(Method):
+class Learned(Pruning):
     """What methods with a trained policy have in common.
 
     In use too a fixed draw, the same for every image, is added to the scores: see
@@ -32,7 +31,6 @@ class Learned(Method):
     """
 
     standard: ClassVar[Schedule] = Schedule("keep_rate", (0.7,))
-    lossy: ClassVar[str] = DROPS
     counted: ClassVar[bool] = True
     """Whether all images keep the tokens the plan counts, in training too."""
 
@@ -58,10 +56,6 @@ class Learned(Method):
                 f"{name} scores tokens by a policy, and this one has none: it is not trained",
                 advice=f"train it: tomepass.train_policy(model, {name}(...), batches)",
             )
-
-    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
-        """All but one of those that are not protected."""
-        return all_but_one(tokens, protected)
 
     def reduce(self, block: Reducing) -> Reduction:
         """Keeps the ``block.left`` tokens that score highest after a draw."""

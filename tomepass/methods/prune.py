@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from tomepass.methods.base import Method
 from tomepass.methods.fields import choice, whole
+from tomepass.schedule import all_but_one
 
 if TYPE_CHECKING:
     from torch import fx
@@ -15,11 +16,21 @@ if TYPE_CHECKING:
     from tomepass.reduction import Reduction
 
 Score = Literal["class_attention", "attention_received", "norm", "random"]
-DROPS = "tokens that are dropped take their share of the attention with them"
+
+
+@dataclass(frozen=True, repr=False)
+class Pruning(Method):
+    """What methods share that drop tokens: all but one of those that are not protected can go."""
+
+    lossy: ClassVar[str] = "tokens that are dropped take their share of the attention with them"
+
+    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
+        """All but one, and what is made of the others."""
+        return max(0, all_but_one(tokens, protected) - self.fused)
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
-class Prune(Method):
+class Prune(Pruning):
     """Keep the tokens with the highest score in each block, and drop the others.
 
     The baselines of the literature: random pruning and pruning by attention (ToMe, arXiv
@@ -35,7 +46,6 @@ class Prune(Method):
     """
 
     name: ClassVar[str] = "prune"
-    lossy: ClassVar[str] = DROPS
 
     score: Score = "class_attention"
     seed: int = 0
@@ -48,10 +58,6 @@ class Prune(Method):
         if self.seed and self.score != "random":
             raise ValueError(f"seed={self.seed} does nothing with score={self.score!r}")
         refuse_sizes(self)
-
-    def most(self, tokens: int, protected: tuple[int, ...]) -> int:
-        """All but one of those that are not protected."""
-        return all_but_one(tokens, protected)
 
     def reduce(self, block: Reducing) -> Reduction:
         """Keeps the ``block.left`` tokens that score highest."""
@@ -71,11 +77,6 @@ def scored(block: Reducing, score: Score, seed: int = 0) -> fx.Node:
         return block.call("lengths", block.hidden)
     # Another shuffle in each block: the same one would prune by what is left of it.
     return block.call("random_score", block.hidden, block.tokens, seed + block.index)
-
-
-def all_but_one(tokens: int, protected: tuple[int, ...]) -> int:
-    """How many of some tokens can be dropped."""
-    return max(0, tokens - len(set(protected)) - 1)
 
 
 def refuse_sizes(method: Method) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from tomepass.methods.base import Method
 from tomepass.methods.fields import choice, number, whole
-from tomepass.schedule import sources_and_destinations
+from tomepass.schedule import all_but_one
 
 if TYPE_CHECKING:
     from torch import fx
@@ -125,10 +125,10 @@ class ToMe(Method):
     def most(self, tokens: int, protected: tuple[int, ...]) -> int:
         """At most half; of a k-th partition, all that are sources; of clusters, all but one."""
         if self.matching == "kmeans":
-            return max(0, tokens - len(set(protected)) - 1)
+            return all_but_one(tokens, protected)
         if self.partition == "kth":
-            sources, destinations = sources_and_destinations(tokens, protected, "kth", self.k)
-            return sources if destinations else 0
+            free = tokens - len(set(protected))
+            return free - free // self.k if free >= self.k else 0
         return super().most(tokens, protected)
 
     def reduce(self, block: Reducing) -> Reduction:

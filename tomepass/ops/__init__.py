@@ -6,6 +6,7 @@ One file an operator; importing this package registers them all.
 """
 
 from tomepass.ops import (
+    attend,
     attention_to,
     combine,
     halt,
@@ -26,6 +27,7 @@ from tomepass.ops import (
 )
 
 __all__ = [
+    "attend",
     "attention_to",
     "combine",
     "halt",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 _library = torch.library.Library("tome", "DEF")  # type: ignore[no-untyped-call]
+COMPOSITES: dict[Any, Callable[..., Any]] = {}
+"""Every composite operator and what it is composed of."""
 
 
 def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
@@ -21,7 +23,9 @@ def register(schema: str) -> Callable[[Callable[..., Any]], Any]:
         name = schema.split("(")[0]
         _library.define(schema)  # type: ignore[no-untyped-call]
         _library.impl(name, kernel, "CompositeImplicitAutograd")  # type: ignore[no-untyped-call]
-        return getattr(torch.ops.tome, name).default
+        operator = getattr(torch.ops.tome, name).default
+        COMPOSITES[operator] = kernel
+        return operator
 
     return define
 
@@ -45,6 +49,34 @@ def register_for(
         _library.impl(name, kernel, device)  # type: ignore[no-untyped-call]
         torch.library.register_fake(f"tome::{name}", result, lib=_library)
         return getattr(torch.ops.tome, name).default
+
+    return define
+
+
+def register_differentiable(
+    schema: str,
+    result: Callable[..., Any],
+    backward: Callable[..., Any] | None = None,
+    context: Callable[..., Any] | None = None,
+) -> Callable[[Callable[..., Any]], Any]:
+    """Defines ``tome::<schema>`` with the decorated function as its kernel on CPU and CUDA.
+
+    Args:
+        schema: as in :func:`register`.
+        result: what it returns for fake tensors.
+        backward: its gradients, in operators that have some themselves; None if it has none.
+        context: what these need is kept by it, as ``torch.library.register_autograd`` says.
+    """
+
+    def define(kernel: Callable[..., Any]) -> Any:
+        name = schema.split("(")[0]
+        made = register_for("CUDA", schema, result)(kernel)
+        _library.impl(name, kernel, "CPU")  # type: ignore[no-untyped-call]
+        if backward is not None:
+            torch.library.register_autograd(
+                f"tome::{name}", backward, setup_context=context, lib=_library
+            )
+        return made
 
     return define
 

@@ -1,0 +1,53 @@
+"""Configurations: the fastest that runs, chosen once a kind of shape."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tomepass import TomeError
+from tomepass.kernels import gpu_merge, tuning
+from tomepass.kernels.tuning import Configuration, fastest, run_fastest
+
+pytest.importorskip("triton")
+FIRST, SECOND, THIRD = (Configuration(rows) for rows in (1, 2, 4))
+
+
+def refuse(*refused: Configuration) -> Any:
+    from triton.runtime.errors import OutOfResources
+
+    def run(configuration: Configuration) -> None:
+        if configuration in refused:
+            raise OutOfResources(300000, 232448, "shared memory")
+
+    return run
+
+
+def test_the_fastest_that_runs_is_taken() -> None:
+    times = iter([3.0, 1.0])
+    chosen = fastest([FIRST, SECOND, THIRD], refuse(SECOND), lambda run: next(times))
+    assert chosen == THIRD
+
+
+def test_a_device_that_runs_none_is_told_what_to_do() -> None:
+    with pytest.raises(TomeError, match=r"(?s)runs no configuration.*TOMEPASS_TRITON=0"):
+        fastest([FIRST, SECOND], refuse(FIRST, SECOND), lambda run: 1.0)
+
+
+def test_without_a_device_the_first_is_taken() -> None:
+    ran: list[Configuration] = []
+    run_fastest(("kind",), [SECOND, FIRST], ran.append, torch.device("cpu"))
+    assert ran == [SECOND]
+    assert not tuning._CHOSEN
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("width", [7, 192, 768, 1152, 4096])
+def test_rows_fill_the_threads_that_load_them(width: int, norm: bool) -> None:
+    for configuration in gpu_merge.row_configurations(width, norm=norm):
+        across = 1 << (width - 1).bit_length()
+        assert configuration.block * across >= 8 * 32 * configuration.warps
+        # A sum over channels must not depend on what is fastest.
+        assert configuration.warps == 4 or not norm

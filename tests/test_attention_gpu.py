@@ -1,0 +1,123 @@
+"""Paths of proportional attention for CUDA: exact against float64, and chosen by a table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from encoders import make, pixels
+from lossless import calls
+from torch import Tensor, fx
+
+import tomepass
+from tomepass import attention_gpu
+from tomepass.attention import FUSED
+from tomepass.attention_gpu import Rule, path_for, take_gpu_attention
+from tomepass.graphs import copied
+from tomepass.ops.attend import attend_channel, attend_cudnn, attend_scaled
+from tomepass.ops.padding import PADDED
+
+HOPPER = (9, 0)
+PORTABLE = [attend_channel, attend_scaled]
+
+
+def operands(dtype: torch.dtype, width: int = 24) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 17, 3, width).to(dtype).transpose(1, 2) for _ in range(3))
+    size = torch.randint(1, 40, (2, 17)).float()
+    size[0, 3] = PADDED * 1e-24
+    size[1, 5] = 0.0
+    return q, k, v, size
+
+
+def written_out(q: Tensor, k: Tensor, v: Tensor, size: Tensor, scale: float) -> Tensor:
+    """Sizes multiply the exponentials: no logarithm, in float64."""
+    weights = (q.double() @ k.double().transpose(-1, -2) * scale).exp()
+    weights = weights * size.double()[:, None, None, :]
+    result: Tensor = (weights / weights.sum(-1, keepdim=True)) @ v.double()
+    return result
+
+
+@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("width", [24, 30])
+@pytest.mark.parametrize("operator", PORTABLE)
+def test_paths_are_exact_in_float64(operator: Any, width: int, scale: float | None) -> None:
+    q, k, v, size = operands(torch.float64, width)
+    expected = written_out(q, k, v, size, scale or width**-0.5)
+    torch.testing.assert_close(operator(q, k, v, size, scale), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("operator", PORTABLE)
+def test_paths_are_no_further_from_float64_than_the_bias(operator: Any, dtype: torch.dtype) -> None:
+    q, k, v, size = operands(dtype)
+    size = size.clamp(min=1.0)
+    expected = written_out(q, k, v, size, q.shape[-1] ** -0.5)
+    bias = torch.ops.tome.log_size(size, q)
+    plain = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+    got = operator(q, k, v, size)
+    assert got.dtype == dtype
+    assert (got - expected).abs().max() <= 3 * (plain - expected).abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("operator", PORTABLE)
+def test_gradients_are_those_of_the_bias(operator: Any) -> None:
+    q, k, v, size = operands(torch.float64)
+    found = []
+    for run in (operator, lambda *a: written_out(*a, scale=24**-0.5)):
+        inputs = [x.detach().clone().requires_grad_(True) for x in (q, k, v)]
+        found.append(torch.autograd.grad(run(*inputs, size).square().sum(), inputs))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
+
+
+def test_what_was_measured_is_taken_where_it_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    rules = (
+        Rule("cudnn", HOPPER, (torch.bfloat16, torch.float32), (64, 30), most=256),
+        Rule("channel", HOPPER, (torch.bfloat16,), (64,), least=257),
+    )
+    assert path_for(HOPPER, 197, torch.bfloat16, 64) == "bias"
+    monkeypatch.setattr(attention_gpu, "MEASURED", rules)
+    assert path_for(HOPPER, 197, torch.bfloat16, 64) == "cudnn"
+    assert path_for(HOPPER, 577, torch.bfloat16, 64) == "channel"
+    assert path_for(HOPPER, 197, torch.bfloat16, 72) == "bias"
+    assert path_for((8, 0), 197, torch.bfloat16, 64) == "bias"
+    # What cuDNN cannot compute.
+    assert path_for(HOPPER, 197, torch.float32, 64) == "bias"
+    assert path_for(HOPPER, 197, torch.bfloat16, 30) == "bias"
+
+
+@pytest.mark.parametrize("path", ["bias", "channel", "scaled"])
+@torch.no_grad()
+def test_a_graph_on_another_path_computes_the_same(
+    path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = make(), pixels()
+    applied = tomepass.apply(model, r=3, example_inputs=x).captured(x)
+    assert applied.graph is not None
+    graph: fx.GraphModule = copied(applied.graph)
+    monkeypatch.setattr(attention_gpu, "path_for", lambda *given: path)
+    (line,) = take_gpu_attention(graph)
+    graph.graph.lint()
+    count = int(line.split()[0])
+    assert count >= 1
+    assert ("the default" in line) == (path == "bias")
+    before, after = (len(calls(g, FUSED)) for g in (applied.graph, graph))
+    assert before - after == (0 if path == "bias" else count)
+    expected = applied.run(model, [x], applied.graph)[0]
+    torch.testing.assert_close(applied.run(model, [x], graph)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("operator", [*PORTABLE, attend_cudnn])
+def test_paths_on_the_device(operator: Any, dtype: torch.dtype) -> None:
+    for tokens, width in ((197, 64), (181, 64), (577, 64), (729, 72)):
+        torch.manual_seed(0)
+        q, k, v = (torch.randn(2, tokens, 4, width).transpose(1, 2) for _ in range(3))
+        size = torch.randint(1, 40, (2, tokens)).float()
+        expected = written_out(q.to(dtype), k.to(dtype), v.to(dtype), size, width**-0.5)
+        got = operator(*(x.to("cuda", dtype) for x in (q, k, v)), size.cuda())
+        bound = 2**-7 if dtype is torch.bfloat16 else 2**-9
+        assert (got.cpu().double() - expected).abs().max() <= bound * expected.abs().max()

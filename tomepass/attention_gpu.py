@@ -1,0 +1,132 @@
+"""Proportional attention on CUDA: which exact path, by length, dtype and head size.
+
+| path | what it is |
+|---|---|
+| bias | ``log(size)`` as a bias: PyTorch takes its memory-efficient kernel, as flash has no bias |
+| channel | ``log(size)`` as two more channels of the keys, under flash |
+| scaled | values times sizes with a column for the denominator, under flash |
+| cudnn | ``log(size)`` as a bias of cuDNN's kernel |
+
+``MEASURED`` holds what ``python -m benchmarks gpu --only attention`` found. Where no rule fits, the
+bias is taken, and the report says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from tomepass.attention import FUSED
+from tomepass.axis import argument
+from tomepass.capture import carry_origin
+from tomepass.ops.attend import attend_channel, attend_cudnn, attend_scaled
+from tomepass.ops.log_size import log_size
+
+Path = Literal["bias", "channel", "scaled", "cudnn"]
+
+_OPERATORS: dict[str, Any] = {
+    "channel": attend_channel,
+    "scaled": attend_scaled,
+    "cudnn": attend_cudnn,
+}
+_HOW = {
+    "channel": "log(size) as two more key channels",
+    "scaled": "values scaled by size, and a column for the denominator",
+    "cudnn": "log(size) as a bias of cuDNN's kernel",
+}
+_DEFAULT = "log(size) as a bias (the default: nothing measured for this device and shape)"
+_NARROW = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A path that was fastest for some attentions.
+
+    Args:
+        path: that was taken.
+        capability: of the device, ``(9, 0)`` for Hopper.
+        dtypes: of queries, keys and values.
+        widths: channels a head.
+        least: keys there are at least.
+        most: keys there are at most.
+    """
+
+    path: Path
+    capability: tuple[int, int]
+    dtypes: tuple[torch.dtype, ...]
+    widths: tuple[int, ...]
+    least: int = 0
+    most: int = 1 << 30
+
+    def fits(self, capability: tuple[int, int], keys: int, dtype: torch.dtype, width: int) -> bool:
+        """Does it speak of such an attention?"""
+        here = self.capability == capability and self.least <= keys <= self.most
+        return here and dtype in self.dtypes and width in self.widths
+
+
+MEASURED: tuple[Rule, ...] = ()
+"""Empty until a device has been measured: figures are not guessed."""
+
+
+def path_for(capability: tuple[int, int], keys: int, dtype: torch.dtype, width: int) -> Path:
+    """The fastest path known; the bias where none was measured, or it cannot compute this."""
+    fitting = (rule.path for rule in MEASURED if rule.fits(capability, keys, dtype, width))
+    path: Path = next(fitting, "bias")
+    # cuDNN's kernel multiplies narrow dtypes only, in heads of whole 16 bytes.
+    impossible = path == "cudnn" and (dtype not in _NARROW or width % 8)
+    return "bias" if impossible else path
+
+
+def take_gpu_attention(module: fx.GraphModule) -> tuple[str, ...]:
+    """Puts the proportional attentions of a CUDA graph on the fastest path known, in place.
+
+    Attentions with another bias beside ``log(size)`` keep it.
+
+    Returns:
+        a line on each path that was taken.
+    """
+    taken: dict[str, int] = {}
+    for node in list(module.graph.find_nodes(op="call_function", target=FUSED)):
+        bias = argument(node, 3, "attn_mask")
+        if bias is None or bias.target is not log_size:
+            continue
+        keys: Tensor = _value(node.args[1])
+        path = path_for(_capability(keys.device), int(keys.shape[2]), keys.dtype, keys.shape[3])
+        if path != "bias" and _grouped(node):
+            path = "bias"
+        how = _HOW.get(path, _DEFAULT)
+        taken[how] = taken.get(how, 0) + 1
+        if path != "bias":
+            _replace(node, bias, _OPERATORS[path])
+    module.recompile()
+    return tuple(f"{n} attention{'s' * (n > 1)}: {how}" for how, n in taken.items())
+
+
+def _replace(node: fx.Node, bias: fx.Node, target: Any) -> None:
+    scale = node.kwargs.get("scale")
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, (*node.args[:3], bias.args[0], scale))
+    carry_origin(made, node)
+    made.meta.update({k: v for k, v in node.meta.items() if k in ("val", "example_value")})
+    node.replace_all_uses_with(made)
+    node.graph.erase_node(node)
+    if not bias.users:
+        bias.graph.erase_node(bias)
+
+
+def _grouped(node: fx.Node) -> bool:
+    """Are there fewer heads of keys than of queries, or is something dropped out?"""
+    return bool(node.kwargs.get("enable_gqa") or argument(node, 4, "dropout_p", 0.0))
+
+
+def _capability(device: torch.device) -> tuple[int, int]:
+    if not torch.cuda.is_available():
+        return (0, 0)
+    return torch.cuda.get_device_capability(device)
+
+
+def _value(node: Any) -> Any:
+    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]

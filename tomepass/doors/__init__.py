@@ -1,0 +1,91 @@
+"""Formats an exported program is written in, one file each; each imports its runtime when used.
+
+A format is two functions: ``write(program, path)`` and ``load(path)``, which returns a
+:data:`Run`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tomepass.errors import TomeError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.export import ExportedProgram
+
+    Run = Callable[[Mapping[str, Any]], list[Tensor]]
+    """Runs a written program on keyword inputs; its outputs, flat."""
+
+
+@dataclass(frozen=True)
+class Door:
+    """A format and its runtime.
+
+    Args:
+        name: as in ``--to``.
+        suffix: its files end with.
+        module: under :mod:`tomepass.doors`.
+        needs: modules that writing and running import, beside torch.
+        extra: of this package, that installs them.
+        runtime: what runs its files.
+    """
+
+    name: str
+    suffix: str
+    module: str
+    needs: tuple[str, ...]
+    extra: str | None
+    runtime: str
+
+    def write(self, program: ExportedProgram, path: Path) -> None:
+        """Writes a program; formats may put files beside the path, under its stem."""
+        self._module().write(program, path)
+
+    def load(self, path: Path, **options: Any) -> Run:
+        """What runs a written file; options are those of the format's own ``load``."""
+        run: Run = self._module().load(path, **options)
+        return run
+
+    def check(self) -> None:
+        """Raises a TomeError where the runtime is not installed."""
+        for module in self.needs:
+            try:
+                importlib.import_module(module)
+            except Exception as error:  # torch_tensorrt raises bare Exceptions without a driver
+                raise TomeError(
+                    f"--to {self.name} needs {module}, which cannot be imported: {error}",
+                    advice=f"pip install 'tomepass[{self.extra}]'",
+                ) from error
+
+    def _module(self) -> Any:
+        self.check()
+        return importlib.import_module(f"tomepass.doors.{self.module}")
+
+
+DOORS: dict[str, Door] = {
+    door.name: door
+    for door in (
+        Door("pt2", ".pt2", "pt2", (), None, "torch.export"),
+        Door("aoti", ".pt2", "aoti", (), None, "AOTInductor"),
+        Door("onnx", ".onnx", "onnx_file", ("onnxscript", "onnxruntime"), "onnx", "ONNX Runtime"),
+        Door("openvino", ".xml", "openvino_ir", ("openvino",), "openvino", "OpenVINO"),
+        Door("tensorrt", ".pt2", "tensorrt_program", ("torch_tensorrt",), "tensorrt", "TensorRT"),
+    )
+}
+"""Every format by its name."""
+
+
+def door(name: str) -> Door:
+    """The format of a name.
+
+    Raises:
+        TomeError: if there is none.
+    """
+    if name not in DOORS:
+        raise TomeError(f"unknown format {name!r}; known: {', '.join(DOORS)}")
+    return DOORS[name]

@@ -1,0 +1,65 @@
+"""``torch.export`` archives: PyTorch runs them, with no need of tomepass or transformers."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.export import ExportedProgram
+
+from tomepass.errors import TomeError
+
+if TYPE_CHECKING:
+    from tomepass.doors import Run
+
+
+def write(program: ExportedProgram, path: Path) -> None:
+    """Writes a program with ``torch.export.save``."""
+    torch.export.save(program, path)
+
+
+def load(path: Path) -> Run:
+    """The program in a file, as a function.
+
+    Raises:
+        TomeError: if the file holds none.
+    """
+    module = load_module(path)
+
+    def run(call: Mapping[str, Any]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return pytree.tree_leaves(module(**call))
+
+    return run
+
+
+def load_module(path: Path) -> Any:
+    """The program in a file, as a module that takes keyword inputs.
+
+    Raises:
+        TomeError: if the file holds none.
+    """
+    advice = "give a file that torch.export.save or tomepass export --to pt2 wrote"
+    if not path.is_file():
+        raise TomeError(f"no such file: {str(path)!r}", advice=advice)
+    if not zipfile.is_zipfile(path):
+        raise TomeError(f"{path.name!r} is damaged or no archive of torch.export", advice=advice)
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any("/data/aotinductor/" in name for name in names):
+        raise TomeError(
+            f"{path.name!r} is a package of AOTInductor",
+            advice="load it with torch._inductor.aoti_load_package",
+        )
+    try:
+        return torch.export.load(path).module()
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        raise TomeError(
+            f"{path.name!r} holds no exported program: {type(error).__name__}: "
+            f"{next(iter(str(error).splitlines()), '')}",
+            advice=advice,
+        ) from error

@@ -1,0 +1,107 @@
+"""Which configuration of a Triton kernel is fastest: measured once a kind of shape, on the device.
+
+Only choices that leave every bit as it is are offered: which one wins depends on the machine and
+the moment, results must not. Batch is no part of a shape's kind, for the same reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from tomepass.errors import TomeError
+
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """How a kernel is launched.
+
+    Args:
+        block: rows a program makes.
+        across: what it goes through at a time; 0 where there is nothing to go through.
+        warps: of 32 threads, a program.
+        stages: loads under way at a time.
+    """
+
+    block: int
+    across: int = 0
+    warps: int = 4
+    stages: int = 1
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """Triton's own options."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+Run = Callable[[Configuration], Any]
+_CHOSEN: dict[tuple[Any, ...], Configuration] = {}
+
+
+def run_fastest(
+    kind: tuple[Any, ...],
+    configurations: Sequence[Configuration],
+    run: Run,
+    device: torch.device,
+) -> None:
+    """Runs a kernel in the configuration that is fastest for this kind of shape.
+
+    The first is taken where none can be timed: in Triton's interpreter, and while a CUDA graph is
+    being recorded.
+
+    Raises:
+        TomeError: if the device can run none of them.
+    """
+    if device.type != "cuda":
+        run(configurations[0])
+        return
+    with torch.cuda.device(device):
+        key = (*kind, torch.cuda.current_device())
+        chosen = _CHOSEN.get(key)
+        if chosen is None and torch.cuda.is_current_stream_capturing():
+            chosen = configurations[0]
+        elif chosen is None:
+            chosen = _CHOSEN[key] = fastest(configurations, run, _milliseconds)
+        run(chosen)
+
+
+def fastest(
+    configurations: Sequence[Configuration], run: Run, milliseconds: Callable[[Any], float]
+) -> Configuration:
+    """The configuration that takes the least time; one that the device cannot run is left out."""
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources
+
+    times: dict[Configuration, float] = {}
+    reason: Exception | None = None
+    for configuration in configurations:
+        try:
+            run(configuration)  # compiles
+        except (CompilationError, OutOfResources) as error:
+            reason = error
+            continue
+        times[configuration] = milliseconds(lambda c=configuration: run(c))
+    if not times:
+        raise TomeError(
+            f"the device runs no configuration of a Triton kernel: {reason}",
+            advice="set TOMEPASS_TRITON=0 to run the composite operators",
+        )
+    return min(times, key=times.__getitem__)
+
+
+def _milliseconds(run: Callable[[], Any]) -> float:
+    event: Any = torch.cuda.Event
+    found = []
+    for _ in range(_ROUNDS):
+        start, end = event(enable_timing=True), event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        found.append(float(start.elapsed_time(end)))
+    return min(found)
