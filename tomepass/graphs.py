@@ -69,18 +69,12 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def only_outputs(
-    module: fx.GraphModule, names: Sequence[str], *, beside: bool = False
-) -> fx.GraphModule:
-    """A copy of a graph that returns some of its nodes alone, or beside its outputs: a pair.
-
-    It runs what they need and nothing else.
-    """
+def only_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of a graph that returns some of its nodes alone, and runs what they need alone."""
     named = {node.name: node for node in module.graph.nodes}
-    output = module.graph.output_node()
     # Dead code elimination would keep dropout and attention, which may draw random numbers.
     needed = {node for node in named.values() if node.op == "placeholder"}
-    waiting = [named[name] for name in names] + (output.all_input_nodes if beside else [])
+    waiting = [named[name] for name in names]
     while waiting:
         if (node := waiting.pop()) not in needed:
             needed.add(node)
@@ -90,8 +84,17 @@ def only_outputs(
     for node in module.graph.nodes:
         if node in needed:
             copies[node] = graph.node_copy(node, copies.__getitem__)
-    found = tuple(copies[named[name]] for name in names)
-    graph.output((fx.map_arg(output.args[0], copies.__getitem__), found) if beside else found)
+    graph.output(tuple(copies[named[name]] for name in names))
+    return fx.GraphModule(module, graph)
+
+
+def with_outputs(module: fx.GraphModule, names: Sequence[str]) -> fx.GraphModule:
+    """A copy of a graph that returns a pair: its outputs, and some of its nodes."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    outputs = graph.graph_copy(module.graph, copies)
+    named = {node.name: copy for node, copy in copies.items()}
+    graph.output((outputs, tuple(named[name] for name in names)))
     return fx.GraphModule(module, graph)
 
 

@@ -18,7 +18,7 @@ from tomepass.axis import Axis, shape_of
 from tomepass.capture import Capture, capture_module
 from tomepass.counts import BlockPlan, StreamPlan, plan_counts
 from tomepass.errors import TomeError
-from tomepass.graphs import only_outputs
+from tomepass.graphs import with_outputs
 from tomepass.methods import Learned, Method, Policy
 from tomepass.methods.fields import flag, number, whole
 from tomepass.module import MergedModel, check_model, read_state
@@ -142,7 +142,7 @@ class _Training:
         )
         rewritten = rewrite(self.capture.graph, plan_graph(self.capture.graph, soft))
         masks = [name for name in rewritten.matches[0] if name is not None]
-        self.graph = only_outputs(rewritten.module, masks, beside=True)
+        self.graph = with_outputs(rewritten.module, masks)
         self.tokens = _returned_tokens(self.capture, self.stream)
 
     def parameters(self) -> list[nn.Parameter]:
