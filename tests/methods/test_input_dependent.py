@@ -310,7 +310,7 @@ def test_scores_add_up_in_blocks_that_drop_nothing(shared_models: Any) -> None:
 # ---- doors -----------------------------------------------------------------------------------
 
 
-@every_adaptive
+@pytest.mark.parametrize("name", ["ats", "threshold"])  # pruned with holes, merged with holes
 @torch.no_grad()
 def test_kernels_compute_what_eager_does(name: str, shared_models: Any) -> None:
     model, inputs = shared_models["siglip_vision"], make_inputs("siglip_vision", 3)
@@ -322,12 +322,13 @@ def test_kernels_compute_what_eager_does(name: str, shared_models: Any) -> None:
 
 @every_adaptive
 @torch.no_grad()
-def test_inductor_computes_position_biases_as_eager_does(name: str, shared_models: Any) -> None:
+def test_compiled_position_biases_are_those_of_eager(name: str, shared_models: Any) -> None:
     model, inputs = shared_models["beit"], make_inputs("beit", 3)
     merged = tomepass.apply(model, METHODS[name], example_inputs=inputs)
-    ours, theirs = (
-        output_of("beit", m(**inputs)) for m in (torch.compile(merged, fullgraph=True), merged)
-    )
+    # Generated code for one of them: biases are merged alike.
+    compiler = "inductor" if name == "threshold" else "aot_eager"
+    compiled = torch.compile(merged, fullgraph=True, backend=compiler)
+    ours, theirs = (output_of("beit", m(**inputs)) for m in (compiled, merged))
     assert relative_error(ours, theirs) < 1e-4
 
 
