@@ -295,7 +295,9 @@ def test_weights_follow_the_dtype_of_the_stream(
 
 @every_kind
 @torch.no_grad()
-def test_the_backend_freezes_it_with_inductor(kind: type[Learned], vit: Any, images: Tensor) -> None:
+def test_the_backend_freezes_it_with_inductor(
+    kind: type[Learned], vit: Any, images: Tensor
+) -> None:
     method = trained(kind)
     expected = tomepass.apply(vit, method, example_inputs=images)(images).logits
     with torch._inductor.config.patch(freezing=True):
