@@ -19,12 +19,12 @@ from torch import Tensor, nn
 import tomepass
 from benchmarks.accuracy import load, split
 from benchmarks.results import OUT, Results, bars, cell
-from benchmarks.turns import medians_in_turns
 from tomepass import Method, ToMe
 from tomepass.adaptive import AdaptiveModel
 from tomepass.judging import Judge
 from tomepass.options import parse_r
 from tomepass.shapes import even
+from tomepass.turns import medians_in_turns
 
 _FORMS = ("unmerged", "one budget", "adaptive")
 

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
 from benchmarks.results import OUT, Results, cell, lines
-from benchmarks.turns import medians_in_turns
 from tomepass.loading import parse_dtype
 from tomepass.options import MultiValueCommand
+from tomepass.turns import medians_in_turns
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 HEADS, HEAD = 12, 64

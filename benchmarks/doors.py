@@ -25,7 +25,7 @@ from tomepass import ToMe, TomeError
 from tomepass.artifacts import write_artifact
 from tomepass.doors import DOORS
 from tomepass.examples import example_inputs
-from tomepass.options import parse_r
+from tomepass.options import errors_told, parse_r
 
 
 class Measured(NamedTuple):
@@ -71,7 +71,7 @@ def main(
     """Print a row a door; what is not installed is said and left out, unless it was asked for."""
     torch.set_num_threads(threads)
     console = Console(stderr=True)
-    try:
+    with errors_told():
         subject = make_model(model)
         method = ToMe(parse_r(r))
         report = tomepass.explain(subject, method, example_inputs=example_inputs(subject, 2))
@@ -83,9 +83,6 @@ def main(
                 if to:
                     raise
                 console.print(f"left out: {name}: {error.reason}")
-    except (TomeError, TypeError, ValueError) as error:
-        console.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
     label = Path(model).expanduser().name
     Results(
         name="doors",

@@ -24,10 +24,10 @@ import tomepass
 from benchmarks import gpu_kernels
 from benchmarks.gpu_models import SETTINGS, TINY, TRAINING, Setting
 from benchmarks.gpu_profile import profiled
-from benchmarks.gpu_timing import milliseconds, peak_bytes
+from benchmarks.gpu_timing import milliseconds
 from benchmarks.results import OUT, Results
 from tomepass import ToMe, TomeBackend
-from tomepass.benchmarking import measure
+from tomepass.benchmarking import measure, peak_tensor_bytes
 from tomepass.loading import parse_dtype
 
 MODES = ("default", "reduce-overhead", "max-autotune")
@@ -139,7 +139,7 @@ def trained(
         for form in (None, ToMe(r))
     ]
     times = milliseconds(runs, rounds, device)
-    peaks = [peak_bytes(run, device) for run in runs]
+    peaks = [peak_tensor_bytes(run, device) for run in runs]
     ratios = [a / b for a, b in zip(*times, strict=True)]
     return [
         {
@@ -191,7 +191,7 @@ def memory(inference: Setting, training: Setting, dtype: torch.dtype, device: to
                 run = inference_call(model, method, images)
             for _ in range(3):
                 run()
-            found.append(peak_bytes(run, device))
+            found.append(peak_tensor_bytes(run, device))
         rows.append(
             {
                 "what": name,

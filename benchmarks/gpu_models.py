@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.throughput import make_vit
 from tomepass.methods import RLike
 
 
@@ -35,20 +36,9 @@ class Setting:
         return torch.randn(self.batch, 3, self.pixels, self.pixels).to(device, dtype)
 
 
-def vit(width: int, depth: int, pixels: int, patch: int = 16) -> nn.Module:
-    """A ViT classifier with heads of 64."""
-    from transformers import ViTConfig, ViTForImageClassification
-
-    config = ViTConfig(
-        hidden_size=width,
-        num_hidden_layers=depth,
-        num_attention_heads=width // 64,
-        intermediate_size=4 * width,
-        image_size=pixels,
-        patch_size=patch,
-        num_labels=1000,
-    )
-    return made(ViTForImageClassification, config)
+def vit(width: int, depth: int, pixels: int) -> nn.Module:
+    """A ViT/16 classifier with heads of 64."""
+    return make_vit(width, depth, width // 64, pixels).requires_grad_(False)
 
 
 def dinov2() -> nn.Module:

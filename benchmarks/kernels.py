@@ -18,12 +18,12 @@ import typer
 from torch import Tensor
 
 from benchmarks.results import OUT, Results, bars, cell
-from benchmarks.turns import medians_in_turns
 from tomepass.kernels.cpu import match_cpu, merge_cpu
 from tomepass.loading import parse_dtype
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
 from tomepass.options import MultiValueCommand
+from tomepass.turns import medians_in_turns
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 WIDTH, HEADS, PROTECTED = 768, 12, [0]

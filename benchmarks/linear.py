@@ -16,7 +16,7 @@ import torch
 import typer
 
 from benchmarks.results import OUT, Results, cell, lines
-from benchmarks.turns import medians_in_turns
+from tomepass.turns import medians_in_turns
 
 SHAPES = {"768 to 768": (768, 768), "768 to 3072": (768, 3072), "3072 to 768": (3072, 768)}
 

@@ -16,18 +16,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import Tensor, nn
 
 import tomepass
 from benchmarks.results import OUT, Results, bars, cell
 from benchmarks.throughput import SIZES, make_model
-from benchmarks.turns import medians_in_turns
 from tomepass import ToMe, TomeError
 from tomepass.examples import example_inputs
 from tomepass.exporting import export_unmerged
 from tomepass.loading import load_images
-from tomepass.options import parse_r
+from tomepass.options import errors_told, parse_r
+from tomepass.turns import medians_in_turns
 
 Form = Callable[[Tensor], Tensor]
 COLUMNS = {
@@ -57,7 +56,7 @@ def main(
 ) -> None:
     """Print a row for each way to quantise and each r."""
     torch.set_num_threads(threads)
-    try:
+    with errors_told(ImportError):
         subject = make_model(model)
         x = _images(subject, model, images, count)
         rows = []
@@ -66,9 +65,6 @@ def main(
                 raise TomeError(f"no {name!r}", advice=f"one of {', '.join(MAKERS)}")
             for text in r or ("8", "16"):
                 rows.append(_row(subject, name, text, x, batch, rounds))
-    except (TomeError, TypeError, ValueError, ImportError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from error
     label = Path(model).expanduser().name
     Results(
         name="quantization",

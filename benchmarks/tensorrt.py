@@ -12,19 +12,18 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 
 import tomepass
 from benchmarks.results import OUT, Results, bars, cell
 from benchmarks.throughput import SIZES, make_model
-from benchmarks.turns import medians_in_turns
 from tomepass import ToMe, TomeError
 from tomepass.doors import DOORS
 from tomepass.examples import example_inputs
 from tomepass.exporting import export_unmerged
 from tomepass.loading import parse_dtype
-from tomepass.options import parse_r
+from tomepass.options import errors_told, parse_r
+from tomepass.turns import medians_in_turns
 
 COLUMNS = {
     "r": cell("r"),
@@ -47,7 +46,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the files.")] = OUT,
 ) -> None:
     """Print a row an r: merged engines against the unmerged model's, interleaved."""
-    try:
+    with errors_told():
         DOORS["tensorrt"].check()
         if not torch.cuda.is_available():
             raise TomeError("TensorRT needs a CUDA device, and there is none")
@@ -55,11 +54,6 @@ def main(
         rows = [
             _row(subject, ToMe(parse_r(text)), text, batch, rounds) for text in r or ("8", "16")
         ]
-    except (TomeError, TypeError, ValueError) as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False
-        )
-        raise typer.Exit(2) from error
     label = Path(model).expanduser().name
     Results(
         name="tensorrt",

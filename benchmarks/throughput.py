@@ -15,14 +15,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from tomepass import ToMe, TomeError
 from tomepass.bench import checked_device, option_sets, run_bench, write_bench
 from tomepass.loading import load_model, parse_dtype
-from tomepass.options import MultiValueCommand, parse_r
+from tomepass.options import MultiValueCommand, errors_told, parse_r
 
 # Width, blocks, heads of a ViT/16 at 224 pixels.
 SIZES = {
@@ -64,7 +63,7 @@ def main(
     """Measure a model against its merged form, compiled by the same backend, at several r."""
     if threads is not None:
         torch.set_num_threads(threads)
-    try:
+    with errors_told():
         methods = [ToMe(parse_r(text)) for text in r or ("8", "13", "16")]
         options = option_sets(backend, freezing, both)
         place = {"device": checked_device(device), "dtype": parse_dtype(dtype)}
@@ -73,11 +72,6 @@ def main(
         measured = run_bench(
             subject, label, methods, options, backend=backend, batch=batch, rounds=rounds, cold=cold
         )
-    except (TomeError, TypeError, ValueError) as error:
-        Console(stderr=True, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False, highlight=False
-        )
-        raise typer.Exit(2) from error
     write_bench(measured, out)
 
 
@@ -91,23 +85,27 @@ def make_model(name: str, seed: int = 0, pixels: int = 224) -> nn.Module:
         TomeError: if the name is neither.
     """
     if name in SIZES:
-        torch.manual_seed(seed)
-        width, blocks, heads = SIZES[name]
-        config = ViTConfig(
-            hidden_size=width,
-            num_hidden_layers=blocks,
-            num_attention_heads=heads,
-            intermediate_size=4 * width,
-            image_size=pixels,
-            num_labels=1000,
-        )
-        made: nn.Module = ViTForImageClassification(config)
-        return made.eval()
+        return make_vit(*SIZES[name], pixels, seed)
     if not Path(name).expanduser().is_dir():
         raise TomeError(
             f"no model {name!r}", advice=f"one of {', '.join(SIZES)}, or a model directory"
         )
     return load_model(name)
+
+
+def make_vit(width: int, blocks: int, heads: int, pixels: int, seed: int = 0) -> nn.Module:
+    """A ViT/16 classifier with random weights, in eval mode."""
+    torch.manual_seed(seed)
+    config = ViTConfig(
+        hidden_size=width,
+        num_hidden_layers=blocks,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        image_size=pixels,
+        num_labels=1000,
+    )
+    made: nn.Module = ViTForImageClassification(config)
+    return made.eval()
 
 
 if __name__ == "__main__":

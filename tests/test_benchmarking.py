@@ -136,7 +136,7 @@ def test_progress_is_told_as_often_as_promised(measured: tuple[Measurement, list
 def test_milliseconds_are_an_images(
     monkeypatch: pytest.MonkeyPatch, vit: Any, images: Tensor
 ) -> None:
-    monkeypatch.setattr(benchmarking, "_seconds", lambda run, calls, device: 0.6)
+    monkeypatch.setattr(benchmarking, "seconds_a_call", lambda run, calls, device: 0.6)
     found = measure(vit, images.repeat(2, 1, 1, 1)[:3], r=4, inner="eager", rounds=1)
     assert found.original.milliseconds.samples == pytest.approx((200.0,))
     assert found.original.images_per_second == pytest.approx(5.0)

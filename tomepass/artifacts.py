@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +20,7 @@ from tomepass.examples import example_inputs
 from tomepass.exporting import export, export_unmerged
 from tomepass.methods import Method
 from tomepass.module import MergedModel, apply
+from tomepass.turns import medians_in_turns
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 TOLERANCE = 1e-3
 """The greatest relative error at which a float32 file counts as the model's."""
 BATCHES = (1, 2, 7)
-_ROUNDS, _WARM = 5, 2
+_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def write_artifact(
         form.write(program, target)
         progress("running what was written")
         run = form.load(target, **options)
-        sizes = sorted({*BATCHES}) if dynamic_batch else [batch]
+        sizes = BATCHES if dynamic_batch else (batch,)
         rows = tuple(parity(run, merged, example_inputs(model, size)) for size in sizes)
         _check_parity(rows, path, model, tolerance)
         milliseconds = None
@@ -154,7 +153,11 @@ def write_artifact(
             other.mkdir()
             form.write(plain, other / path.name)
             progress("measuring")
-            milliseconds = in_turns([form.load(other / path.name, **options), run], inputs)
+            unmerged = form.load(other / path.name, **options)
+            before, after = medians_in_turns(
+                [lambda: unmerged(inputs), lambda: run(inputs)], _ROUNDS, calls=1
+            )
+            milliseconds = (before, after)
             shutil.rmtree(other)
         _put_in_place(folder, path, force)
     return Artifact(path, form, rows, milliseconds, batch)
@@ -198,18 +201,6 @@ def parity(run: Run, merged: MergedModel, inputs: Mapping[str, Any]) -> Parity:
         if rows
         else None,
     )
-
-
-def in_turns(runs: list[Run], inputs: Mapping[str, Any]) -> tuple[float, float]:
-    """Milliseconds a call of two functions: medians of interleaved calls."""
-    samples: list[list[float]] = [[], []]
-    for _ in range(_ROUNDS + _WARM):
-        for run, found in zip(runs, samples, strict=True):
-            started = time.perf_counter()
-            run(inputs)
-            found.append(1000 * (time.perf_counter() - started))
-    before, after = (median(found[_WARM:]) for found in samples)
-    return before, after
 
 
 def _check_parity(rows: tuple[Parity, ...], path: Path, model: nn.Module, tolerance: float) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 
 from tomepass.attention import FUSED
 from tomepass.axis import argument
-from tomepass.capture import carry_origin
+from tomepass.capture import carry_origin, carry_value, value_of
 from tomepass.ops.attend import attend_channel, attend_cudnn, attend_scaled
 from tomepass.ops.log_size import log_size
 
@@ -93,7 +93,7 @@ def take_gpu_attention(module: fx.GraphModule) -> tuple[str, ...]:
         bias = argument(node, 3, "attn_mask")
         if bias is None or bias.target is not log_size:
             continue
-        keys: Tensor = _value(node.args[1])
+        keys: Tensor = value_of(node.args[1])
         path = path_for(_capability(keys.device), int(keys.shape[2]), keys.dtype, keys.shape[3])
         if path != "bias" and _grouped(node):
             path = "bias"
@@ -110,7 +110,7 @@ def _replace(node: fx.Node, bias: fx.Node, target: Any) -> None:
     with node.graph.inserting_before(node):
         made = node.graph.call_function(target, (*node.args[:3], bias.args[0], scale))
     carry_origin(made, node)
-    made.meta.update({k: v for k, v in node.meta.items() if k in ("val", "example_value")})
+    carry_value(made, node)
     node.replace_all_uses_with(made)
     node.graph.erase_node(node)
     if not bias.users:
@@ -126,7 +126,3 @@ def _capability(device: torch.device) -> tuple[int, int]:
     if not torch.cuda.is_available():
         return (0, 0)
     return torch.cuda.get_device_capability(device)
-
-
-def _value(node: Any) -> Any:
-    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]

@@ -317,7 +317,7 @@ def measure(
             with _compiling(inner, options, cold):
                 compile_seconds.append(_first_call(runs[-1], device))
         say("warming up, measuring memory")
-        warm = min(_seconds(run, 1, device) for run in runs for _ in range(_WARM_CALLS))
+        warm = min(seconds_a_call(run, 1, device) for run in runs for _ in range(_WARM_CALLS))
         calls = min(max(math.ceil(_SAMPLE_SECONDS / warm), 1), _MOST_CALLS)
         with torch.compiler.set_stance("fail_on_recompile"):
             peaks = [peak_tensor_bytes(run, device) for run in runs]
@@ -325,7 +325,7 @@ def measure(
             for index in range(rounds):
                 say(f"round {index + 1} of {rounds}")
                 for arm in (0, 1) if index % 2 == 0 else (1, 0):
-                    samples[arm].append(_seconds(runs[arm], calls, device))
+                    samples[arm].append(seconds_a_call(runs[arm], calls, device))
 
     arms = [
         Arm(Spread(tuple(1000.0 * s / batch for s in times)), peak, seconds)
@@ -586,7 +586,7 @@ def _first_call(run: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _seconds(run: Callable[[], Any], calls: int, device: torch.device) -> float:
+def seconds_a_call(run: Callable[[], Any], calls: int, device: torch.device) -> float:
     """Wall-clock seconds a call; on CUDA between two events on the current stream."""
     if device.type == "cuda":
         with torch.cuda.device(device):

@@ -30,6 +30,7 @@ aten = torch.ops.aten
 
 # Where a node comes from.
 _ORIGIN = ("stack_trace", "nn_module_stack")
+_VALUES = ("val", "example_value")  # ours, and Dynamo's
 # What Dynamo leaves on a placeholder and Inductor needs: static inputs, CUDA graphs, names.
 _CARRIED_META = ("tensor_dict", "grapharg", *_ORIGIN)
 # Where a line of code is not the model's.
@@ -236,6 +237,16 @@ def _described(value: Any) -> str:
 def carry_origin(new: fx.Node, like: fx.Node) -> None:
     """Marks a node as coming from where another does: its source line and its module."""
     new.meta.update({name: like.meta[name] for name in _ORIGIN if name in like.meta})
+
+
+def value_of(node: Any) -> Any:
+    """The fake value of a node of a captured graph, or of one of Dynamo's."""
+    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]
+
+
+def carry_value(new: fx.Node, old: fx.Node) -> None:
+    """Gives a node the fake value of the one it stands for."""
+    new.meta.update({name: old.meta[name] for name in _VALUES if name in old.meta})
 
 
 def source_line(node: fx.Node) -> str | None:

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from tomepass.errors import TomeError
-from tomepass.options import MultiValueCommand, parse_r
+from tomepass.options import MultiValueCommand, errors_told, parse_r
 
 app = typer.Typer(
     help="Token merging for Vision Transformers, as a compiler pass.",
@@ -44,14 +44,9 @@ def _reported(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
-        try:
+        with errors_told():
             _quiet()
             command(*args, **kwargs)
-        except (TomeError, TypeError, ValueError) as error:
-            Console(stderr=True, soft_wrap=True).print(
-                f"error: {error}", style="red", markup=False, highlight=False
-            )
-            raise typer.Exit(2) from error
 
     return run
 

@@ -3,14 +3,35 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from rich.console import Console
+from typer import Exit
 from typer.core import TyperCommand
 
+from tomepass.errors import TomeError
 from tomepass.schedule import Schedule, parse_schedule
 
 _NUMBER = re.compile(r"-\.?\d")
+
+
+@contextmanager
+def errors_told(*more: type[Exception]) -> Iterator[None]:
+    """Errors a user can mend are printed as such, without a traceback; exit status 2.
+
+    Args:
+        more: kinds of errors beside TomeError, TypeError and ValueError.
+    """
+    kinds: tuple[type[Exception], ...] = (TomeError, TypeError, ValueError, *more)
+    try:
+        yield
+    except kinds as error:
+        Console(stderr=True, soft_wrap=True).print(
+            f"error: {error}", style="red", markup=False, highlight=False
+        )
+        raise Exit(2) from error
 
 
 class MultiValueCommand(TyperCommand):

@@ -22,7 +22,7 @@ from torch import fx
 
 from tomepass.attention import FUSED
 from tomepass.attention_gpu import take_gpu_attention
-from tomepass.capture import carry_origin
+from tomepass.capture import carry_origin, value_of
 from tomepass.kernels.choose_gpu import take_gpu_kernels
 from tomepass.kernels.cpu import DTYPES, match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
 from tomepass.ops.log_size import log_size
@@ -60,7 +60,7 @@ def take_kernels(module: fx.GraphModule, *, trains: bool = False) -> Taken:
 def on_cuda(module: fx.GraphModule) -> bool:
     """Does a graph merge tokens on a CUDA device?"""
     merges = module.graph.find_nodes(op="call_function", target=merge)
-    return any(_value(node.args[0]).device.type == "cuda" for node in merges)
+    return any(value_of(node.args[0]).device.type == "cuda" for node in merges)
 
 
 def _take_cpu_kernels(module: fx.GraphModule) -> None:
@@ -76,7 +76,7 @@ def _take_cpu_kernels(module: fx.GraphModule) -> None:
     for node in module.graph.find_nodes(op="call_function", target=merge_bias):
         bias = node.args[0]
         # One for all images, from all queries to all keys.
-        shape = list(_value(bias).shape)
+        shape = list(value_of(bias).shape)
         if _takes(bias) and shape[-1] == shape[-2] > 1 and shape[:-3] in ([], [1]):
             node.target = merge_bias_cpu
     for node in module.graph.find_nodes(op="call_function", target=FUSED):
@@ -86,12 +86,8 @@ def _take_cpu_kernels(module: fx.GraphModule) -> None:
 
 
 def _takes(operand: Any) -> bool:
-    value = _value(operand)
+    value = value_of(operand)
     return value.device.type == "cpu" and value.dtype in DTYPES
-
-
-def _value(node: fx.Node) -> Any:
-    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]
 
 
 def _merge_at_once(node: fx.Node, size: fx.Node | None) -> None:
@@ -127,6 +123,6 @@ def _replace(old: Sequence[fx.Node | None], at: fx.Node, kernel: Any, args: Any)
         carry_origin(made, at)
         taken = [graph.call_function(operator.getitem, (made, i)) for i, n in enumerate(old) if n]
     for new, node in zip(taken, filter(None, old), strict=True):
-        new.meta["val"] = _value(node)
+        new.meta["val"] = value_of(node)
         node.replace_all_uses_with(new)
         graph.erase_node(node)

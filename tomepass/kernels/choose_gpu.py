@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from tomepass.capture import carry_origin
+from tomepass.capture import carry_origin, carry_value, value_of
 from tomepass.kernels.gpu import DTYPES
 from tomepass.kernels.gpu_match import match_triton, unfit
 from tomepass.kernels.gpu_merge import (
@@ -76,7 +76,7 @@ class _Taking:
 
     def matches(self) -> None:
         for node in self._calls(match):
-            keys = value(node.args[0])
+            keys = value_of(node.args[0])
             shape = tuple(_number(s) for s in keys.shape)
             memory = shared_memory(keys.device)
             if reason := unfit(shape, keys.dtype, _ints(node.args[2]), memory):
@@ -88,7 +88,7 @@ class _Taking:
     def merges(self) -> None:
         sizes = {n.args: n for n in self._calls(merge_size)}
         for node in self._calls(merge):
-            x = value(node.args[0])
+            x = value_of(node.args[0])
             if reason := _unfit_rows(x):
                 self._leave("merge", reason)
                 continue
@@ -123,9 +123,9 @@ class _Taking:
     def unmerges(self) -> None:
         for node in self._calls(unmerge):
             x, source, dim = node.args
-            if value(x).ndim != 3 or dim != 1:
+            if value_of(x).ndim != 3 or dim != 1:
                 continue  # of sizes and of scores: little, or not by rows
-            if reason := _unfit_rows(value(x)):
+            if reason := _unfit_rows(value_of(x)):
                 self._leave("unmerge", reason)
                 continue
             node.target, node.args = unmerge_triton, (x, source)
@@ -155,7 +155,7 @@ class _Taking:
     def _item(self, made: fx.Node, index: int, old: fx.Node | None) -> fx.Node:
         item = self.graph.call_function(operator.getitem, (made, index))
         if old is not None:
-            item.meta.update({k: v for k, v in old.meta.items() if k in ("val", "example_value")})
+            carry_value(item, old)
         return item
 
     def _take(self, name: str) -> None:
@@ -164,11 +164,6 @@ class _Taking:
     def _leave(self, name: str, reason: str) -> None:
         line = f"{name}: composite operators, for {reason}"
         self.left[line] = self.left.get(line, 0) + 1
-
-
-def value(node: Any) -> Any:
-    """The fake tensor of a node, by either door."""
-    return node.meta["val"] if "val" in node.meta else node.meta["example_value"]
 
 
 def shared_memory(device: torch.device) -> int:
@@ -195,14 +190,14 @@ def _summands(node: fx.Node, x: Any) -> tuple[Any, Any]:
     summands: tuple[Any, Any] = x.args
     if not all(isinstance(s, fx.Node) and _same_shape(s, x) for s in summands):
         return x, None
-    if any(value(s).dtype not in DTYPES for s in summands):
+    if any(value_of(s).dtype not in DTYPES for s in summands):
         return x, None
     return summands
 
 
 def _norm(node: fx.Node) -> fx.Node | None:
     """The LayerNorm over channels that reads what is merged."""
-    width = value(node).shape[-1]
+    width = value_of(node).shape[-1]
     for user in node.users:
         if user.target is not aten.layer_norm.default or user.args[0] is not node:
             continue
@@ -218,7 +213,7 @@ def _ready(operand: Any, node: fx.Node) -> bool:
 
 
 def _same_shape(a: fx.Node, b: fx.Node) -> bool:
-    return isinstance(value(a), Tensor) and list(value(a).shape) == list(value(b).shape)
+    return isinstance(value_of(a), Tensor) and list(value_of(a).shape) == list(value_of(b).shape)
 
 
 def _ints(values: Any) -> Sequence[int]:
