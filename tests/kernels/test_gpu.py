@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from tests.assignments import assignments
-from tests.kernels.gpu_cases import NEXT_TO_NOTHING, check_map, check_merge, counts, heads
+from tests.kernels.gpu_cases import (
+    NEXT_TO_NOTHING,
+    check_map,
+    check_merge,
+    counts,
+    even_cosines,
+    heads,
+)
 from tomepass.kernels import gpu_match
 from tomepass.kernels.gpu_match import match_triton
 from tomepass.kernels.gpu_merge import (
@@ -67,11 +74,7 @@ def test_the_shortest_sequence_that_merges() -> None:
 
 @pytest.mark.parametrize("r", [1, 7, 15])
 def test_ties_go_to_the_lower_position(r: int, path: str) -> None:
-    """Whole numbers with few values: many cosines are equal to the last bit."""
-    torch.manual_seed(r)
-    single = torch.randint(0, 2, (3, 1, 41, 16)).float()
-    keys = torch.where(torch.rand(3, 1, 41, 1) < 0.7, single[:, :, :1], single)
-    check_map(keys, r, [0])
+    check_map(even_cosines(3, 41, r), r, [0])
 
 
 def test_zeros_of_either_sign_are_equal(path: str) -> None:

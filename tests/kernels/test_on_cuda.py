@@ -11,7 +11,14 @@ from torch import Tensor
 from zoo import make_inputs, make_model
 
 import tomepass
-from tests.kernels.gpu_cases import NEXT_TO_NOTHING, check_map, check_merge, counts, heads
+from tests.kernels.gpu_cases import (
+    NEXT_TO_NOTHING,
+    check_map,
+    check_merge,
+    counts,
+    even_cosines,
+    heads,
+)
 from tomepass.kernels import gpu_match, gpu_merge, tuning
 from tomepass.kernels.gpu_match import match_triton
 from tomepass.kernels.gpu_merge import (
@@ -56,8 +63,7 @@ def test_a_long_sequence() -> None:
 
 @pytest.mark.parametrize("tokens", [197, 577])
 def test_ties_and_padding_on_the_device(tokens: int) -> None:
-    keys = torch.randint(0, 2, (3, 1, tokens, 16), device="cuda").float()
-    check_map(keys, tokens // 3, [0])
+    check_map(even_cosines(3, tokens, 0, device="cuda"), tokens // 3, [0])
     same = torch.ones(3, 2, tokens, 16, device="cuda")
     check_map(same, tokens // 3, [0])
     size = torch.where(torch.rand(3, tokens, device="cuda") < 0.3, NEXT_TO_NOTHING, 1.0)
