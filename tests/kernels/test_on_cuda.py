@@ -70,6 +70,18 @@ def test_ties_and_padding_on_the_device(tokens: int) -> None:
     check_map(heads(3, tokens, device="cuda"), tokens // 3, [0], size)
 
 
+@pytest.mark.parametrize("tokens", [60, 300])
+def test_tokens_without_a_direction_on_the_device(tokens: int) -> None:
+    keys = heads(2, tokens, device="cuda")
+    keys[:, :, 4], keys[:, :, 5], keys[:, :, 8] = float("nan"), float("inf"), 0.0
+    for r in (1, tokens // 3, tokens // 2 - 1):
+        check_map(keys, r, [0])
+    narrow = match_triton(keys.bfloat16(), 1, [0])
+    # One edge of a number is better than none.
+    for images in narrow.tolist():
+        assert images.count(images[4]) == 1
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("tokens", [197, 577])
 def test_maps_of_narrow_dtypes_lose_next_to_nothing(dtype: torch.dtype, tokens: int) -> None:
