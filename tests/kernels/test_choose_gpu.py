@@ -204,18 +204,21 @@ def test_a_device_too_old_for_triton_is_named(monkeypatch: pytest.MonkeyPatch) -
 def test_the_backend_warns_of_what_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """It has no report."""
     monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, *a, **k: gm)
-    monkeypatch.setattr(gpu_match, "MOST_TOKENS", 4)
+    inputs = [torch.randn(2, 7, 4).double(), torch.randn(2, 7, 4).double(), torch.rand(2, 7)]
+    assign = torch.tensor([[0, 1, 2, 3, 4, 4, 1]]).expand(2, -1)
 
     def warned() -> list[str]:
-        torch._dynamo.reset()
-        with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        graph = graph_of(Merging(), *inputs, assign)
+        with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            torch.compile(make(), backend=TomeBackend(ToMe(3)))(pixels())
-        return [str(w.message) for w in caught if "Triton" in str(w.message)]
+            backend.resolve_inner("inductor", {})(graph, [])
+        return [str(w.message) for w in caught]
 
     (line,) = warned()
-    assert "match: composite operators, for" in line
-    assert "tokens, a kernel takes 4" in line
+    assert line == (
+        "not on Triton kernels: 2 merge: composite operators, for torch.float64; "
+        "1 unmerge: composite operators, for torch.float64"
+    )
     monkeypatch.setattr(choose_gpu, "find_spec", lambda name: None)
     (line,) = warned()
     assert "pip install 'tomepass[gpu]'" in line
