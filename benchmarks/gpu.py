@@ -31,7 +31,12 @@ from tomepass.benchmarking import measure, peak_tensor_bytes
 from tomepass.loading import parse_dtype
 
 MODES = ("default", "reduce-overhead", "max-autotune")
-NAMES = (*SETTINGS, "training", "memory", "profile", "check", "kernels", "bandwidth", "attention")
+NAMES = (
+    *(*SETTINGS, "training", "memory", "profile", "plan"),
+    *("check", "kernels", "bandwidth", "attention", "attention_72"),
+)
+COMPILED = (*SETTINGS, "training", "profile", "plan")
+"""Parts whose figures depend on Inductor's mode."""
 
 Rows = list[dict[str, Any]]
 
@@ -54,11 +59,15 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = {"only": only, "mode": mode, "dtype": dtype, "rounds": rounds, "tiny": tiny}
     rows = measured(only, mode, parse_dtype(dtype), rounds, device, tiny)
+    if tiny:  # of a tiny model no figure is a verdict
+        rows = [row | {"reached": "-"} if "reached" in row else row for row in rows]
     columns = {name: _shown(name) for name in rows[0]}
-    suffix = f"_{mode}" if only in (*SETTINGS, "training", "profile") else ""
+    suffix = f"_{mode}" if only in COMPILED else ""
     title = f"{only}{suffix}, {dtype}, {device_name(device)}"
-    command = f"python -m benchmarks gpu --only {only} --mode {mode} --dtype {dtype}"
-    settings |= {"command": command, **versions(device)}
+    words = [f"--only {only}", *([f"--mode {mode}"] if suffix else []), f"--dtype {dtype}"]
+    words += [f"--rounds {rounds}", *(["--tiny"] if tiny else [])]
+    where = {"command": " ".join(["python -m benchmarks gpu", *words]), **versions(device)}
+    settings |= where
     name = f"gpu_{only}{suffix}"
     Results(
         name=name,
@@ -67,6 +76,7 @@ def main(
         rows=rows,
         settings=settings,
         plot=None,
+        note="; ".join(f"{key}: {value}" for key, value in where.items()),
     ).publish(out)
     # Terminals cut wide tables.
     typer.echo((out / f"{name}.md").read_text())
@@ -84,10 +94,12 @@ def measured(
         "training": lambda: trained(TINY if tiny else TRAINING, mode, dtype, rounds, device),
         "memory": lambda: memory(setting, TINY if tiny else TRAINING, dtype, device),
         "profile": lambda: profiled(setting, mode, dtype, rounds, device),
+        "plan": lambda: planned(TINY if tiny else SETTINGS["batch1"], mode, dtype, rounds, device),
         "check": lambda: checked(setting, dtype, device),
         "kernels": lambda: gpu_kernels.correct(dtype, device, tiny),
         "bandwidth": lambda: gpu_kernels.bandwidth(dtype, rounds, device, tiny),
-        "attention": lambda: gpu_kernels.attention(dtype, rounds, device, tiny),
+        "attention": lambda: gpu_kernels.attention(64, dtype, rounds, device, tiny),
+        "attention_72": lambda: gpu_kernels.attention(72, dtype, rounds, device, tiny),
     }
     return parts[only]()
 
@@ -108,6 +120,7 @@ def compared(
     options = options_of(mode) if device.type == "cuda" else {}
     found = measure(model, images, r=r, inner_options=options, rounds=rounds)
     ideal, ratio = found.ratio_ideal, found.ratio
+    goal = setting.target or 1 / ideal
     return {
         "r": str(r),
         "batch": setting.batch,
@@ -116,12 +129,34 @@ def compared(
         "greatest": ratio.high,
         "MAC-ideal": ideal,
         "of ideal": ratio.median / ideal,
-        "to reach": setting.target or 1 / ideal,
+        "to reach": goal,
+        "reached": verdict(ratio.median / ideal >= goal),
         "ms unmerged": found.original.milliseconds.median * setting.batch,
         "ms merged": found.merged.milliseconds.median * setting.batch,
         "s to compile": found.merged.compile_seconds,
         "kernels": "; ".join(tomepass.explain(model, r=r, example_inputs=images).kernels),
     }
+
+
+def planned(
+    setting: Setting, mode: str, dtype: torch.dtype, rounds: int, device: torch.device
+) -> Rows:
+    """What the planner says: a schedule, or that merging does not pay."""
+    model = setting.model().to(device, dtype)
+    (r,) = setting.counts
+    options = options_of(mode) if device.type == "cuda" else {}
+    images = setting.images(device, dtype)
+    plan = tomepass.plan(model, images, r=r, inner_options=options, rounds=rounds, progress=False)
+    return [
+        {
+            "r": str(r),
+            "batch": setting.batch,
+            "tried": ", ".join(f"{t.speedup:.2f}x" for t in plan.tried),
+            "merges": "yes" if plan.merges else "no",
+            "why": plan.why,
+            "reached": verdict((plan.speedup or 0) >= 1 or not plan.merges),
+        }
+    ]
 
 
 # ---- training and memory -------------------------------------------------------------------
@@ -139,8 +174,8 @@ def trained(
         for form in (None, ToMe(r))
     ]
     times = milliseconds(runs, rounds, device)
-    peaks = [peak_tensor_bytes(run, device) for run in runs]
     ratios = [a / b for a, b in zip(*times, strict=True)]
+    goal = 1.6
     return [
         {
             "r": str(r),
@@ -148,11 +183,10 @@ def trained(
             "speed-up": statistics.median(ratios),
             "least": min(ratios),
             "greatest": max(ratios),
-            "to reach": 1.6,
+            "to reach": goal,
+            "reached": verdict(statistics.median(ratios) >= goal),
             "ms unmerged": statistics.median(times[0]),
             "ms merged": statistics.median(times[1]),
-            "MB unmerged": peaks[0] / 1e6,
-            "MB merged": peaks[1] / 1e6,
         }
     ]
 
@@ -192,6 +226,7 @@ def memory(inference: Setting, training: Setting, dtype: torch.dtype, device: to
             for _ in range(3):
                 run()
             found.append(peak_tensor_bytes(run, device))
+        ratio, goal = found[1] / max(found[0], 1), 1.0 if name == "inference" else 0.75
         rows.append(
             {
                 "what": name,
@@ -199,8 +234,9 @@ def memory(inference: Setting, training: Setting, dtype: torch.dtype, device: to
                 "batch": setting.batch,
                 "MB unmerged": found[0] / 1e6,
                 "MB merged": found[1] / 1e6,
-                "ratio": found[1] / max(found[0], 1),
-                "to reach": 1.0 if name == "inference" else 0.75,
+                "ratio": ratio,
+                "to reach": goal,
+                "reached": verdict(ratio <= goal),
             }
         )
     return rows
@@ -242,6 +278,11 @@ def checked(setting: Setting, dtype: torch.dtype, device: torch.device) -> Rows:
 
 
 # ---- details -------------------------------------------------------------------------------
+
+
+def verdict(reached: bool) -> str:
+    """For the last column of a table."""
+    return "yes" if reached else "NO"
 
 
 def device_name(device: torch.device) -> str:

@@ -39,6 +39,7 @@ def recorded(run: Run, device: torch.device) -> Run:
         return run
     make: Any = torch.cuda.Stream
     stream = make()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(_WARM_CALLS):
             run()

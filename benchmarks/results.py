@@ -59,6 +59,7 @@ class Results:
         rows: raw figures, as they go into the JSON.
         settings: what the rows have in common, for the JSON.
         plot: draws the rows; None for a table alone.
+        note: under the table in Markdown.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Results:
     rows: Sequence[Row]
     settings: Row
     plot: Callable[[Axes, Sequence[Row]], None] | None
+    note: str = ""
 
     def cells(self) -> list[list[str]]:
         return [[show(row) for show in self.columns.values()] for row in self.rows]
@@ -87,7 +89,8 @@ class Results:
         (out / f"{self.name}.json").write_text(json.dumps(data, indent=1) + "\n")
         lines = [list(self.columns), ["---"] * len(self.columns), *self.cells()]
         text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        (out / f"{self.name}.md").write_text(text)
+        note = f"\n{self.note}\n" if self.note else ""
+        (out / f"{self.name}.md").write_text(text + note)
         kinds = ".json and .md"
         if self.plot is not None:
             self._draw(self.plot, where, out)

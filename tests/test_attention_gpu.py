@@ -11,6 +11,7 @@ from lossless import calls
 from torch import Tensor, fx
 
 import tomepass
+from benchmarks.gpu_kernels import flex
 from tomepass import attention_gpu
 from tomepass.attention import FUSED
 from tomepass.attention_gpu import Rule, path_for, take_gpu_attention
@@ -46,6 +47,14 @@ def test_paths_are_exact_in_float64(operator: Any, width: int, scale: float | No
     q, k, v, size = operands(torch.float64, width)
     expected = written_out(q, k, v, size, scale or width**-0.5)
     torch.testing.assert_close(operator(q, k, v, size, scale), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_is_exact_in_float64() -> None:
+    """Of the benchmark: no graph holds it."""
+    q, k, v, size = operands(torch.float64)
+    expected = written_out(q, k, v, size, 24**-0.5)
+    torch.testing.assert_close(flex(q, k, v, size.double()), expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

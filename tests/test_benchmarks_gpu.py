@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+import tomepass
 from benchmarks import gpu, gpu_models, gpu_profile, gpu_timing
 from benchmarks.__main__ import app
 
@@ -24,12 +27,18 @@ def test_parts_run_without_a_gpu(only: str, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     found = json.loads((tmp_path / f"gpu_{only}.json").read_text())
     assert {"gpu", "torch", "triton", "command"} <= set(found["settings"])
+    beneath = (tmp_path / f"gpu_{only}.md").read_text()
+    assert f"command: python -m benchmarks gpu --only {only} --dtype bf16" in beneath
+    assert "triton: " in beneath
     (row,) = found["rows"]
     if only == "kernels":
         assert row["maps of float32 equal"] is True
-        assert row["same bits again"] is row["same bits alone"] is True
+        assert row["same bits again"] is row["same bits alone"] is row["unmerge equal"] is True
+        # bfloat16 is cut off in the interpreter, not rounded.
+        assert max(row[f"{what}, error"] for what in ("merge", "LayerNorm", "sum")) < 2**-6
     else:
         assert row["merge"] > 0
+        assert row["reached"] == "-"  # of a tiny model
 
 
 @interpreted
@@ -72,6 +81,31 @@ def test_functions_take_turns() -> None:
     times = gpu_timing.milliseconds(runs, 2, torch.device("cpu"))
     assert [len(found) for found in times] == [2, 2]
     assert order[-4:] == ["a", "b", "b", "a"]
+
+
+@pytest.mark.parametrize(("ratio", "reached"), [(1.53, "yes"), (1.52, "NO")])
+def test_a_target_is_reached_or_not(
+    ratio: float, reached: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spread = SimpleNamespace(median=ratio, low=ratio, high=ratio)
+    arm = SimpleNamespace(milliseconds=spread, compile_seconds=1.0)
+    found = SimpleNamespace(ratio=spread, ratio_ideal=1.7, original=arm, merged=arm)
+    monkeypatch.setattr(gpu, "measure", lambda *args, **options: found)
+    monkeypatch.setattr(tomepass, "explain", lambda *args, **options: SimpleNamespace(kernels=()))
+    setting = replace(gpu_models.TINY, model=lambda: torch.nn.Linear(1, 1))
+    row = gpu.compared(setting, 4, "default", torch.float32, 1, torch.device("cpu"))
+    assert (row["to reach"], row["reached"]) == (0.9, reached)
+
+
+@pytest.mark.parametrize(("r", "merges"), [(16, "yes"), (0, "no")])
+def test_the_planner_merges_or_declines(
+    r: int, merges: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tomepass.Plan(tomepass.ToMe(r), 1.2 if r else 1.0, "as measured", (), "inductor", ())
+    monkeypatch.setattr(tomepass, "plan", lambda *args, **options: plan)
+    setting = replace(gpu_models.TINY, model=lambda: torch.nn.Linear(1, 1))
+    (row,) = gpu.planned(setting, "reduce-overhead", torch.float32, 1, torch.device("cpu"))
+    assert (row["merges"], row["reached"]) == (merges, "yes")  # to decline is an answer
 
 
 def test_settings_are_those_of_the_targets() -> None:

@@ -189,7 +189,8 @@ def resolve_inner(
     """The compiler behind a name, with its options bound.
 
     Inductor gets the kernels of :mod:`tomepass.kernels`, on a CPU where no gradients are needed;
-    all other compilers get the composite operators.
+    all other compilers get the composite operators. What has a kernel for CUDA and cannot take it
+    is named in a warning.
 
     Raises:
         TomeError: if the backend is not installed or not known.
@@ -245,7 +246,9 @@ def _inductor(options: dict[str, Any], mode: str | None) -> Callable[..., Any]:
                 advice="set TORCHINDUCTOR_FREEZING=1, or compile and call under "
                 "torch._inductor.config.patch(freezing=True) and torch.no_grad()",
             )
-        take_kernels(gm, trains=_trains(inputs))
+        if fallen := take_kernels(gm, trains=_trains(inputs)).fallen:
+            # There is no report here to say it.
+            warnings.warn(f"not on Triton kernels: {'; '.join(fallen)}", stacklevel=2)
         compiled: Any = compile_fx(gm, list(inputs), config_patches=patches or None)
         return compiled  # type: ignore[no-any-return]
 

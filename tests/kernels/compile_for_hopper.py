@@ -1,11 +1,15 @@
 """Compiles the launches of all kernels for Hopper, with no GPU: run by ``test_compiled.py``.
 
 Kernels go through Triton's own launcher, up to machine code, on tensors that are never read. Prints
-a line a kernel: name, shared bytes, whether it uses Hopper's matrix unit.
+a line a kernel: name, shared bytes, whether it uses Hopper's matrix unit. With ``orders`` all
+configurations are compiled, and a line names the kernel and how threads share out what each of
+its sums of floats goes through, for each configuration.
 """
 
 from __future__ import annotations
 
+import re
+import sys
 from typing import Any
 
 import torch
@@ -30,10 +34,30 @@ class Hopper:
         return 0
 
 
+ORDERS: list[str] = []
+
+
+def orders(code: str) -> str:
+    """Numbers a thread, threads a warp and warps a program along what is summed, of every sum."""
+    layouts = dict(re.findall(r"(#\w+) = #ttg\.blocked<\{(.*?), order", code))
+    sums = re.findall(
+        r'"tt\.reduce"\(.*?\) <\{axis = (\d) : i32\}> \(\{(.*?)\}\) : \(.*?(#\w+)>\)', code, re.S
+    )
+    found = []
+    for axis, body, layout in sums:
+        if "addf" in body:
+            parts = re.findall(r"\[([\d, ]+)\]", layouts[layout])
+            found.append("x".join(part.split(", ")[int(axis)] for part in parts))
+    return ",".join(found)
+
+
 def launch(self: Any, grid: Any) -> Any:
     def compile_only(*args: Any, **kwargs: Any) -> None:
         made = self.run(*args, grid=grid, warmup=True, **kwargs)
         matrix = "wgmma" in made.asm["ptx"]
+        if "orders" in sys.argv:
+            ORDERS.append(f"{self.fn.__name__} {orders(made.asm['ttgir'])}")
+            return
         print(self.fn.__name__, made.metadata.shared, "wgmma" if matrix else "-")
 
     return compile_only
@@ -43,12 +67,24 @@ def run_first(kind: Any, configurations: list[Configuration], run: Run, device: 
     run(configurations[0])
 
 
+def run_all(kind: Any, configurations: list[Configuration], run: Run, device: Any) -> None:
+    ORDERS.clear()
+    for configuration in configurations:
+        run(configuration)
+    name, *_ = ORDERS[0].split()
+    print(name, *(line.removeprefix(name).strip() for line in ORDERS))
+
+
 def main() -> None:
+    every = "orders" in sys.argv
     triton.runtime.driver.set_active(Hopper())
     JITFunction.__getitem__ = launch
     for module in (gpu_match, gpu_merge):
-        module.run_fastest = run_first  # type: ignore[attr-defined]
+        module.run_fastest = run_all if every else run_first  # type: ignore[attr-defined]
         module.need_triton = lambda x: None  # type: ignore[attr-defined]
+    if every:
+        compile_sums()
+        return
     x = torch.zeros(2, 577, 768, dtype=torch.bfloat16)
     keys = x.view(2, 577, 12, 64).transpose(1, 2)
     gpu_match.match_triton(keys, 23, [0], torch.ones(2, 577))
@@ -59,6 +95,20 @@ def main() -> None:
     gpu_merge.merge_norm_triton(x, x, torch.ones(2, 577), assign, *sources, *affine, 1e-6)
     gpu_merge.sum_triton(x, torch.ones(2, 577), assign, *sources)
     gpu_merge.unmerge_triton(x, assign)
+
+
+def compile_sums() -> None:
+    """The kernels that sum floats over channels, at shapes that fill few threads and many."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for tokens, width in ((197, 64), (40, 64), (40, 32), (197, 16), (577, 64), (577, 16)):
+            keys = torch.zeros(2, tokens, 2, width, dtype=dtype).transpose(1, 2)
+            gpu_match.match_triton(keys, 9, [0])
+        assign = torch.zeros(2, 197, dtype=torch.int64)
+        sources = gpu_merge._sources_result(assign, 181)
+        for width in (64, 768, 1152):
+            x = torch.zeros(2, 197, width, dtype=dtype)
+            affine = (x[0, 0], x[0, 0])
+            gpu_merge.merge_norm_triton(x, x, None, assign, *sources, *affine, 1e-6)
 
 
 if __name__ == "__main__":

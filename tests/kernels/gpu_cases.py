@@ -35,6 +35,15 @@ def heads(
     return made.to(device, dtype).transpose(1, 2)
 
 
+def even_cosines(images: int, tokens: int, seed: int, *, device: str = "cpu") -> Tensor:
+    """Keys ``[B, 1, N, 16]`` of length 2, of zeros and ones: cosines are quarters, many of them
+    equal, and exact in whatever order they are summed."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.rand(images, 1, tokens, 16, generator=generator).argsort(-1)
+    same = torch.rand(images, 1, tokens, 1, generator=generator) < 0.5
+    return torch.where(same, order[:, :, :1] < 4, order < 4).float().to(device)
+
+
 def counts(tokens: int, protected: list[int]) -> list[int]:
     """None, one, some, and all that can merge."""
     most = capped(tokens, tokens, tuple(sorted(set(protected))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ import tomepass
 from tomepass import ToMe, TomeBackend, backend, module
 from tomepass.graphs import copied
 from tomepass.kernels import choose, choose_gpu, gpu_match, gpu_merge
-from tomepass.kernels.choose_gpu import take_gpu_kernels
+from tomepass.kernels.choose_gpu import Lines, take_gpu_kernels
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.unmerge import unmerge
@@ -32,6 +33,9 @@ def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs count as CUDA's wherever they are."""
     monkeypatch.setattr(choose, "on_cuda", lambda graph: True)
     monkeypatch.setattr(module, "on_cuda", lambda graph: True)
+
+
+CPU = torch.device("cpu")
 
 
 def count(graph: fx.GraphModule, target: Any) -> int:
@@ -84,9 +88,12 @@ def test_layer_scales_biases_and_padding(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     applied = tomepass.apply(model, r=4, example_inputs=inputs).captured(inputs)
     graph = copied(applied.graph)
-    taken = " ".join(take_gpu_kernels(graph))
-    assert "match" in taken
+    lines = take_gpu_kernels(graph, CPU)
+    taken = " ".join(lines.chosen)
+    assert "match: a Triton kernel" in taken
     assert "merge" in taken
+    assert ("merge_bias: composite operators, there is no" in taken) == (name == "beit")
+    assert not lines.fallen
     values = [*module.read_state(model, applied.capture), *leaves(inputs)]
     for got, expected in zip(graph(*values), applied.graph(*values), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
@@ -135,9 +142,9 @@ def test_what_others_read_stays() -> None:
     assign = torch.tensor([[0, 1, 2, 3, 4, 4, 1]]).expand(2, -1)
     graph = graph_of(Merging(), *inputs, assign)
     expected = graph(*inputs, assign)
-    lines = take_gpu_kernels(graph)
+    lines = take_gpu_kernels(graph, CPU)
     graph.graph.lint()
-    assert lines == ("2 merge: a Triton kernel", "1 unmerge: a Triton kernel")
+    assert lines == Lines(("2 merge: a Triton kernel", "1 unmerge: a Triton kernel"))
     assert count(graph, gpu_merge.sources_triton) == 1  # of one map, made once
     assert count(graph, merge_size) == count(graph, unmerge) == 1
     for got, wanted in zip(graph(*inputs, assign), expected, strict=True):
@@ -147,8 +154,8 @@ def test_what_others_read_stays() -> None:
 def test_a_dtype_without_kernels_stays_and_is_named() -> None:
     inputs = [torch.randn(2, 7, 4).double(), torch.randn(2, 7, 4).double(), torch.rand(2, 7)]
     assign = torch.tensor([[0, 1, 2, 3, 4, 4, 1]]).expand(2, -1)
-    lines = take_gpu_kernels(graph_of(Merging(), *inputs, assign))
-    assert lines == (
+    lines = take_gpu_kernels(graph_of(Merging(), *inputs, assign), CPU)
+    assert lines.fallen == (
         "2 merge: composite operators, for torch.float64",
         "1 unmerge: composite operators, for torch.float64",
     )
@@ -177,13 +184,46 @@ def test_what_fits_no_kernel(
 
 
 def test_without_triton_the_report_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.GraphModule(nn.Module(), fx.Graph())
     monkeypatch.setattr(choose_gpu, "find_spec", lambda name: None)
-    (line,) = take_gpu_kernels(fx.GraphModule(nn.Module(), fx.Graph()))
-    assert line == "composite operators: triton is not installed (pip install 'tomepass[gpu]')"
-    monkeypatch.undo()
+    reason = "composite operators: triton is not installed (pip install 'tomepass[gpu]')"
+    assert take_gpu_kernels(graph, CPU) == Lines(fallen=(reason,))
     monkeypatch.setenv("TOMEPASS_TRITON", "0")
-    (line,) = take_gpu_kernels(fx.GraphModule(nn.Module(), fx.Graph()))
-    assert line == "composite operators: TOMEPASS_TRITON=0"
+    assert take_gpu_kernels(graph, CPU) == Lines(("composite operators: TOMEPASS_TRITON=0",))
+
+
+def test_a_device_too_old_for_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for found, named in (((7, 5), "the device has 7.5"), ((8, 0), ""), ((9, 0), "")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=found: c)
+        assert choose_gpu.missing(torch.device("cuda")).endswith(named)
+        assert bool(choose_gpu.missing(torch.device("cuda"))) == bool(named)
+
+
+@pytest.mark.usefixtures("everywhere")
+def test_the_backend_warns_of_what_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no report."""
+    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", lambda gm, *a, **k: gm)
+    inputs = [torch.randn(2, 7, 4).double(), torch.randn(2, 7, 4).double(), torch.rand(2, 7)]
+    assign = torch.tensor([[0, 1, 2, 3, 4, 4, 1]]).expand(2, -1)
+
+    def warned() -> list[str]:
+        graph = graph_of(Merging(), *inputs, assign)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            backend.resolve_inner("inductor", {})(graph, [])
+        return [str(w.message) for w in caught]
+
+    (line,) = warned()
+    assert line == (
+        "not on Triton kernels: 2 merge: composite operators, for torch.float64; "
+        "1 unmerge: composite operators, for torch.float64"
+    )
+    monkeypatch.setattr(choose_gpu, "find_spec", lambda name: None)
+    (line,) = warned()
+    assert "pip install 'tomepass[gpu]'" in line
+    monkeypatch.setenv("TOMEPASS_TRITON", "0")
+    assert not warned()
 
 
 def test_the_shared_memory_of_a_device_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,13 +14,17 @@ ROOT = Path(__file__).parents[2]
 SHARED_ON_HOPPER = 227 * 1024
 
 
-def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+def compiled(cache: Path, *words: str) -> list[list[str]]:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py"))]
+    environment |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(Path(__file__).with_name("compile_for_hopper.py")), *words]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stderr[-2000:]
-    lines = [line.split() for line in run.stdout.splitlines()]
+    return [line.split() for line in run.stdout.splitlines()]
+
+
+def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
+    lines = compiled(tmp_path)
     assert {name for name, *_ in lines} == {
         *("match_image", "metric_kernel", "edges_kernel", "map_kernel"),
         *("sources_kernel", "merge_kernel", "gather_kernel"),
@@ -28,3 +32,13 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     assert all(int(shared) <= SHARED_ON_HOPPER for _, shared, _ in lines)
     # Products run on the matrix unit.
     assert {name for name, _, unit in lines if unit == "wgmma"} == {"match_image", "edges_kernel"}
+
+
+@pytest.mark.doors
+def test_sums_go_the_same_way_in_every_configuration(tmp_path: Path) -> None:
+    """Which configuration is fastest differs from run to run: what it computes must not."""
+    lines = [line for line in compiled(tmp_path, "orders") if len(line) > 1]
+    assert {name for name, *_ in lines} == {"match_image", "metric_kernel", "merge_kernel"}
+    assert max(len(found) for _, *found in lines) > 2
+    for name, *found in lines:
+        assert len(set(found)) == 1, (name, found)

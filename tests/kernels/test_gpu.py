@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from tests.assignments import assignments
-from tests.kernels.gpu_cases import NEXT_TO_NOTHING, check_map, check_merge, counts, heads
+from tests.kernels.gpu_cases import (
+    NEXT_TO_NOTHING,
+    check_map,
+    check_merge,
+    counts,
+    even_cosines,
+    heads,
+)
 from tomepass.kernels import gpu_match
 from tomepass.kernels.gpu_match import match_triton
 from tomepass.kernels.gpu_merge import (
@@ -67,11 +74,7 @@ def test_the_shortest_sequence_that_merges() -> None:
 
 @pytest.mark.parametrize("r", [1, 7, 15])
 def test_ties_go_to_the_lower_position(r: int, path: str) -> None:
-    """Whole numbers with few values: many cosines are equal to the last bit."""
-    torch.manual_seed(r)
-    single = torch.randint(0, 2, (3, 1, 41, 16)).float()
-    keys = torch.where(torch.rand(3, 1, 41, 1) < 0.7, single[:, :, :1], single)
-    check_map(keys, r, [0])
+    check_map(even_cosines(3, 41, r), r, [0])
 
 
 def test_zeros_of_either_sign_are_equal(path: str) -> None:
@@ -130,6 +133,39 @@ def test_merged_tokens_equal_the_reference(
     check_merge(*shape, dtype)
 
 
+@pytest.mark.parametrize("protected", PROTECTED, ids=str)
+def test_tokens_merge_by_the_maps_of_matches(protected: list[int]) -> None:
+    tokens = 13 + len(protected) % 2
+    keys, x = heads(2, tokens, tokens), torch.randn(2, tokens, 9)
+    for r in counts(tokens, protected):
+        assign = match(keys, r, protected)
+        merged, size = merged_of(x, None, assign, tokens - r)
+        torch.testing.assert_close(merged, merge(x, None, assign, tokens - r))
+        assert size.sum(-1).tolist() == [tokens] * 2
+        assert torch.equal(unmerge_triton(merged, assign), unmerge(merged, assign, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weighted_sums_and_gathers_of_any_strides(dtype: torch.dtype) -> None:
+    assign, weight = assignments(2, 13, 6, 0), torch.rand(2, 13)
+    sources = sources_triton(assign, 6)
+    x = torch.randn(2, 13, 20).to(dtype)
+    goes = torch.nn.functional.one_hot(assign, 6).transpose(1, 2).double()
+    summed = (goes * weight.unsqueeze(1)) @ x.double()
+    gathered = summed.gather(1, assign.unsqueeze(-1).expand(-1, -1, 20)) * weight.unsqueeze(-1)
+    wide = torch.zeros(2, 26, 20, dtype=dtype)
+    wide[:, ::2] = x
+    bound = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
+    for strided in (x, wide[:, ::2], x.transpose(1, 2).contiguous().transpose(1, 2)):
+        got = sum_triton(strided, weight.t().contiguous().t(), assign, *sources)
+        assert got.dtype == dtype
+        assert (got - summed).abs().max() <= bound * summed.abs().max()
+        turned = got.transpose(1, 2).contiguous().transpose(1, 2)
+        for places in (turned, got.repeat_interleave(2, 1)[:, ::2]):
+            back = unmerge_triton(places, assign.t().contiguous().t(), weight)
+            assert (back - gathered).abs().max() <= 2 * bound * gathered.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_token_by_itself_and_equal_tokens_stay_bit_by_bit(dtype: torch.dtype) -> None:
     x = torch.randn(1, 3, 9).to(dtype)
@@ -173,7 +209,7 @@ def test_a_sum_before_merging_is_rounded_as_by_itself() -> None:
     assert torch.equal(merged, x + added.float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_layer_norm_in_the_same_pass(dtype: torch.dtype) -> None:
     x, assign = torch.randn(2, 12, 20).to(dtype), assignments(2, 12, 8, 0)
     weight, bias = torch.rand(20).to(dtype), torch.randn(20).to(dtype)
@@ -186,7 +222,7 @@ def test_a_layer_norm_in_the_same_pass(dtype: torch.dtype) -> None:
     assert torch.equal(after, alone_size)
     expected = torch.nn.functional.layer_norm(alone, (20,), weight, bias, 1e-5)
     assert normed.dtype == dtype
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
     torch.testing.assert_close(normed, expected, rtol=tolerance, atol=tolerance)
 
 
@@ -214,11 +250,11 @@ def test_gradients_pass_the_layer_norm() -> None:
     assign, size = assignments(1, 5, 3, 0), torch.tensor([[1.0, 2.0, 4.0, 1.0, 8.0]])
     sources = sources_triton(assign, 3)
 
-    def both(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        made = merge_norm_triton(x, None, size, assign, *sources, weight, bias, 1e-5)
+    def both(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        made = merge_norm_triton(x, y, size, assign, *sources, weight, bias, 1e-5)
         return made[0], made[2]
 
-    inputs = (double(1, 5, 3), double(3), double(3))
+    inputs = (double(1, 5, 3), double(1, 5, 3), double(3), double(3))
     assert torch.autograd.gradcheck(both, inputs)
 
 
@@ -281,7 +317,7 @@ def test_without_a_gpu_and_an_interpreter_it_is_said_what_to_do() -> None:
     assert "TRITON_INTERPRET=1" in run.stdout
 
 
-def merged_of(x: Tensor, size: Tensor, assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+def merged_of(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     merged, total = merge_triton(x, None, size, assign, *sources_triton(assign, tokens))
     assert torch.equal(total, merge_size(size, assign, tokens))
     return merged, total

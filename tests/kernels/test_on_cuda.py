@@ -11,7 +11,14 @@ from torch import Tensor
 from zoo import make_inputs, make_model
 
 import tomepass
-from tests.kernels.gpu_cases import NEXT_TO_NOTHING, check_map, check_merge, counts, heads
+from tests.kernels.gpu_cases import (
+    NEXT_TO_NOTHING,
+    check_map,
+    check_merge,
+    counts,
+    even_cosines,
+    heads,
+)
 from tomepass.kernels import gpu_match, gpu_merge, tuning
 from tomepass.kernels.gpu_match import match_triton
 from tomepass.kernels.gpu_merge import (
@@ -56,12 +63,23 @@ def test_a_long_sequence() -> None:
 
 @pytest.mark.parametrize("tokens", [197, 577])
 def test_ties_and_padding_on_the_device(tokens: int) -> None:
-    keys = torch.randint(0, 2, (3, 1, tokens, 16), device="cuda").float()
-    check_map(keys, tokens // 3, [0])
+    check_map(even_cosines(3, tokens, 0, device="cuda"), tokens // 3, [0])
     same = torch.ones(3, 2, tokens, 16, device="cuda")
     check_map(same, tokens // 3, [0])
     size = torch.where(torch.rand(3, tokens, device="cuda") < 0.3, NEXT_TO_NOTHING, 1.0)
     check_map(heads(3, tokens, device="cuda"), tokens // 3, [0], size)
+
+
+@pytest.mark.parametrize("tokens", [60, 300])
+def test_tokens_without_a_direction_on_the_device(tokens: int) -> None:
+    keys = heads(2, tokens, device="cuda")
+    keys[:, :, 4], keys[:, :, 5], keys[:, :, 8] = float("nan"), float("inf"), 0.0
+    for r in (1, tokens // 3, tokens // 2 - 1):
+        check_map(keys, r, [0])
+    narrow = match_triton(keys.bfloat16(), 1, [0])
+    # One edge of a number is better than none.
+    for images in narrow.tolist():
+        assert images.count(images[4]) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -90,6 +108,20 @@ def test_merged_tokens_equal_the_reference(width: int, dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_by_itself_and_equal_ones_stay_bit_by_bit(dtype: torch.dtype) -> None:
+    """Sizes divided by themselves need not be 1 on a device."""
+    x = torch.randn(3, 197, 768, device="cuda").to(dtype)
+    size = torch.randint(1, 4000, (3, 197), device="cuda").float()
+    assign = torch.rand(3, 197, device="cuda").argsort(1)
+    merged, _ = merge_triton(x, None, size, assign, *sources_triton(assign, 197))
+    assert torch.equal(unmerge_triton(merged, assign), x)
+    pairs, halves = x[:, :98].repeat_interleave(2, 1), torch.arange(196, device="cuda") // 2
+    halves = halves.repeat(3, 1)
+    merged, _ = merge_triton(pairs, None, size[:, :196], halves, *sources_triton(halves, 98))
+    assert torch.equal(merged, x[:, :98])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_same_bits_in_every_configuration(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +133,7 @@ def test_the_same_bits_in_every_configuration(
 
         monkeypatch.setattr(gpu_match, "run_fastest", one)
         monkeypatch.setattr(gpu_merge, "run_fastest", one)
-        for tokens, width in ((197, 384), (197, 768), (577, 1024), (300, 1152)):
+        for tokens, width in ((40, 64), (197, 384), (197, 768), (577, 1024), (300, 1152)):
             found.setdefault((tokens, width), []).append(_everything(tokens, width, dtype))
     for results in found.values():
         for other in results[1:]:
@@ -155,6 +187,42 @@ def test_gradients_are_the_composite_s() -> None:
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
     again = gradients(applied.on_device)
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+
+
+@torch.no_grad()
+def test_cuda_graphs_replay_on_other_images() -> None:
+    model = make_model("vit").to("cuda")
+    inputs = {name: value.cuda() for name, value in make_inputs("vit", 3).items()}
+    merged = tomepass.apply(model, r=4, example_inputs=inputs)
+    compiled = torch.compile(merged, mode="reduce-overhead")
+    for seed in range(6):
+        torch.manual_seed(seed)
+        inputs = {name: torch.randn_like(value) for name, value in inputs.items()}
+        got = _first(compiled(**inputs)).clone()
+        torch.testing.assert_close(got, _first(merged(**inputs)), rtol=1e-3, atol=1e-4)
+
+
+def test_under_autocast_gradients_are_the_composite_s() -> None:
+    model = make_model("vit").cuda().requires_grad_(True)
+    inputs = {name: value.cuda() for name, value in make_inputs("vit").items()}
+    with torch.autocast("cuda", torch.bfloat16):
+        applied = tomepass.apply(model, r=4).captured(inputs)
+    leaves = list(inputs.values())
+
+    def gradients(graph: Any) -> Tensor:
+        model.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            values = applied.run(model, leaves, graph)
+        torch.cat([v.float().flatten() for v in values]).square().sum().backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    ours, theirs = gradients(applied.on_device), gradients(applied.graph)
+    assert ours.isfinite().all()
+    assert torch.nn.functional.cosine_similarity(ours, theirs, dim=0) > 0.99
+
+
+def _first(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tomepass import TomeError
-from tomepass.kernels import gpu_merge, tuning
+from tomepass.kernels import gpu_match, gpu_merge, tuning
 from tomepass.kernels.tuning import Configuration, fastest, run_fastest
 
 pytest.importorskip("triton")
@@ -51,3 +51,20 @@ def test_rows_fill_the_threads_that_load_them(width: int, norm: bool) -> None:
         assert configuration.block * across >= 8 * 32 * configuration.warps
         # A sum over channels must not depend on what is fastest.
         assert configuration.warps == 4 or not norm
+
+
+@pytest.mark.parametrize("width", [16, 24, 32, 64, 128, 256])
+def test_tiles_of_a_metric_fill_the_threads_that_load_them(width: int) -> None:
+    """Or they are the only ones offered: else the order of its sum would differ."""
+    across = max(1 << (width - 1).bit_length(), 16)
+    offered = [gpu_match.metric_configurations(width)]
+    offered += [gpu_match.image_configurations(block, width) for block in (16, 32, 64, 128)]
+    for found in filter(lambda found: len(found) > 1, offered):
+        for configuration in found:
+            rows = configuration.across or configuration.block
+            assert rows * across >= 8 * 32 * configuration.warps
+    assert all(offered)
+
+
+def test_what_a_compiler_may_fuse_is_not_left_to_it() -> None:
+    assert FIRST.launch["enable_fp_fusion"] is False

@@ -34,10 +34,17 @@ _PAD = torch.ops.aten.constant_pad_nd.default
 
 
 class Taken(NamedTuple):
-    """Lines for the report, of CUDA graphs: on kernels, and on paths of attention."""
+    """Lines for the report, of CUDA graphs.
+
+    Args:
+        kernels: on each kind of kernel, taken or not.
+        paths: of attention.
+        fallen: those of ``kernels`` on what has a kernel and could not take it.
+    """
 
     kernels: tuple[str, ...] = ()
     paths: tuple[str, ...] = ()
+    fallen: tuple[str, ...] = ()
 
 
 def take_kernels(module: fx.GraphModule, *, trains: bool = False) -> Taken:
@@ -51,7 +58,9 @@ def take_kernels(module: fx.GraphModule, *, trains: bool = False) -> Taken:
         for CUDA, a line on each kind of kernel that was taken or was not.
     """
     if on_cuda(module):
-        return Taken(take_gpu_kernels(module), take_gpu_attention(module))
+        (merged, *_) = module.graph.find_nodes(op="call_function", target=merge)
+        lines = take_gpu_kernels(module, value_of(merged.args[0]).device)
+        return Taken((*lines.chosen, *lines.fallen), take_gpu_attention(module), lines.fallen)
     if not trains:
         _take_cpu_kernels(module)
     return Taken()

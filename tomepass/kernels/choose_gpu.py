@@ -6,12 +6,13 @@ import operator
 import os
 from collections.abc import Sequence
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from tomepass.capture import carry_origin, carry_value, value_of
+from tomepass.graphs import CHOICES
 from tomepass.kernels.gpu import DTYPES
 from tomepass.kernels.gpu_match import match_triton, unfit
 from tomepass.kernels.gpu_merge import (
@@ -23,6 +24,7 @@ from tomepass.kernels.gpu_merge import (
 )
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.side import merge_bias
 from tomepass.ops.unmerge import unmerge
 
 aten = torch.ops.aten
@@ -32,27 +34,46 @@ SWITCH = "TOMEPASS_TRITON"
 
 # What the smallest devices let one program share, where the device cannot be asked.
 _SHARED_MEMORY = 99 * 1024
+_LEAST_CAPABILITY = (8, 0)
+
+# What decides or carries something in a rewritten graph and has no kernel.
+_WITHOUT = (*(choice for choice in CHOICES if choice is not match), merge_bias)
 
 
-def missing() -> str:
-    """Why there are no Triton kernels at all; empty if there are."""
-    if os.environ.get(SWITCH) == "0":
-        return f"{SWITCH}=0"
+class Lines(NamedTuple):
+    """What became of a graph, for the report.
+
+    Args:
+        chosen: a line on each kind of kernel taken, and on what has none or was told to have none.
+        fallen: on each reason why something that has a kernel stays with composite operators.
+    """
+
+    chosen: tuple[str, ...] = ()
+    fallen: tuple[str, ...] = ()
+
+
+def missing(device: torch.device) -> str:
+    """Why there can be no Triton kernels at all; empty if there can."""
     if find_spec("triton") is None:
         return "triton is not installed (pip install 'tomepass[gpu]')"
+    if torch.cuda.is_available() and torch.version.hip is None:
+        found = torch.cuda.get_device_capability(device)
+        if found < _LEAST_CAPABILITY:
+            return "Triton needs compute capability {}.{}, the device has {}.{}".format(
+                *_LEAST_CAPABILITY, *found
+            )
     return ""
 
 
-def take_gpu_kernels(module: fx.GraphModule) -> tuple[str, ...]:
+def take_gpu_kernels(module: fx.GraphModule, device: torch.device) -> Lines:
     """Puts matches, merges and unmerges of a CUDA graph on Triton's kernels, in place.
 
     They have gradients, so a graph that is trained takes them too.
-
-    Returns:
-        a line on each kind of kernel taken, and on each reason for staying with the composite.
     """
-    if reason := missing():
-        return (f"composite operators: {reason}",)
+    if os.environ.get(SWITCH) == "0":
+        return Lines(chosen=(f"composite operators: {SWITCH}=0",))
+    if reason := missing(device):
+        return Lines(fallen=(f"composite operators: {reason}",))
     taking = _Taking(module.graph)
     taking.matches()
     taking.merges()
@@ -70,9 +91,14 @@ class _Taking:
         self.left: dict[str, int] = {}
         self.sources: dict[tuple[fx.Node, Any], tuple[fx.Node, fx.Node]] = {}
 
-    def lines(self) -> tuple[str, ...]:
+    def lines(self) -> Lines:
         taken = [f"{n} {name}: a Triton kernel" for name, n in self.taken.items()]
-        return (*taken, *(f"{n} {why}" for why, n in self.left.items()))
+        for target in _WITHOUT:
+            if n := len(self._calls(target)):
+                taken.append(
+                    f"{n} {target._opname}: composite operators, there is no Triton kernel"
+                )
+        return Lines(tuple(taken), tuple(f"{n} {why}" for why, n in self.left.items()))
 
     def matches(self) -> None:
         for node in self._calls(match):

@@ -41,20 +41,25 @@ def match_triton(keys: Tensor, r: int, protected: list[int], size: Tensor | None
         TomeError: on a CPU, unless Triton interprets.
     """
     tokens = keys.shape[2]
-    even, _, held = free_positions(tokens, protected)
-    check_r(r, tokens, held)
+    held, first_odd, nearest_odd = _positions(tokens, r, tuple(protected))
     if r == 0:
         return torch.arange(tokens, device=keys.device).repeat(keys.shape[0], 1)
     need_triton(keys)
     assign = _match_result(keys, r, protected, size)
-    sequence = {"tokens": tokens, "r": r, "first_odd": len(held) + len(even) - r}
-    padded = 0.0 if size is None else PADDED
+    sequence = {"tokens": tokens, "r": r, "first_odd": first_odd}
+    scored = {
+        "nearest_odd": nearest_odd,
+        "HELD": held,
+        "PADDED": 0.0 if size is None else PADDED,
+        # AMD's compiler knows no products of TensorFloat-32 in three.
+        "PRECISION": "ieee" if keys.dtype is torch.float32 or torch.version.hip else "tf32x3",
+    }
     size = None if size is None else size.contiguous()
     block = max(power(-(-tokens // 2)), 16)
     if block <= 128 and block * power(keys.shape[3]) <= _ONE_PROGRAM:
-        _match_image(keys, size, assign, tuple(held), padded, sequence, block)
+        _match_image(keys, size, assign, sequence, scored, block)
     else:
-        _match_in_three(keys, size, assign, tuple(held), padded, sequence, block)
+        _match_in_three(keys, size, assign, sequence, scored, block)
     return assign
 
 
@@ -62,9 +67,8 @@ def _match_image(
     keys: Tensor,
     size: Tensor | None,
     assign: Tensor,
-    held: tuple[int, ...],
-    padded: float,
     sequence: dict[str, int],
+    scored: dict[str, Any],
     block: int,
 ) -> None:
     from tomepass.kernels.triton_match import match_image
@@ -73,27 +77,23 @@ def _match_image(
         match_image[(keys.shape[0],)](
             *(keys, size, assign, *keys.stride()),
             **sequence,
-            nearest_odd=_nearest_odd(sequence["tokens"], held),
+            **scored,
             **_metric_options(keys),
-            **_score_options(keys, held, padded),
             BLOCK_EVEN=block,
-            BLOCK_ODD=min(configuration.across, block),
+            BLOCK_ODD=configuration.across,
             **configuration.launch,
         )
 
-    # Each takes seconds to compile, its loads of all heads written out.
-    configurations = [Configuration(block, 64, 8), Configuration(block, 32, 4)]
     kind = ("match_image", block, keys.dtype, *keys.shape[1::2], size is None)
-    run_fastest(kind, configurations, run, keys.device)
+    run_fastest(kind, image_configurations(block, keys.shape[3]), run, keys.device)
 
 
 def _match_in_three(
     keys: Tensor,
     size: Tensor | None,
     assign: Tensor,
-    held: tuple[int, ...],
-    padded: float,
     sequence: dict[str, int],
+    scored: dict[str, Any],
     block: int,
 ) -> None:
     from tomepass.kernels.triton_match import edges_kernel, map_kernel, metric_kernel
@@ -114,23 +114,45 @@ def _match_in_three(
 
     def run_edges(configuration: Configuration) -> None:
         edges_kernel[(batch * -(-edges // configuration.block),)](
-            *(metric, size, best, partner, tokens, _nearest_odd(tokens, held), width),
-            **_score_options(keys, held, padded),
+            *(metric, size, best, partner, tokens),
+            **scored,
+            WIDTH=width,
             BLOCK_D=max(power(width), 16),
             BLOCK_EVEN=configuration.block,
             BLOCK_ODD=configuration.across,
             STAGES=configuration.stages,
-            num_warps=configuration.warps,
+            **configuration.launch,
         )
 
     kind = (block, keys.dtype, *keys.shape[1::2], size is None)
-    blocks = [Configuration(rows, 0, 4) for rows in (32, 16, 64)]
-    run_fastest(("metric", *kind), blocks, run_metric, keys.device)
+    run_fastest(("metric", *kind), metric_configurations(width), run_metric, keys.device)
     run_fastest(("edges", *kind), edge_configurations(width), run_edges, keys.device)
     with on_device(keys):
         map_kernel[(batch,)](
-            *(best, partner, assign), **sequence, HELD=_stretches(held), BLOCK=block, num_warps=8
+            *(best, partner, assign),
+            **sequence,
+            HELD=scored["HELD"],
+            BLOCK=block,
+            **Configuration(block, warps=8).launch,
         )
+
+
+# The length of a metric is a sum over channels in the order in which threads hold them: 16 bytes
+# each, or fewer where a tile has too few numbers. So many a thread leave the order as it is.
+_LOADED = 8
+
+
+def image_configurations(block: int, width: int) -> list[Configuration]:
+    """Odd tokens at a time. Each takes seconds to compile, its loads of all heads written out."""
+    many, few = (Configuration(block, min(odd, block), warps) for odd, warps in ((64, 8), (32, 4)))
+    full = many.across * max(power(width), 16) >= 32 * many.warps * _LOADED
+    return [many, few] if full else [few]
+
+
+def metric_configurations(width: int) -> list[Configuration]:
+    """Tokens a program, no fewer than fill its threads."""
+    fewest = 32 * 4 * _LOADED // max(power(width), 16)
+    return [Configuration(rows) for rows in (32, 16, 64) if rows >= fewest]
 
 
 def edge_configurations(width: int) -> list[Configuration]:
@@ -180,17 +202,15 @@ def _metric_options(keys: Tensor) -> dict[str, int]:
     return {"HEADS": heads, "WIDTH": width, "BLOCK_D": max(power(width), 16)}
 
 
-def _score_options(keys: Tensor, held: tuple[int, ...], padded: float) -> dict[str, Any]:
-    # AMD's compiler knows no products of TensorFloat-32 in three.
-    exact = keys.dtype is torch.float32 or torch.version.hip is not None
-    return {
-        "HELD": _stretches(held),
-        "PADDED": padded,
-        "PRECISION": "ieee" if exact else "tf32x3",
-    }
-
-
 @lru_cache
+def _positions(tokens: int, r: int, protected: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
+    """Stretches of protected tokens; the place of the first odd token in the result; and where a
+    token goes that is like no other, the first that may be merged into."""
+    even, odd, held = free_positions(tokens, protected)
+    check_r(r, tokens, held)
+    return _stretches(tuple(held)), len(held) + len(even) - r, odd[0] if odd else 0
+
+
 def _stretches(held: tuple[int, ...]) -> tuple[int, ...]:
     """Ascending positions as ``(start, stop, start, stop, ...)``."""
     found: list[int] = []
@@ -200,12 +220,6 @@ def _stretches(held: tuple[int, ...]) -> tuple[int, ...]:
         else:
             found += [position, position + 1]
     return tuple(found)
-
-
-@lru_cache
-def _nearest_odd(tokens: int, held: tuple[int, ...]) -> int:
-    """Where a token goes that is like no other: the first that may be merged into."""
-    return free_positions(tokens, held)[1][0]
 
 
 def _count_stretches(protected: Sequence[int]) -> int:

@@ -163,6 +163,7 @@ def _merge_norm_backward(
     ctx: Any, grad: Tensor, _: Any, grad_normed: Tensor, *__: Any
 ) -> tuple[Tensor | None, ...]:
     size, assign, total, merged, mean, deviation, weight, bias = ctx.saved_tensors
+    merged = merged.to(grad_normed.dtype)  # of wider weights, under autocast
     through, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         grad_normed, merged, [merged.shape[2]], mean, deviation, weight, bias, [True, True, True]
     )

@@ -58,15 +58,17 @@ def _metric(
     """The head mean of some tokens' keys at length one, ``[positions, BLOCK_D]`` float32."""
     channel = tl.arange(0, BLOCK_D)
     inside = (position < tokens)[:, None] & (channel < WIDTH)[None, :]
-    # 64 bits: a batch of keys may hold more than 2^31 numbers.
+    # 64 bits: a batch of keys may hold more than 2^31 numbers, in any order.
     at = keys + image * image_stride + position.to(tl.int64)[:, None] * token_stride
-    at += channel[None, :] * width_stride
+    at += channel.to(tl.int64)[None, :] * width_stride
     total = tl.zeros([position.shape[0], BLOCK_D], tl.float32)
     for head in tl.static_range(HEADS):
-        total += tl.load(at + head * head_stride, mask=inside, other=0.0).to(tl.float32)
-    mean = total / HEADS
-    length = tl.sqrt(tl.sum(mean * mean, 1))
-    return mean / tl.maximum(length, 1e-12)[:, None]
+        ahead = tl.cast(head, tl.int64) * head_stride
+        total += tl.load(at + ahead, mask=inside, other=0.0).to(tl.float32)
+    mean = total * (1.0 / HEADS)
+    # Rounded as PyTorch rounds: a plain root or quotient is a device's approximation.
+    length = tl.maximum(tl.sqrt_rn(tl.sum(mean * mean, 1)), 1e-12)
+    return tl.div_rn(mean, length[:, None])
 
 
 @triton.jit

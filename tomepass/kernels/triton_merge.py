@@ -98,9 +98,11 @@ def merge_kernel(
         total += share
         if MEAN:
             # A mean that grows: a token by itself, and equal ones, stay as they are to the bit.
+            # Sizes are compared, as a device's quotient of equal ones need not be 1.
             whole = tl.where(total > 0, total, 1.0)
             part = (share.to(WIDE) / whole.to(WIDE))[:, None]
-            grown = tl.where(part == 1.0, token, value + (token - value) * part)
+            first = (share == whole)[:, None]
+            grown = tl.where(first, token, value + (token - value) * part)
             value = tl.where(on[:, None], grown, value)
         else:
             value += token * share.to(WIDE)[:, None]
