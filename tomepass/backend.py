@@ -15,7 +15,7 @@ from torch import Tensor, fx
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
-from tomepass.decompositions import FOR_RUNTIMES
+from tomepass.decompositions import FOR_TENSORRT
 from tomepass.errors import TomeError
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
@@ -214,7 +214,7 @@ def resolve_inner(
         if inner == "openvino":
             _refuse_bfloat16(inputs)
         if _EXTRAS.get(str(inner)) == "tensorrt":
-            written_out = {**COMPOSITES, **FOR_RUNTIMES}
+            written_out = {**COMPOSITES, **FOR_TENSORRT}
             # It has a table of decompositions of its own, which keeps operators it knows not.
             gm = carry_marks(gm, capture_dynamo(gm, inputs, written_out).module)
         compiled: Callable[..., Any] = compiler(gm, list(inputs), **keywords)

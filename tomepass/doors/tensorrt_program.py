@@ -13,6 +13,8 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
+from tomepass.decompositions import FOR_TENSORRT
+
 if TYPE_CHECKING:
     from tomepass.doors import Run
 
@@ -20,12 +22,19 @@ BATCHES = (1, 8, 64)
 """The least, the usual and the greatest batch an engine with a dynamic one is tuned for."""
 
 
+def written_out(program: ExportedProgram) -> ExportedProgram:
+    """The program in operators that torch_tensorrt converts with a dynamic batch too."""
+    with torch.no_grad():
+        written: ExportedProgram = program.run_decompositions(FOR_TENSORRT)
+    return written
+
+
 def compile_program(program: ExportedProgram, **options: Any) -> torch.fx.GraphModule:
     """The program with its operators in TensorRT engines."""
     import torch_tensorrt
 
     compiled: torch.fx.GraphModule = torch_tensorrt.dynamo.compile(
-        program, kwarg_inputs=_inputs(program), **options
+        written_out(program), kwarg_inputs=_inputs(program), **options
     )
     return compiled
 
