@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -286,6 +287,18 @@ def test_an_inner_backend_that_is_not_installed(
         monkeypatch.setitem(sys.modules, module, None)
     said = refusal(torch.compile(model, backend=TomeBackend(inner=name)), images)
     assert f"pip install 'tomepass[{name}]'" in said
+
+
+def test_an_inner_backend_whose_libraries_are_missing(
+    model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch_tensorrt raises no ImportError where there is no driver."""
+    (tmp_path / "torch_tensorrt.py").write_text("raise Exception('no driver found')")
+    monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    said = refusal(torch.compile(model, backend=TomeBackend(inner="tensorrt")), images)
+    assert "needs torch_tensorrt, which cannot be imported: no driver found" in said
+    assert "pip install 'tomepass[tensorrt]'" in said
 
 
 def test_an_unknown_inner_backend(model: Any, images: Tensor) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -176,6 +177,9 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "load", lambda *_: (model, few, label))
 
 
+TIMED = ["--backend", "eager", "--batch", "2", "--rounds", "2"]
+
+
 def test_accuracy_compares_methods_at_equal_macs_and_goes_on(
     few_digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,9 +194,19 @@ def test_accuracy_compares_methods_at_equal_macs_and_goes_on(
     assert merged["KL"] < pruned["KL"]
     assert data["settings"]["images"] == 12
     assert (tmp_path / "accuracy.png").stat().st_size > 10_000
-    monkeypatch.setattr(accuracy._Run, "judge", None)  # nothing is measured again
+    monkeypatch.setattr(accuracy._Run, "judge", None)  # nothing is judged again
     again = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)], catch_exceptions=False)
     assert again.exit_code == 0
+    timed = [*asked[:1], *asked[2:], *TIMED, "--out", str(tmp_path)]
+    with_speeds = CliRunner().invoke(app, timed, catch_exceptions=False)
+    assert with_speeds.exit_code == 0
+    rows = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    rate = statistics.median(row["unmerged images/s"] for row in rows)
+    for row, scored in zip(rows, (merged, pruned), strict=True):
+        assert row["KL"] == scored["KL"]
+        assert row["images/s"] == pytest.approx(rate * row["speed-up"])
+    monkeypatch.setattr(accuracy._Run, "_speed", None)  # nor timed
+    assert CliRunner().invoke(app, timed, catch_exceptions=False).exit_code == 0
 
 
 def test_accuracy_knows_its_methods_by_name(few_digits: None, tmp_path: Path) -> None:

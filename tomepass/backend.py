@@ -285,8 +285,8 @@ def _import_extra(name: str, package: str) -> None:
     module = {"openvino": "openvino.torch", "tensorrt": "torch_tensorrt"}[package]
     try:
         importlib.import_module(module)
-    except ImportError as error:
+    except Exception as error:  # torch_tensorrt raises bare Exceptions without a driver
         raise TomeError(
-            f"inner backend {name!r} is not installed: {error}",
+            f"inner backend {name!r} needs {module}, which cannot be imported: {error}",
             advice=f"pip install 'tomepass[{package}]'",
         ) from error
