@@ -207,6 +207,25 @@ def test_accuracy_compares_methods_at_equal_macs_and_goes_on(
         assert row["images/s"] == pytest.approx(rate * row["speed-up"])
     monkeypatch.setattr(accuracy._Run, "_speed", None)  # nor timed
     assert CliRunner().invoke(app, timed, catch_exceptions=False).exit_code == 0
+    monkeypatch.setattr(accuracy, "split", lambda *_: (torch.arange(8), torch.arange(8, 24)))
+    others = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)])  # of other images: judged
+    assert isinstance(others.exception, AttributeError)
+
+
+def test_accuracy_says_what_it_leaves_out(few_digits: None, tmp_path: Path) -> None:
+    asked = ["accuracy", "--no-speed", "--methods", "ToMe", "--macs", "0.7", "0.01"]
+    result = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)], catch_exceptions=False)
+    assert "left out: macs=0.01 cannot be reached" in " ".join(result.stderr.split())
+    assert len(json.loads((tmp_path / "accuracy.json").read_text())["rows"]) == 1
+
+
+def test_equal_macs_are_equal_within_a_hundredth(few_digits: None, tmp_path: Path) -> None:
+    """One token of the first of few blocks is worth more than that."""
+    asked = ["accuracy", "--no-speed", "--methods", "Prune, random", "--macs", "0.6"]
+    result = CliRunner().invoke(app, [*asked, "--out", str(tmp_path)], catch_exceptions=False)
+    assert result.exit_code == 0
+    (row,) = json.loads((tmp_path / "accuracy.json").read_text())["rows"]
+    assert 0.59 <= row["macs"] <= 0.6
 
 
 def test_accuracy_knows_its_methods_by_name(few_digits: None, tmp_path: Path) -> None:

@@ -82,11 +82,11 @@ def fitted(
     for _ in range(_STEPS):
         middle = (low + high) / 2
         low, high = (low, middle) if share(at(middle)) <= macs else (middle, high)
-    return _filled(at(high), macs, share)
+    return filled(at(high), macs, share)
 
 
-def _filled(method: Method, macs: float, share: Share) -> Method:
-    """Gives tokens back, block by block, as long as the goal is kept."""
+def filled(method: Method, macs: float, share: Share) -> Method:
+    """A method that gives tokens back, block by block, as long as it keeps at most ``macs``."""
     counts = [int(count) for count in method.schedule.values]
     for index in range(len(counts)):
         while counts[index]:
