@@ -107,9 +107,9 @@ def test_tofu_s_strategies_follow_the_measured_profile(model: Any, batches: list
     found = plan.calibration
     assert found is not None
     order = sorted(range(len(found.linearity)), key=lambda i: -found.linearity[i])
-    measured = [t.method for t in found.tried if t.method.strategies != "halves"]
-    assert measured
-    for method in measured:
+    assert found.tried
+    for method in (t.method for t in found.tried):
+        assert method.strategies != "halves"
         pruning = {i for i, s in enumerate(method.strategies) if s == "prune"}
         assert pruning == set(order[: len(pruning)])
 
@@ -117,7 +117,12 @@ def test_tofu_s_strategies_follow_the_measured_profile(model: Any, batches: list
 def test_diffrate_searches_its_shares(model: Any, batches: list[Any]) -> None:
     plan = tomepass.calibrate(model, batches, macs=0.7, methods=[DiffRate()], progress=False)
     assert plan.calibration is not None
-    assert {t.method.pruned for t in plan.calibration.tried} >= {0.0, 0.25, 0.5, 0.75}
+    tried = {t.method.pruned for t in plan.calibration.tried}
+    assert tried >= {0.0, 0.25, 0.5, 0.75}
+    depth = len(plan.method.schedule.values)
+    by_block = [shares for shares in tried if isinstance(shares, tuple)]
+    assert len(by_block) > 8
+    assert {len(shares) for shares in by_block} == {depth}
     assert method_from_dict(plan.method.to_dict()) == plan.method
 
 

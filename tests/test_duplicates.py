@@ -10,7 +10,7 @@ from encoders import Encoder, make, pixels
 from torch import Tensor, nn
 from zoo import make_inputs, make_model
 
-from tomepass import ToMe
+from tomepass import MLERP, ToMe
 from tomepass.capture import capture_module
 from tomepass.duplicates import DuplicatesResult, check_duplicates, constant_regions
 from tomepass.ops.log_size import log_size
@@ -70,6 +70,14 @@ def test_the_parameters_stay_as_they_are() -> None:
     result(model, 4)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+@pytest.mark.parametrize("combine", ["mean", "max", "keep", MLERP(), MLERP("mean")], ids=str)
+def test_it_is_halved_however_tokens_are_combined(combine: Any) -> None:
+    found = result(make(readout="mean"), ToMe(16, combine=combine))
+    assert repr(found.schedule) == "r=8"
+    assert found.blind is None
+    assert found.error < 1e-5
 
 
 @pytest.mark.parametrize(

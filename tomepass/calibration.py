@@ -198,6 +198,7 @@ class _Search:
         """The whole search at one share of the multiply-accumulates."""
         self.say("measuring how linear each block is")
         linearity = self.memory.linearity(self.stream)
+        asked = [method.measured(linearity) for method in asked]
         alone = max(1, (self.tokens - self.protected) // 8)
         sensitivity = tuple(self._alone(asked[0], index, alone) for index in range(self.depth))
         tried: dict[Method, float] = {}
@@ -225,7 +226,7 @@ class _Search:
     def _alone(self, method: Method, index: int, r: int) -> float:
         counts = [0] * self.depth
         counts[index] = r
-        return self.divergence(method.replace(r=counts))
+        return self.divergence(method.replace(r=counts, blocks=None))
 
     def _search(
         self, method: Method, macs: float, linearity: tuple[float, ...], tried: dict[Method, float]

@@ -27,11 +27,13 @@ class Carrying:
 
     def __init__(self, writer: Writer, new: dict[fx.Node, fx.Node]) -> None:
         self.writer, self.new = writer, new
+        self.joined: list[tuple[fx.Node, fx.Node, int]] = []
 
     def combined(self, node: fx.Node, x: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         """Tokens of an epoch as those of the next."""
         reduction, tokens = merges.reductions[epoch], merges.tokens[epoch + 1]
         assign, how = reduction.assign, reduction.combine
+        self.joined.append((x, assign, tokens))
         weight = merges.sizes[epoch] if reduction.weight is None else reduction.weight
         if isinstance(how, MLERP):
             return self.writer.emit(node, mlerp, x, weight, assign, tokens, how.norm)

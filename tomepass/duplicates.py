@@ -13,10 +13,9 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.capture import Capture
-from tomepass.graphs import Recorder, relative_error, zeroed
+from tomepass.graphs import relative_error, with_outputs, zeroed
 from tomepass.methods import Method
 from tomepass.module import read_state
-from tomepass.ops.merge import merge
 from tomepass.origins import position_terms
 from tomepass.planning import Planned, plan_graph
 from tomepass.rewrite import Rewritten, rewrite
@@ -82,7 +81,7 @@ def _along(
     schedule = _as_counts(capture, method)
     while any(schedule.values[:1] if schedule.kind == "linear" else schedule.values):
         attempt = method.replace(r=schedule, trace_source=False)
-        rewritten = rewrite(capture.graph, plan_graph(capture.graph, attempt))
+        rewritten = rewrite(capture.graph, plan_graph(capture.graph, attempt), sizes=True)
         merged, alike = _run(rewritten, positions, values)
         if alike:
             control = _control(capture, attempt, positions, values)
@@ -145,12 +144,13 @@ def _ends(size: int) -> list[int]:
 
 
 def _run(rewritten: Rewritten, positions: set[str], values: list[Any]) -> tuple[Any, bool]:
-    """The outputs, and whether every token merged with its like alone."""
+    """The outputs, and whether every token merged with its like alone, however they combine."""
     renamed = {rewritten.renamed[p] for p in positions if p in rewritten.renamed}
-    recorder = Recorder(zeroed(rewritten.module, renamed), (merge,))
-    outputs = recorder.run(*values)
-    merges = [call.args for call in recorder.calls]
-    return outputs, all(_alike(x, assign, tokens) for x, _, assign, tokens in merges)
+    names = list(dict.fromkeys(n for x, assign, _ in rewritten.joined for n in (x, assign)))
+    outputs, held = zeroed(with_outputs(rewritten.module, names), renamed)(*values)
+    found = dict(zip(names, held, strict=True))
+    joined = ((found[x], found[assign], tokens) for x, assign, tokens in rewritten.joined)
+    return outputs, all(_alike(x, assign, tokens) for x, assign, tokens in joined)
 
 
 def _alike(x: Tensor, assign: Tensor, tokens: int) -> bool:

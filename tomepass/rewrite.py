@@ -63,6 +63,8 @@ class Rewritten:
             ones; None if it is not traced, or nothing merges.
         sizes: the name of the sizes after each block of the first stream, if they were asked for:
             None while nothing was reduced.
+        joined: with the sizes: the names of tokens that are made fewer and of where each goes, and
+            how many are left, for every value that carries them.
         matches: for each stream and block, the name of its match, None where nothing merges.
         referenced: whether :mod:`tomepass.reference` knows all that was done.
         unmerged: where and why tokens are unmerged before a reader, for the report.
@@ -78,6 +80,7 @@ class Rewritten:
     returned: dict[str, str]
     renamed: dict[str, str]
     sizes: tuple[str | None, ...] = ()
+    joined: tuple[tuple[str, str, int], ...] = ()
 
 
 def rewrite(
@@ -156,7 +159,8 @@ class _Sweep:
         source = self.streams[0].sources[-1] if self.method.trace_source else None
         sizes = self.streams[0].counted if self.keep_sizes else ()
         chosen = [r.chosen for m in self.streams for r in m.reductions if self.method.soft]
-        self._drop_dead(keep={source, *sizes, *chosen})
+        joined = self.carrying.joined if self.keep_sizes else []
+        self._drop_dead(keep={source, *sizes, *chosen, *(assign for _, assign, _ in joined)})
         module = self.writer.module(self.captured.module)
         module.meta.update(self.captured.module.meta)
         live = set(self.writer.graph.nodes)
@@ -169,6 +173,7 @@ class _Sweep:
             self.returned,
             {old.name: new.name for old, new in self.new.items() if new in live},
             tuple(None if size is None else size.name for size in sizes),
+            tuple((x.name, assign.name, tokens) for x, assign, tokens in joined if x in live),
         )
 
     def _node(self, node: fx.Node) -> fx.Node:

@@ -49,7 +49,8 @@ class Shape:
             most = method.most(held + free, tuple(range(held)))
             part = 0.5 if self.ramp and index == self.start else 1.0
             r = round(part * scale * whole * (free / whole) ** self.power)
-            if index < self.start or (index == depth - 1 and self.last == "none"):
+            left_out = method.blocks is not None and index not in method.blocks
+            if left_out or index < self.start or (index == depth - 1 and self.last == "none"):
                 r = 0
             elif index == depth - 1 and self.last == "most":
                 r = most

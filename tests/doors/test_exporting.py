@@ -109,7 +109,7 @@ OPTIONS: dict[str, Any] = {
 # Their rows are of three blocks.
 ONE_BLOCK: dict[str, Any] = {
     "tofu_measured": {"strategies": ("prune",)},
-    "diffrate_counts": {"pruned": (4,)},
+    "diffrate_shares": {"pruned": (0.8,)},
 }
 WIDTH = 32  # of the policies' weights in the table
 # A method of each kind; the others are run by `make test-doors`.

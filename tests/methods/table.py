@@ -81,8 +81,8 @@ ROWS: dict[str, Row] = {
     ),
     "pitome": Row(PiToMe, plain.pitome),
     "diffrate": Row(DiffRate, plain.diffrate(lambda index, r: r // 2)),
-    "diffrate_counts": Row(
-        lambda r, **fields: DiffRate(r, pruned=(4, 0, 0), **fields),
+    "diffrate_shares": Row(
+        lambda r, **fields: DiffRate(r, pruned=(0.8, 0.0, 0.0), **fields),
         plain.diffrate(lambda index, r: (4, 0, 0)[index]),
     ),
     "greedy": Row(lambda r, **fields: ToMe(r, matching="greedy", **fields), plain.greedy),

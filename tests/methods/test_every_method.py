@@ -9,13 +9,17 @@ import pytest
 import torch
 from families import PARTS
 from table import ROWS, R
-from zoo import make_inputs, output_of, relative_error
+from torch.utils._pytree import tree_leaves
+from zoo import make_inputs, make_model, output_of, relative_error
 
 import tomepass
 from tomepass import TomeBackend
-from tomepass.capture import capture_module
+from tomepass.capture import Capture, capture_module
 from tomepass.duplicates import check_duplicates
-from tomepass.methods import Method, method_from_dict
+from tomepass.methods import DiffRate, EViT, Method, SPViT, ToFu, method_from_dict
+from tomepass.module import read_state
+from tomepass.planning import plan_graph
+from tomepass.rewrite import rewrite
 
 every_method = pytest.mark.parametrize("name", ROWS)
 every_family = pytest.mark.parametrize("family", PARTS)
@@ -123,18 +127,67 @@ def test_it_travels_as_json_and_by_replace(name: str) -> None:
     assert repr(method.schedule) in repr(method)
 
 
+@pytest.fixture(scope="module")
+def without_positions() -> tuple[Any, Capture, dict[str, Any]]:
+    """A model to which the patches of an image of one colour are all alike."""
+    model, inputs = make_model("vit"), make_inputs("vit")
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings.zero_()
+        return model, capture_module(model, inputs), inputs
+
+
 @every_method
 @torch.no_grad()
-def test_duplicates_are_lossless_or_it_is_said_why_not(name: str, shared_models: Any) -> None:
-    model, inputs, method = shared_models["vit"], make_inputs("vit"), made(name)
-    capture = capture_module(model, inputs)
+def test_duplicates_are_lossless_or_it_is_said_why_not(name: str, without_positions: Any) -> None:
+    (model, capture, inputs), method = without_positions, made(name)
     found = check_duplicates(model, capture, method, inputs)
+    changed = all_alike(model, capture, method, inputs)
     if method.lossy:
         assert found.blind == method.lossy
+        assert changed > 1e-4
         return
+    # Were what the reason says all there is, proportional attention would make it lossless.
+    counting = method if method.prop_attn else method.replace(prop_attn=True)
+    assert all_alike(model, capture, counting, inputs) < 1e-5
     if not method.prop_attn:
         assert found.blind == "proportional attention is off"
         return
     assert found.blind is None, found.blind
     assert found.error < 1e-4
     assert found.control > 1e-3
+
+
+def all_alike(model: Any, capture: Capture, method: Method, inputs: Any) -> float:
+    """How much reducing patches that are all alike changes the logits."""
+    pixels = inputs["pixel_values"].mean((2, 3), keepdim=True).expand_as(inputs["pixel_values"])
+    values = [*read_state(model, capture), pixels.contiguous()]
+    reduced = rewrite(capture.graph, plan_graph(capture.graph, method)).module(*values)
+    (ours,), (theirs,) = map(tree_leaves, (reduced, capture.graph.module(*values)))
+    return relative_error(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("method", "lossy"),
+    [
+        (EViT(R, prop_attn=True), False),
+        (EViT(R, fuse=False), True),
+        (SPViT(R), False),
+        (DiffRate(R), True),
+        (DiffRate(R, pruned=0.0), False),
+        (DiffRate(R, pruned=(0, 0, 0)), False),
+        (ToFu(R), True),
+        (ToFu(R, strategies=("merge",) * 3), False),
+    ],
+    ids=repr,
+)
+@torch.no_grad()
+def test_what_a_method_says_it_loses_is_lost(
+    method: Method, lossy: bool, without_positions: Any
+) -> None:
+    model, capture, inputs = without_positions
+    assert bool(method.lossy) == lossy
+    assert (all_alike(model, capture, method, inputs) > 1e-4) == lossy
+    if not lossy:
+        found = check_duplicates(model, capture, method, inputs)
+        assert found.blind is None, found.blind
+        assert found.error < 1e-4

@@ -65,8 +65,6 @@ class Method:
     name: ClassVar[str] = ""
     standard: ClassVar[Schedule] = Schedule("constant", (16,))
     """What is done where no count is given."""
-    lossy: ClassVar[str] = ""
-    """Why reducing tokens that are all alike changes the result, where it does."""
     holes: ClassVar[bool] = False
     """Whether a block may leave tokens of size 0, out of use, in the sequence."""
     every_block: ClassVar[bool] = False
@@ -110,6 +108,7 @@ class Method:
             multiple_of=whole("multiple_of", self.multiple_of, least=1),
             adaptive=_adaptive(self.adaptive, self.trace_source),
         )
+        self._refuse_lost_counts()
         self.check()
 
     # ---- what a method says -----------------------------------------------------------------
@@ -119,6 +118,13 @@ class Method:
 
     def ready(self) -> None:
         """Raises a TomeError where something is missing without which no block can be reduced."""
+
+    @property
+    def lossy(self) -> str:
+        """Why reducing tokens that are all alike changes the result, proportional attention on;
+        empty where it does not.
+        """
+        return ""
 
     def most(self, tokens: int, protected: tuple[int, ...]) -> int:
         """How many of ``tokens``, the protected positions among them, a block can lose."""
@@ -160,6 +166,17 @@ class Method:
         for order, place in enumerate(places):
             counts[place] = number // len(places) + (order < number % len(places))
         return self.replace(r=counts)
+
+    def measured(self: Own, linearity: tuple[float, ...]) -> Own:
+        """What a calibration starts from, once the blocks are measured.
+
+        Args:
+            linearity: of each block, 0 where it is linear (:mod:`tomepass.linearity`).
+
+        Raises:
+            ValueError: if the method's own fields leave nothing to find.
+        """
+        return self
 
     def variants(self, linearity: tuple[float, ...]) -> tuple[Method, ...]:
         """Others of its kind that a calibration should try, the counts aside.
@@ -238,6 +255,16 @@ class Method:
         # A frozen dataclass normalises through object.__setattr__, once, when it is made.
         for name, value in fields.items():
             object.__setattr__(self, name, value)
+
+    def _refuse_lost_counts(self) -> None:
+        if self.blocks is None or self.schedule.kind != "list":
+            return
+        counts = enumerate(self.schedule.values)
+        if lost := [i for i, count in counts if count and i not in self.blocks]:
+            raise ValueError(
+                f"{self.schedule!r} asks for tokens of blocks {lost}, which blocks={self.blocks} "
+                "leaves out"
+            )
 
     def _places(self, depth: int) -> tuple[int, ...]:
         """The blocks that reduce, where they are not all."""

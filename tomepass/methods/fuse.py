@@ -45,6 +45,11 @@ class EViT(Pruning):
             raise ValueError("prop_attn=True does nothing with fuse=False: tokens hold one each")
 
     @property
+    def lossy(self) -> str:
+        """Fused, nothing is dropped."""
+        return "" if self.fuse else super().lossy
+
+    @property
     def fused(self) -> int:
         """One token of the rest, or none."""
         return int(self.fuse)
@@ -80,6 +85,11 @@ class SPViT(Pruning):
     def check(self) -> None:
         """Refuses choices there are none of."""
         choice("score", self.score, get_args(Score))
+
+    @property
+    def lossy(self) -> str:
+        """Nothing is dropped: the package holds the rest."""
+        return ""
 
     @property
     def fused(self) -> int:

@@ -22,7 +22,10 @@ Score = Literal["class_attention", "attention_received", "norm", "random"]
 class Pruning(Method):
     """What methods share that drop tokens: all but one of those that are not protected can go."""
 
-    lossy: ClassVar[str] = "tokens that are dropped take their share of the attention with them"
+    @property
+    def lossy(self) -> str:
+        """Whatever is dropped."""
+        return "tokens that are dropped take their share of the attention with them"
 
     def most(self, tokens: int, protected: tuple[int, ...]) -> int:
         """All but one, and what is made of the others."""

@@ -32,8 +32,6 @@ class ToFu(Method):
     """
 
     name: ClassVar[str] = "tofu"
-    lossy: ClassVar[str] = "in the blocks that prune, the tokens dropped are counted no more"
-
     strategies: tuple[Strategy, ...] | Literal["halves"] = "halves"
     mlerp: MLERP = MLERP("max")  # noqa: RUF009 - frozen
 
@@ -50,6 +48,15 @@ class ToFu(Method):
                 f"{self.strategies!r}"
             )
         self._set(strategies=tuple(self.strategies))
+        if self.mlerp != MLERP() and "merge" not in self.strategies:
+            raise ValueError(f"mlerp={self.mlerp!r} does nothing with strategies={self.strategies}")
+
+    @property
+    def lossy(self) -> str:
+        """Where a block prunes."""
+        if self.strategies != "halves" and "prune" not in self.strategies:
+            return ""
+        return "in the blocks that prune, the tokens dropped are counted no more"
 
     def strategy(self, index: int, depth: int) -> str:
         """What block ``index`` of ``depth`` does.
@@ -66,17 +73,28 @@ class ToFu(Method):
             )
         return self.strategies[index]
 
+    def measured(self, linearity: tuple[float, ...]) -> ToFu:
+        """The half of the blocks that is least linear prunes, whichever half that is."""
+        if self.strategies != "halves":
+            return self
+        return self._pruning(len(linearity) // 2, linearity)
+
     def variants(self, linearity: tuple[float, ...]) -> tuple[Method, ...]:
         """Pruning in the quarter, half or three quarters of the blocks that are least linear."""
         depth = len(linearity)
-        order = sorted(range(depth), key=lambda i: -linearity[i])
         shares = (0, depth // 4, depth // 2, 3 * depth // 4)
-        return tuple(
-            self.replace(
-                strategies=tuple("prune" if i in order[:pruning] else "merge" for i in range(depth))
-            )
-            for pruning in shares
-        )
+        return tuple(self._pruning(blocks, linearity) for blocks in shares)
+
+    def _pruning(self, blocks: int, linearity: tuple[float, ...]) -> ToFu:
+        """Pruning in so many of the blocks, the least linear ones."""
+        pruned = sorted(range(len(linearity)), key=lambda i: -linearity[i])[:blocks]
+        strategies = ("prune" if i in pruned else "merge" for i in range(len(linearity)))
+        return self.replace(strategies=tuple(strategies))
+
+    def __repr__(self) -> str:
+        # The default is a fallback, not a measurement: it is not left unsaid.
+        said = super().__repr__()
+        return f"{said[:-1]}, strategies='halves')" if self.strategies == "halves" else said
 
     def reduce(self, block: Reducing) -> Reduction:
         """Matches as ToMe does, then drops the sources or merges them."""
