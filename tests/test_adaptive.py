@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,8 @@ from zoo import make_inputs, make_vit, relative_error
 import tomepass
 from tomepass import EViT, Prune, ToMe, TomeBackend, TomeError
 from tomepass.adaptive import BUDGETS, AdaptiveModel, redundancy
-from tomepass.methods import Method, method_from_dict
+from tomepass.benchmarking import measure
+from tomepass.methods import DynamicViT, Method, method_from_dict
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +82,7 @@ def test_a_result_does_not_depend_on_its_neighbours(
 
 @pytest.mark.parametrize("method", [Prune(20, adaptive=True), EViT(adaptive=True)])
 @torch.no_grad()
-def test_it_takes_every_method(method: Method, model: Any, images: Tensor) -> None:
+def test_it_takes_counts_and_rates(method: Method, model: Any, images: Tensor) -> None:
     found = tomepass.apply(model, method, example_inputs=images)
     assert found(images).logits.shape == (12, 10)
     assert len({budget.method for budget in found.budgets}) == 3
@@ -98,6 +100,36 @@ def test_thresholds_are_part_of_the_method(adaptive: AdaptiveModel) -> None:
     method = adaptive.method
     assert isinstance(method.adaptive, tuple)
     assert method_from_dict(method.to_dict()) == method
+
+
+def test_doors_that_are_about_one_graph_refuse_an_adaptive_method(
+    model: Any, images: Tensor
+) -> None:
+    method = ToMe(8, adaptive=(0.1, 0.2))
+    doors: dict[str, Callable[[], Any]] = {
+        "explain": lambda: tomepass.explain(model, method, example_inputs=images),
+        "check": lambda: tomepass.check(model, images, method, inner="eager"),
+        "measure": lambda: measure(model, images, method, inner="eager"),
+    }
+    for door, call in doors.items():
+        with pytest.raises(TomeError, match=rf"adaptive=\(0.1, 0.2\) routes .*, {door} is"):
+            call()
+    with pytest.raises(TomeError, match="routes images to several graphs"):
+        tomepass.export(model, method, example_inputs=images)
+
+
+def test_an_adaptive_model_is_no_model_to_merge(adaptive: AdaptiveModel, images: Tensor) -> None:
+    doors: list[Callable[[Any], Any]] = [
+        lambda model: tomepass.apply(model, r=2, example_inputs=images),
+        lambda model: tomepass.explain(model, r=2, example_inputs=images),
+        lambda model: tomepass.check(model, images, r=2, inner="eager"),
+        lambda model: tomepass.calibrate(model, [images], macs=0.8, progress=False),
+        lambda model: tomepass.train_policy(model, DynamicViT(), [images], progress=False),
+        lambda model: measure(model, images, r=2, inner="eager"),
+    ]
+    for door in doors:
+        with pytest.raises(TomeError, match=r"already merged with ToMe.* several graphs"):
+            door(adaptive)
 
 
 def test_what_it_cannot_do_is_refused(model: Any, images: Tensor) -> None:

@@ -11,7 +11,18 @@ import torch
 from zoo import make_inputs, make_vit
 
 import tomepass
-from tomepass import DiffRate, Plan, ToFu, ToMe, TomeBackend, TomeError, calibration
+from tomepass import (
+    DiffRate,
+    EViT,
+    Plan,
+    Prune,
+    ToFu,
+    ToMe,
+    TomeBackend,
+    TomeError,
+    calibration,
+    plans,
+)
 from tomepass.capture import capture_module
 from tomepass.linearity import block_linearity
 from tomepass.methods import method_from_dict
@@ -62,6 +73,26 @@ def test_profile_and_sensitivity_have_a_figure_a_block(plan: Plan, tmp_path: Pat
     assert (tmp_path / "profile.png").stat().st_size > 10_000
 
 
+TUNED = torch.randperm(8, generator=torch.Generator().manual_seed(0))[2:]
+"""Of eight images with seed 0, all but the quarter held out."""
+
+
+@pytest.mark.parametrize("block", [0, 1])
+@torch.no_grad()
+def test_sensitivity_is_the_divergence_when_that_block_alone_loses_tokens(
+    block: int, plan: Plan, model: Any, batches: list[Any]
+) -> None:
+    found = plan.calibration
+    assert found is not None
+    counts = [found.alone if i == block else 0 for i in range(3)]
+    images = torch.cat(batches)[TUNED]
+    method = ToMe(counts, importance="class_attention")
+    merged = tomepass.apply(model, method, example_inputs=images)
+    before, after = (m(images).logits.double().softmax(-1) for m in (model, merged))
+    divergence = (before * (before / after).log()).sum(-1).mean()
+    assert found.sensitivity[block] == pytest.approx(float(divergence), rel=1e-3)
+
+
 def test_it_prints_saves_and_is_taken_by_every_door(
     plan: Plan, model: Any, batches: list[Any], tmp_path: Path
 ) -> None:
@@ -91,8 +122,92 @@ def test_the_same_seed_finds_the_same_and_a_cache_measures_nothing_again(
         tomepass.calibrate(model, batches, macs=0.7, cache=cache, progress=False)
 
 
-def _not_again(*_: Any) -> None:
+@pytest.fixture(scope="module")
+def pruned(
+    model: Any, batches: list[Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Plan, str]:
+    """A plan that takes few candidates to find, and the cache that it leaves."""
+    cache = tmp_path_factory.mktemp("pruned") / "cache.json"
+    options: dict[str, Any] = {"cache": cache, "progress": False}
+    plan = tomepass.calibrate(model, batches, macs=0.8, methods=Prune(), **options)
+    return plan, cache.read_text()
+
+
+def _not_again(*_: Any, **__: Any) -> None:
     raise AssertionError("measured again")
+
+
+@pytest.mark.parametrize("writing", [False, True])
+def test_a_run_broken_off_goes_on_and_measures_nothing_twice(
+    writing: bool, pruned: tuple[Plan, str], model: Any, batches: list[Any], tmp_path: Path
+) -> None:
+    goal: dict[str, Any] = {"macs": 0.8, "methods": Prune(), "progress": False}
+    cache, seen = tmp_path / "cache.json", []
+    outputs, write = calibration.Judge.outputs, Path.write_text
+
+    def measured(judge: Any, method: Any) -> Any:
+        if len(seen) == 5 and not writing:
+            raise KeyboardInterrupt
+        seen.append(method)
+        return outputs(judge, method)
+
+    def half_written(path: Path, text: str) -> int:
+        if len(seen) == 5:
+            write(path, text[: len(text) // 2])
+            raise KeyboardInterrupt
+        return write(path, text)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration.Judge, "outputs", measured)
+        if writing:
+            patch.setattr(Path, "write_text", half_written)
+        with pytest.raises(KeyboardInterrupt):
+            tomepass.calibrate(model, batches, cache=cache, **goal)
+    before = seen[:4] if writing else seen[:]  # what was being written is lost, and no more
+    seen.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(calibration.Judge, "outputs", lambda *a: seen.append(a[1]) or outputs(*a))
+        patch.setattr(calibration, "block_linearity", _not_again)
+        again = tomepass.calibrate(model, batches, cache=cache, **goal)
+    assert again == pruned[0]
+    assert len(before) >= 4
+    assert len(set(before + seen)) == len(before + seen)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache.json"]
+
+
+@pytest.mark.parametrize("text", ['{"outputs": "a", "kno', "[]", '{"outputs": "a"}'])
+def test_a_broken_cache_is_refused(
+    text: str, model: Any, batches: list[Any], tmp_path: Path
+) -> None:
+    cache = tmp_path / "cache.json"
+    cache.write_text(text)
+    with pytest.raises(TomeError, match=r"cache\.json cannot be read(.|\n)*remove it"):
+        tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_a_bar_is_shown_where_it_is_asked_for(
+    shown: bool,
+    pruned: tuple[Plan, str],
+    model: Any,
+    batches: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich draws bars on terminals
+    monkeypatch.setenv("COLUMNS", "200")
+    seen: list[Any] = []
+    make = calibration.progress_bar
+    monkeypatch.setattr(calibration, "progress_bar", lambda s: seen.append(make(s)) or seen[-1])
+    cache = tmp_path / "cache.json"
+    cache.write_text(pruned[1])
+    goal: dict[str, Any] = {"macs": 0.8, "methods": Prune(), "cache": cache}
+    tomepass.calibrate(model, batches, progress=shown, **goal)
+    told = capsys.readouterr().err
+    assert ("one block alone" in told) == shown
+    assert ("tried, now Prune(" in told) == shown
+    assert [(task.completed, task.total) for task in seen[0].tasks] == [(0, None), (3, 3)]
 
 
 def test_a_cache_of_other_images_is_refused(model: Any, batches: list[Any], tmp_path: Path) -> None:
@@ -164,6 +279,12 @@ def test_a_linear_block_measures_0_and_a_square_one_does_not() -> None:
         ({"macs": 0.6, "held_out": 1.0}, ValueError, "held_out"),
         ({"macs": 0.6, "methods": ["tome"]}, TypeError, "methods must be"),
         ({"macs": 0.02}, TomeError, "macs=0.02 cannot be reached"),
+        ({"macs": 0.6, "inner": "eager"}, ValueError, "inner= and macs=0.6 make no sense"),
+        ({"macs": 0.6, "inner_options": {"freezing": True}}, ValueError, "inner_options= and macs"),
+        ({"macs": 0.6, "methods": ToMe(8)}, ValueError, r"counts of ToMe\(8\) and the goal"),
+        ({"macs": 0.6, "methods": ToFu(macs=0.7)}, ValueError, r"ToFu\(macs=0.7\) and the goal"),
+        ({"macs": 0.6, "methods": ToMe(blocks=(1,))}, ValueError, "blocks= of .* and the goal"),
+        ({"macs": 0.6, "methods": ToMe(adaptive=True)}, TomeError, "adaptive=True .* calibrate"),
     ],
 )
 def test_wrong_goals_are_refused(
@@ -193,3 +314,47 @@ def test_a_speedup_is_measured_and_what_is_missed_is_said(
     assert plan.speedup == pytest.approx(1.3)
     assert len(asked) == 2
     assert plan.why.startswith("1.30x measured")
+
+
+def test_a_speedup_is_measured_by_the_backend_that_was_asked_for_and_kept(
+    model: Any, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans, "_ATTEMPTS", 1)
+    cache = tmp_path / "cache.json"
+    goal: dict[str, Any] = {"speedup": 1.1, "methods": Prune(), "cache": cache, "progress": False}
+    plan = tomepass.calibrate(model, batches, inner="eager", **goal)
+    found = plan.calibration
+    assert found is not None
+    assert found.macs <= 1 / 1.1
+    assert plan.inner == "eager"
+    assert plan.speedup is not None
+    assert plan.why.startswith(f"{plan.speedup:.2f}x measured; ")
+    assert ("1.1x was asked for and not reached" in plan.why) == (plan.speedup < 1.1)
+    assert Plan.from_json(plan.to_json()) == plan
+    monkeypatch.setattr(calibration, "measure", _not_again)
+    assert tomepass.calibrate(model, batches, inner="eager", **goal) == plan
+    for other in ({"inner": "aot_eager"}, {"inner": "eager", "inner_options": {"some": 1}}):
+        with pytest.raises(AssertionError, match="again"):
+            tomepass.calibrate(model, batches, **goal, **other)
+
+
+@pytest.mark.parametrize("name", ["siglip_vision", "dinov2", "ast"])
+@torch.no_grad()
+def test_it_calibrates_models_of_other_families(name: str, shared_models: Any) -> None:
+    model, inputs = shared_models[name], make_inputs(name, 4)
+    plan = tomepass.calibrate(model, [inputs], macs=0.9, methods=EViT(), progress=False)
+    found = plan.calibration
+    assert found is not None
+    assert 0.85 < found.macs <= 0.9
+    merged = tomepass.apply(model, plan, example_inputs=inputs)
+    before, after = model(**inputs), merged(**inputs)
+    (held,) = torch.randperm(4, generator=torch.Generator().manual_seed(0))[:1].tolist()
+    if name == "ast":
+        before, after = (o.logits.double().softmax(-1)[held] for o in (before, after))
+        expected = (before * (before / after).log()).sum()
+    else:
+        before, after = (o.last_hidden_state.double() for o in (before, after))
+        expected = (after - before)[held].square().mean() / before.square().mean()
+    assert found.held_out.divergence == pytest.approx(float(expected), rel=1e-3)
+    assert (found.held_out.agreement is None) == (name != "ast")
+    assert found.tuned.divergence == min(t.divergence for t in found.tried)

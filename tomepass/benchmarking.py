@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tomepass.backend import Inner, resolve_inner
 from tomepass.errors import TomeError
 from tomepass.methods import Method, RLike, ToMe, method_from_dict, resolve_method
-from tomepass.module import MergedModel, apply
+from tomepass.module import MergedModel, apply, check_model, check_one_graph
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -284,7 +284,8 @@ def measure(
 
     Raises:
         TomeError: if the model cannot be merged, is in training mode, lives on another kind of
-            device, or the backend or one of Inductor's options is not known.
+            device, the method or model is adaptive, or the backend or one of Inductor's options is
+            not known.
         ValueError: if ``rounds`` is less than 1.
         RuntimeError: if one of the two still recompiles after warming up.
     """
@@ -293,6 +294,8 @@ def measure(
             method = model.method
         model = model.original
     method = resolve_method(method, r)
+    check_model(model)
+    check_one_graph(method, "measure")
     options = dict(inner_options or {})
     _refuse(model, inner, options, rounds)
     backend = resolve_inner(inner, options)

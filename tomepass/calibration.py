@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import nn
 
 from tomepass.benchmarking import environment, inner_name, measure
@@ -17,11 +20,14 @@ from tomepass.errors import TomeError
 from tomepass.judging import Judge, Outputs, Score
 from tomepass.linearity import block_linearity
 from tomepass.methods import Method, ToMe, method_from_dict
+from tomepass.module import check_one_graph
 from tomepass.plans import Plan, approach
 from tomepass.shapes import Shape, even, fitted
 from tomepass.tables import progress_bar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from tomepass.backend import Inner
 
 _PROFILED = 32  # images that the linearity is measured on
@@ -119,12 +125,14 @@ def calibrate(
         batches: of inputs as they will come, 128 images or so in all. They are read once.
         macs: the share of the unmerged multiply-accumulates to keep, as in 0.6.
         speedup: instead: the measured ratio to reach, compiled, on the first batch.
-        methods: one or more to choose from; by default ToMe and its variants.
+        methods: one or more to choose from, without counts, which are what is looked for; by
+            default ToMe and its variants.
         held_out: the share of the images that have no say.
         seed: of the choice of these.
-        cache: a JSON file that keeps what was measured, so that a run that was broken off goes on.
-        inner: the backend that compiles, with ``speedup``.
-        inner_options: its options.
+        cache: a JSON file that keeps what was measured, so that a run that was broken off goes on:
+            speed-ups too, for the same machine, threads, versions and a backend given by name.
+        inner: the backend that compiles, with ``speedup`` alone.
+        inner_options: its options, with ``speedup`` alone.
         progress: show a bar on standard error.
 
     Returns:
@@ -132,27 +140,27 @@ def calibrate(
 
     Raises:
         TypeError: if not one of macs and speedup is given.
-        ValueError: if they, or ``held_out``, are out of range.
-        TomeError: if the model cannot be merged, the goal cannot be reached, or there are fewer
-            than four images.
+        ValueError: if they, or ``held_out``, are out of range, or options make no sense together.
+        TomeError: if the model cannot be merged, the goal cannot be reached, a method or the model
+            is adaptive, there are fewer than four images, or the cache is broken or another's.
     """
     goal = ToMe(macs=macs, speedup=speedup).schedule.macs
     if goal is None:
         raise TypeError("give the goal: macs=0.6 or speedup=1.5")
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
-    judge = Judge(model, batches)
+    if speedup is None and (inner != "inductor" or inner_options):
+        idle = "inner" if inner != "inductor" else "inner_options"
+        raise ValueError(
+            f"{idle}= and macs={macs!r} make no sense together: only speedup= compiles anything"
+        )
     asked = _asked(methods)
+    judge = Judge(model, batches)
     with progress_bar(progress) as bar:
-        task = bar.add_task("calibrating", total=None)
-
-        def say(text: str) -> None:
-            bar.update(task, description=text)
-
-        search = _Search(judge, held_out, seed, cache, say)
+        search = _Search(judge, asked, held_out, seed, cache, bar)
         if speedup is None:
-            return search.run(goal, asked)
-        return _until_measured(search, float(speedup), asked, inner, inner_options or {})
+            return search.run(goal)
+        return _until_measured(search, float(speedup), inner, inner_options or {})
 
 
 def _asked(methods: Method | Sequence[Method] | None) -> tuple[Method, ...]:
@@ -161,6 +169,15 @@ def _asked(methods: Method | Sequence[Method] | None) -> tuple[Method, ...]:
     found = (methods,) if isinstance(methods, Method) else tuple(methods)
     if not found or not all(isinstance(method, Method) for method in found):
         raise TypeError(f"methods must be one or more tomepass methods, got {methods!r}")
+    for method in found:
+        check_one_graph(method, "calibrate")
+        own = {"counts": method.schedule != method.standard, "blocks=": method.blocks is not None}
+        for what in (what for what, given in own.items() if given):
+            raise ValueError(
+                f"the {what} of {method!r} and the goal of calibrate make no sense together: which "
+                f"block loses how many is what it finds; give methods={type(method).__name__}(...) "
+                f"without {what}"
+            )
     return found
 
 
@@ -170,12 +187,13 @@ class _Search:
     def __init__(
         self,
         judge: Judge,
+        asked: Sequence[Method],
         held_out: float,
         seed: int,
         cache: str | Path | None,
-        say: Callable[[str], None],
+        bar: Progress,
     ) -> None:
-        self.judge, self.seed, self.say = judge, seed, say
+        self.judge, self.asked, self.seed, self.bar = judge, asked, seed, bar
         order = torch.randperm(judge.images, generator=torch.Generator().manual_seed(seed))
         kept = max(1, round(judge.images * held_out))
         if judge.images < 4 or kept >= judge.images:
@@ -188,24 +206,45 @@ class _Search:
         stream = max(judge.costs.streams, key=lambda s: len(s.stream.blocks))
         self.stream, self.depth = stream, judge.depth
         self.tokens, self.protected = stream.plan.tokens, len(stream.plan.protected)
+        self.alone = max(1, (self.tokens - self.protected) // 8)
+
+    def say(self, text: str) -> None:
+        """On a bar without an end: what a search tries depends on what it finds."""
+        self.bar.update(self._open_end, description=text)
+
+    @cached_property
+    def _open_end(self) -> Any:
+        return self.bar.add_task("", total=None)
 
     def divergence(self, method: Method) -> float:
         """On the tuning images."""
-        self.say(f"trying {method!r}")
         return self.memory.outputs(method).score(self.tuned).divergence
 
-    def run(self, macs: float, asked: Sequence[Method]) -> Plan:
-        """The whole search at one share of the multiply-accumulates."""
+    @cached_property
+    def linearity(self) -> tuple[float, ...]:
+        """Of each block."""
         self.say("measuring how linear each block is")
-        linearity = self.memory.linearity(self.stream)
-        asked = [method.measured(linearity) for method in asked]
-        alone = max(1, (self.tokens - self.protected) // 8)
-        sensitivity = tuple(self._alone(asked[0], index, alone) for index in range(self.depth))
+        return self.memory.linearity(self.stream)
+
+    @cached_property
+    def starts(self) -> list[Method]:
+        """What was asked for, as far as the blocks' linearity decides it."""
+        return [method.measured(self.linearity) for method in self.asked]
+
+    @cached_property
+    def sensitivity(self) -> tuple[float, ...]:
+        """The divergence when one block alone loses tokens."""
+        blocks = self.bar.track(range(self.depth), description="one block alone")
+        return tuple(self._alone(self.starts[0], index, self.alone) for index in blocks)
+
+    def run(self, macs: float) -> Plan:
+        """The whole search at one share of the multiply-accumulates."""
+        linearity, sensitivity = self.linearity, self.sensitivity
         tried: dict[Method, float] = {}
-        for method in asked:
+        for method in self.starts:
             self._search(method, macs, linearity, tried)
         if not tried:
-            even(asked[0], macs, self.judge.share, self.tokens, self.depth)  # says why
+            even(self.starts[0], macs, self.judge.share, self.tokens, self.depth)  # says why
             raise TomeError(f"no schedule leaves {macs} of the multiply-accumulates")
         chosen = min(tried, key=lambda m: tried[m])
         plain = even(ToMe(), macs, self.judge.share, self.tokens, self.depth)
@@ -217,7 +256,7 @@ class _Search:
             even=self.memory.outputs(plain).score(self.held),
             linearity=linearity,
             sensitivity=sensitivity,
-            alone=alone,
+            alone=self.alone,
             tried=tuple(Candidate(m, self.judge.share(m), d) for m, d in tried.items()),
             seed=self.seed,
         )
@@ -240,6 +279,7 @@ class _Search:
             if counted is None:
                 return float("inf")
             if counted not in tried:
+                self.say(f"{len(tried)} tried, now {counted!r}")
                 tried[counted] = self.divergence(counted)
             return tried[counted]
 
@@ -276,7 +316,7 @@ class _Memory:
         self.key = digest.hexdigest()
         self.known: dict[str, Any] = {}
         if self.path is not None and self.path.exists():
-            stored = json.loads(self.path.read_text())
+            stored = _stored(self.path)
             if stored.get("outputs") != self.key:
                 raise TomeError(
                     f"{self.path} holds measurements of another model or other images",
@@ -306,16 +346,49 @@ class _Memory:
             self._keep("linearity", list(found))
         return tuple(self.known["linearity"])
 
+    def speedup(
+        self, method: Method, inner: Inner, options: Mapping[str, Any], find: Callable[[], float]
+    ) -> float:
+        """A method's, of the first batch: as ``find`` measures it where it is not known here."""
+        if not isinstance(inner, str):  # a callable's name does not say what it does
+            return find()
+        leaves = pytree.tree_leaves(self.judge.calls[0])
+        inputs = [str((v.shape, v.dtype, v.device)) for v in leaves if isinstance(v, torch.Tensor)]
+        what = [method.to_dict(), inner, dict(options), inputs, environment()]
+        name = "speedup " + json.dumps(what, sort_keys=True, default=repr)
+        if name not in self.known:
+            self._keep(name, find())
+        return float(self.known[name])
+
     def _keep(self, name: str, value: Any) -> None:
         self.known[name] = value
-        if self.path is not None:
-            self.path.write_text(json.dumps({"outputs": self.key, "known": self.known}))
+        if self.path is not None:  # written aside: what breaks off a write leaves the file whole
+            aside = self.path.with_name(self.path.name + ".part")
+            aside.write_text(json.dumps({"outputs": self.key, "known": self.known}))
+            os.replace(aside, self.path)
+
+
+def _stored(path: Path) -> dict[str, Any]:
+    """What a file of measurements holds."""
+    try:
+        stored = json.loads(path.read_text())
+    except ValueError as error:  # not JSON, or not even text
+        raise _broken(path, str(error)) from error
+    if not isinstance(stored, dict) or not isinstance(stored.get("known"), dict):
+        raise _broken(path, "expected an object with 'outputs' and 'known'")
+    return stored
+
+
+def _broken(path: Path, why: str) -> TomeError:
+    return TomeError(
+        f"{path} cannot be read as measurements: {why}",
+        advice="remove it, and all is measured again, or give another file as cache=",
+    )
 
 
 def _until_measured(
     search: _Search,
     speedup: float,
-    asked: Sequence[Method],
     inner: Inner,
     options: Mapping[str, Any],
 ) -> Plan:
@@ -323,16 +396,18 @@ def _until_measured(
     judge = search.judge
 
     def measured(plan: Plan) -> Plan:
-        search.say(f"measuring {plan.method!r}")
-        found = measure(
-            judge.model, judge.calls[0], plan.method, inner=inner, inner_options=options, rounds=5
-        )
-        ratio = found.ratio.median
+        search.say(f"measuring the speed of {plan.method!r}")
+
+        def find() -> float:
+            how: Any = {"inner": inner, "inner_options": options, "rounds": 5}
+            return measure(judge.model, judge.calls[0], plan.method, **how).ratio.median
+
+        ratio = search.memory.speedup(plan.method, inner, options, find)
         why = f"{ratio:.2f}x measured; {plan.why}"
         return plan.replace(speedup=ratio, why=why, inner=inner_name(inner))
 
     plans = approach(
-        speedup, lambda ideal: search.run(1 / ideal, asked), measured, lambda p: p.speedup or 0.0
+        speedup, lambda ideal: search.run(1 / ideal), measured, lambda p: p.speedup or 0.0
     )
     plan = plans[-1]
     if (plan.speedup or 0.0) >= speedup:

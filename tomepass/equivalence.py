@@ -25,7 +25,15 @@ from tomepass.duplicates import check_duplicates
 from tomepass.errors import TomeError
 from tomepass.graphs import CHOICES, MATCHES, relative_error, replayed
 from tomepass.methods import Method, RLike, resolve_method
-from tomepass.module import Applied, MergedModel, apply, make_applied, read_state
+from tomepass.module import (
+    Applied,
+    MergedModel,
+    apply,
+    check_model,
+    check_one_graph,
+    make_applied,
+    read_state,
+)
 from tomepass.planning import plan_graph
 from tomepass.recorded import CheckLine, Recorded, edges_of, record, reference_lines
 from tomepass.rewrite import rewrite
@@ -103,13 +111,16 @@ def check(
         progress: called with the name of each line before it runs.
 
     Raises:
-        TomeError: if the model cannot be merged, is in training mode, or the backend is missing.
+        TomeError: if the model cannot be merged, is in training mode, the method or model is
+            adaptive, or the backend is missing.
     """
     if isinstance(model, MergedModel):
         if method is None and r is None:
             method = model.method
         model = model.original
     method = resolve_method(method, r)
+    check_model(model)
+    check_one_graph(method, "check")
     if model.training:
         raise TomeError(
             "check compares runs bit for bit and needs eval mode", advice="call model.eval() first"

@@ -13,7 +13,14 @@ from torch import Tensor, fx, nn
 from tomepass.costs import ModelCosts
 from tomepass.errors import TomeError
 from tomepass.methods import Method
-from tomepass.module import MergedModel, apply_capture, call_of, read_state, read_streams
+from tomepass.module import (
+    MergedModel,
+    apply_capture,
+    call_of,
+    check_model,
+    read_state,
+    read_streams,
+)
 from tomepass.planning import Planned
 from tomepass.rewrite import rewrite
 
@@ -71,6 +78,7 @@ class Judge:
         self, model: nn.Module, batches: Iterable[Any], labels: Tensor | None = None
     ) -> None:
         self.model = model.original if isinstance(model, MergedModel) else model
+        check_model(self.model)
         if self.model.training:
             raise TomeError(
                 "outputs are compared, which takes eval mode", advice="call model.eval() first"

@@ -106,7 +106,7 @@ def explain(
 
     Raises:
         TomeError: if torch.export cannot capture the model, or if there are no example inputs
-            and the config does not say what to make.
+            and the config does not say what to make, or if the method or model is adaptive.
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
     """
     if isinstance(model, MergedModel):
@@ -115,6 +115,7 @@ def explain(
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
     check_model(model)
+    check_one_graph(method, "explain")
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = _rebuild(model, method, on_unmatched, outputs).bind(inputs)
     return _analyse(model, method, call, outputs).report
@@ -514,7 +515,9 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
 
 
 def check_model(model: object) -> None:
-    """Refuses what is no module, and what is compiled already."""
+    """Refuses what is no module, what is compiled already, and what routes images to graphs."""
+    from tomepass.adaptive import AdaptiveModel
+
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):
@@ -522,6 +525,22 @@ def check_model(model: object) -> None:
             "the model is already compiled",
             advice="give the model itself, and compile what apply returns: "
             "torch.compile(tomepass.apply(model))",
+        )
+    if isinstance(model, AdaptiveModel):
+        raise TomeError(
+            f"the model is already merged with {model.method!r}, which routes images to several "
+            "graphs",
+            advice="give its .original, or one of its .budgets, which is a graph of its own",
+        )
+
+
+def check_one_graph(method: Method, door: str) -> None:
+    """Refuses a method that makes several graphs, where a door is about one."""
+    if method.adaptive is not False:
+        raise TomeError(
+            f"adaptive={method.adaptive!r} routes images to several graphs, {door} is about one",
+            advice="give a method without adaptive=, or that of one budget: "
+            "tomepass.apply(model, method, example_inputs=images).budgets[0].method",
         )
 
 
