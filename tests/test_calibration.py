@@ -229,14 +229,15 @@ def test_tofu_s_strategies_follow_the_measured_profile(model: Any, batches: list
         assert pruning == set(order[: len(pruning)])
 
 
-def test_diffrate_searches_its_shares(model: Any, batches: list[Any]) -> None:
+def test_diffrate_searches_its_shares(batches: list[Any]) -> None:
+    model = make_vit(num_hidden_layers=2)
     plan = tomepass.calibrate(model, batches, macs=0.7, methods=[DiffRate()], progress=False)
     assert plan.calibration is not None
     tried = {t.method.pruned for t in plan.calibration.tried}
     assert tried >= {0.0, 0.25, 0.5, 0.75}
     depth = len(plan.method.schedule.values)
     by_block = [shares for shares in tried if isinstance(shares, tuple)]
-    assert len(by_block) > 8
+    assert len(by_block) > 6
     assert {len(shares) for shares in by_block} == {depth}
     assert method_from_dict(plan.method.to_dict()) == plan.method
 

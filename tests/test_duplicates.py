@@ -72,9 +72,9 @@ def test_the_parameters_stay_as_they_are() -> None:
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize("combine", ["mean", "max", "keep", MLERP(), MLERP("mean")], ids=str)
+@pytest.mark.parametrize("combine", ["max", "keep", MLERP()], ids=str)
 def test_it_is_halved_however_tokens_are_combined(combine: Any) -> None:
-    found = result(make(readout="mean"), ToMe(16, combine=combine))
+    found = result(make(readout="mean", depth=3), ToMe(16, combine=combine))
     assert repr(found.schedule) == "r=8"
     assert found.blind is None
     assert found.error < 1e-5

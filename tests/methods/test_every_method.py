@@ -22,6 +22,7 @@ from tomepass.planning import plan_graph
 from tomepass.rewrite import rewrite
 
 every_method = pytest.mark.parametrize("name", ROWS)
+LOST = 1e-5  # of logits: more is no rounding
 every_family = pytest.mark.parametrize("family", PARTS)
 
 
@@ -144,11 +145,11 @@ def test_duplicates_are_lossless_or_it_is_said_why_not(name: str, without_positi
     changed = all_alike(model, capture, method, inputs)
     if method.lossy:
         assert found.blind == method.lossy
-        assert changed > 1e-4
+        assert changed > LOST
         return
     # Were what the reason says all there is, proportional attention would make it lossless.
     counting = method if method.prop_attn else method.replace(prop_attn=True)
-    assert all_alike(model, capture, counting, inputs) < 1e-5
+    assert all_alike(model, capture, counting, inputs) < LOST
     if not method.prop_attn:
         assert found.blind == "proportional attention is off"
         return
@@ -161,6 +162,7 @@ def all_alike(model: Any, capture: Capture, method: Method, inputs: Any) -> floa
     """How much reducing patches that are all alike changes the logits."""
     pixels = inputs["pixel_values"].mean((2, 3), keepdim=True).expand_as(inputs["pixel_values"])
     values = [*read_state(model, capture), pixels.contiguous()]
+    method = method.replace(r=[5, 9, 0])  # what the last block loses, the class token never sees
     reduced = rewrite(capture.graph, plan_graph(capture.graph, method)).module(*values)
     (ours,), (theirs,) = map(tree_leaves, (reduced, capture.graph.module(*values)))
     return relative_error(ours, theirs)
@@ -186,7 +188,7 @@ def test_what_a_method_says_it_loses_is_lost(
 ) -> None:
     model, capture, inputs = without_positions
     assert bool(method.lossy) == lossy
-    assert (all_alike(model, capture, method, inputs) > 1e-4) == lossy
+    assert (all_alike(model, capture, method, inputs) > LOST) == lossy
     if not lossy:
         found = check_duplicates(model, capture, method, inputs)
         assert found.blind is None, found.blind

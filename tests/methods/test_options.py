@@ -102,7 +102,10 @@ def test_diffrate_s_variants_search_each_block_by_depth_and_by_linearity() -> No
     for variant in best.variants(BENT):
         assert variant.replace(r=[8, 0, 3, 1]).plan(65, (0,), 4)  # whatever the counts are
         assert 0 <= variant.pruned_in(0, 8) <= 8
-    assert len(DiffRate(8).variants((0.5,))) == 16
+    # At an end there is one way to go, and fewer than four blocks are moved one by one.
+    ends = [v.pruned for v in start.replace(pruned=(0.0, 1.0, 0.0)).variants(BENT[:3])]
+    assert ends[-3:] == [(0.25, 1.0, 0.0), (0.0, 0.75, 0.0), (0.0, 1.0, 0.25)]
+    assert len(ends) == 11
 
 
 def test_tofu_s_fallback_is_named_and_gone_once_measured() -> None:

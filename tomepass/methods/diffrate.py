@@ -95,8 +95,11 @@ class DiffRate(Pruning):
         for part in range(4):
             for step in (-0.25, 0.25):
                 inside = range(part * depth // 4, (part + 1) * depth // 4)
-                shares = [s + step if i in inside else s for i, s in enumerate(own)]
-                found.append([min(max(float(share), 0.0), 1.0) for share in shares])
+                shares = [
+                    min(max(share + step, 0.0), 1.0) if i in inside else float(share)
+                    for i, share in enumerate(own)
+                ]
+                found += [shares] if tuple(shares) != own and inside else []
         return found
 
     def __eq__(self, other: object) -> bool:
