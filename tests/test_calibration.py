@@ -276,7 +276,7 @@ def test_a_linear_block_measures_0_and_a_square_one_does_not() -> None:
         ({"macs": 0.02}, TomeError, "macs=0.02 cannot be reached"),
         ({"macs": 0.6, "inner": "eager"}, ValueError, "inner= and macs=0.6 make no sense"),
         ({"macs": 0.6, "inner_options": {"freezing": True}}, ValueError, "inner_options= and macs"),
-        ({"macs": 0.6, "methods": ToMe(8)}, ValueError, r"counts of ToMe\(8\) and the goal"),
+        ({"macs": 0.6, "methods": ToMe(8)}, ValueError, r"counts of ToMe\(r=8\) and the goal"),
         ({"macs": 0.6, "methods": ToFu(macs=0.7)}, ValueError, r"ToFu\(macs=0.7\) and the goal"),
         ({"macs": 0.6, "methods": ToMe(blocks=(1,))}, ValueError, "blocks= of .* and the goal"),
         ({"macs": 0.6, "methods": ToMe(adaptive=True)}, TomeError, "adaptive=True .* calibrate"),
