@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache as remembered
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -272,6 +273,7 @@ class _Search:
     ) -> None:
         """Shapes for the method, then its variants in the best one, then its neighbours."""
 
+        @remembered  # a walk asks for the shape it stands in again and again
         def attempt(candidate: Method, shape: Shape) -> float:
             share = self.judge.share
             of_shape = (macs, share, self.tokens, self.protected, self.depth)

@@ -21,7 +21,14 @@ def limits(shared_models: Any) -> tuple[float, ...]:
     return tomepass.apply(shared_models["vit"], method, example_inputs=inputs).method.adaptive
 
 
-@pytest.mark.parametrize("name", ROWS)
+QUICK = ("evit", "threshold", "dynamicvit")
+"""Six graphs a method are slow to make for all of them in every run."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.doors) for name in ROWS],
+)
 @torch.no_grad()
 def test_each_image_gets_what_its_budget_makes_of_it(
     name: str, limits: tuple[float, ...], shared_models: Any
