@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import pytest
@@ -40,6 +39,19 @@ CHOICES: tuple[dict[str, Any], ...] = (
 every_choice = pytest.mark.parametrize(
     "choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values()))
 )
+# Every value of every choice in as few as make sense together.
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {"metric": "queries", "similarity": "dot", "combine": "mean"},
+    {"metric": "hidden", "similarity": "softmax", "combine": "max", "partition": "sequential"},
+    {
+        "metric": "values",
+        "similarity": "euclidean",
+        "combine": "keep",
+        "importance": "class_attention",
+    },
+    {"metric": "keys_all_heads", "combine": MLERP("mean"), "partition": "random", "seed": 5},
+)
+SMALL = make()
 COMBINED = ("weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean"))
 
 
@@ -120,24 +132,16 @@ def test_compiled_is_eager_and_an_exported_graph_is_plain_aten() -> None:
     assert relative_error(backend, merged(**inputs).logits) < 1e-4
 
 
-@functools.cache
-def small() -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """An encoder, images, and what it makes of them with none of the choices."""
-    model, x = make(), pixels()
-    return model, x, tomepass.apply(model, ToMe([9, 0]), example_inputs=x)(x)
-
-
 @pytest.mark.usefixtures("shared_models")  # captured once
-@every_choice
+@pytest.mark.parametrize("choice", TOGETHER, ids=lambda choice: "-".join(map(str, choice.values())))
 @torch.no_grad()
-def test_every_choice_reaches_the_graph_and_compiles(choice: dict[str, Any]) -> None:
+def test_every_choice_compiles(choice: dict[str, Any]) -> None:
     """Through AOTAutograd; the test above makes code of one."""
-    model, x, plain = small()
+    model, x = SMALL, pixels()
     merged = tomepass.apply(model, ToMe([9, 0], **choice), example_inputs=x)
-    eager = merged(x)
-    assert relative_error(eager, plain) > 1e-5
-    compiled = torch.compile(merged, fullgraph=True, backend="aot_eager")
-    assert relative_error(compiled(x), eager) < 1e-5
+    compiled = torch.compile(merged, fullgraph=True, backend="aot_eager")(x)
+    assert relative_error(compiled, merged(x)) < 1e-5
+    assert relative_error(compiled, model(x)) > 1e-3
 
 
 def test_a_random_partition_is_the_same_everywhere() -> None:

@@ -136,14 +136,12 @@ def test_it_repeats_and_takes_any_batch(name: str, shared_models: Any) -> None:
     [("dinov2_registers", "pitome"), ("siglip_vision", "avit"), ("ast", "spvit")],
 )
 @torch.no_grad()
-def test_elsewhere_too_it_repeats_compiles_and_takes_any_batch(
+def test_elsewhere_too_it_compiles_and_takes_any_batch(
     family: str, name: str, shared_models: Any
 ) -> None:
     model, inputs = shared_models[family], make_inputs(family, 3)
     merged = tomepass.apply(model, made(name), example_inputs=inputs)
     first = output_of(family, merged(**inputs))
-    again = tomepass.apply(model, made(name), example_inputs=inputs)
-    assert torch.equal(first, output_of(family, again(**inputs)))
     one = output_of(family, merged(**{key: value[1:2] for key, value in inputs.items()}))
     assert relative_error(one, first[1:2]) < 1e-5
     compiled = torch.compile(merged, fullgraph=True, backend="aot_eager")
