@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 import torch.utils._pytree as pytree
 from encoders import with_zero_positions
@@ -13,6 +14,9 @@ from zoo import relative_error
 import tomepass
 from tomepass import ToMe, TomeBackend
 from tomepass.capture import CanonicalGraph
+from tomepass.costs import stream_costs
+from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
+from tomepass.methods import Method
 from tomepass.module import read_state
 from tomepass.planning import plan_graph
 from tomepass.rewrite import rewrite
@@ -38,6 +42,15 @@ def rewritten(
     planned = plan_graph(graph, method)
     assert partly or not planned.mismatches, planned.mismatches
     return rewrite(graph, planned, **options).module
+
+
+def assert_macs_are_foretold(graph: CanonicalGraph, method: Method, module: fx.GraphModule) -> None:
+    """What a plan saves, told from the captured graph, is what the rewritten one has."""
+    macs, planned = macs_by_name(graph), plan_graph(graph, method)
+    saved = [stream_costs(graph, stream, macs).saved(stream.plan) for stream in planned.streams]
+    assert all(s > 0 for s in saved)
+    left = sum(node_macs(n) for n in module.graph.nodes if not is_overhead(n)) / batch_of(graph)
+    assert sum(macs.values()) - sum(saved) == pytest.approx(left, rel=1e-9)
 
 
 def calls(module: fx.GraphModule, target: Any) -> list[fx.Node]:

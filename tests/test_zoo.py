@@ -17,6 +17,7 @@ from encoders import compiled, duplicates, exported, kinds, report_on
 from lossless import (
     LOSSLESS,
     assert_lossless,
+    assert_macs_are_foretold,
     assert_r0_is_the_original,
     calls,
     errors,
@@ -41,14 +42,10 @@ from zoo import (
 
 import tomepass
 from tomepass import Report, ToMe, TomeBackend, TomeError, reference
-from tomepass.capture import CanonicalGraph
-from tomepass.costs import stream_costs
-from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.padding import padded_size
 from tomepass.ops.side import merge_bias, merge_rows, rows
-from tomepass.planning import plan_graph
 
 OTHERS = [name for name in FAMILIES if name not in CORE]
 """What other files do for the core families, this one does for these."""
@@ -103,15 +100,6 @@ def test_every_family_reads_exactly(
     called = {n.target for n in module.graph.nodes}
     assert {side for side, op in SIDES.items() if op in called} == set(family.sides)
     assert weighed_beyond_the_blocks(module, family.streams) == family.pooled
-
-
-def assert_macs_are_foretold(graph: CanonicalGraph, method: ToMe, module: fx.GraphModule) -> None:
-    """What a plan saves, told from the captured graph, is what the rewritten one has."""
-    macs, planned = macs_by_name(graph), plan_graph(graph, method)
-    saved = [stream_costs(graph, stream, macs).saved(stream.plan) for stream in planned.streams]
-    assert all(s > 0 for s in saved)
-    left = sum(node_macs(n) for n in module.graph.nodes if not is_overhead(n)) / batch_of(graph)
-    assert sum(macs.values()) - sum(saved) == pytest.approx(left, rel=1e-9)
 
 
 def weighed_beyond_the_blocks(module: fx.GraphModule, streams: tuple[Stream, ...]) -> bool:

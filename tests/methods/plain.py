@@ -55,7 +55,8 @@ class Seen(NamedTuple):
 
 class Group(NamedTuple):
     """One token afterwards: the position that stands there, whose values it is made of, by which
-    weights, what it counts, and how: "mean", "mlerp" (greatest norm) or "keep" (the stand's)."""
+    weights, what it counts, and how: "mean", "mlerp" (greatest norm), "mlerp_mean" (mean norm),
+    "max" (of each channel) or "keep" (the stand's)."""
 
     stand: int
     members: Sequence[int]
@@ -142,9 +143,13 @@ def _reduced(seen: Seen, groups: list[Group]) -> tuple[Tensor, Tensor, Tensor]:
         weights = torch.tensor(group.weights, dtype=torch.float64)[:, None]
         x = seen.hidden[members]
         mean = (weights * x).sum(0) / weights.sum().clamp(min=1e-300)
+        norms = x.norm(dim=-1, keepdim=True)
         if group.how == "mlerp" and len(members) > 1:
-            mean = mean / mean.norm() * x.norm(dim=-1).max()
-        rows.append(mean)
+            mean = mean / mean.norm() * norms.max()
+        if group.how == "mlerp_mean" and len(members) > 1:
+            mean = (weights * x / norms).sum(0)
+            mean = mean / mean.norm() * (weights * norms).sum() / weights.sum()
+        rows.append(x.max(0).values if group.how == "max" else mean)
     # What was dropped is found again at the most similar token that is in use.
     similar = seen.cosines
     for position in range(seen.tokens):
@@ -169,16 +174,21 @@ def prune(score: Callable[[Seen], Tensor]) -> Rule:
     return rule
 
 
-def shuffled(seen: Seen, seed: int) -> Tensor:
-    """The scores of random pruning."""
+def shuffle(count: int, seed: int) -> list[int]:
+    """Distinct numbers, one for each of so many."""
     import random
 
-    prime = seen.tokens + 1
+    prime = count + 1
     while any(prime % d == 0 for d in range(2, prime)):
         prime += 1
-    drawn = random.Random(seed + seen.index)
+    drawn = random.Random(seed)
     step, start = drawn.randrange(1, prime), drawn.randrange(prime)
-    return torch.tensor([(i * step + start) % prime for i in range(1, seen.tokens + 1)])
+    return [(i * step + start) % prime for i in range(1, count + 1)]
+
+
+def shuffled(seen: Seen, seed: int) -> Tensor:
+    """The scores of random pruning."""
+    return torch.tensor(shuffle(seen.tokens, seed + seen.index))
 
 
 def fused(score: Callable[[Seen], Tensor]) -> Rule:
@@ -197,12 +207,27 @@ def fused(score: Callable[[Seen], Tensor]) -> Rule:
     return rule
 
 
+FEATURES: dict[str, Callable[[Seen], Tensor]] = {
+    "keys": lambda seen: seen.k.mean(0),
+    "queries": lambda seen: seen.q.mean(0),
+    "values": lambda seen: seen.v.mean(0),
+    "keys_all_heads": lambda seen: torch.cat(list(seen.k), dim=-1),
+    "hidden": lambda seen: seen.hidden,
+}
+LIKENESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "cosine": cosines,
+    "dot": lambda x: x @ x.T,
+    "euclidean": lambda x: -(x[:, None] - x).square().sum(-1),
+}
+
+
 def _edges(
     similar: Tensor, sources: Sequence[int], destinations: Sequence[int], r: int
 ) -> dict[int, int]:
     """The r sources most similar to a destination, and which."""
-    near = {s: max(destinations, key=lambda d: float(similar[s, d])) for s in sources}
-    order = sorted(sources, key=lambda s: -float(similar[s, near[s]]))
+    alike = similar.tolist()
+    near = {s: max(destinations, key=lambda d: alike[s][d]) for s in sources}
+    order = sorted(sources, key=lambda s: -alike[s][near[s]])
     return {s: near[s] for s in order[:r]}
 
 
@@ -216,7 +241,53 @@ def _merged(seen: Seen, into: dict[int, int], order: Sequence[int], how: str) ->
     return groups
 
 
-def tofu(strategies: Sequence[str]) -> Rule:
+def tome(
+    feature: str = "keys",
+    likeness: str = "cosine",
+    combine: str = "weighted_mean",
+    partition: str = "alternating",
+    seed: int = 0,
+    exponent: float = 0.0,
+) -> Rule:
+    """ToMe, arXiv 2210.09461, section 3 and table 1; an edge is the dearer, the more the class
+    token looks at its source, to a power."""
+
+    def rule(seen: Seen) -> list[Group]:
+        sources, destinations = _halves(seen, partition, seed)
+        x = FEATURES[feature](seen)
+        if likeness == "softmax":  # what attention would give each destination
+            alike = torch.zeros(seen.tokens, seen.tokens).double()
+            scores = x @ x[destinations].T / x.shape[1] ** 0.5
+            alike[:, destinations] = scores.softmax(-1)
+        else:
+            alike = LIKENESS[likeness](x)
+        into = _edges(alike, sources, destinations, len(sources))
+        apart = 1.0 if likeness == "cosine" else 0.0
+        cost = {s: apart - float(alike[s, d]) for s, d in into.items()}
+        if exponent:
+            cost = {s: c * float(seen.class_attention[s]) ** exponent for s, c in cost.items()}
+        cheap = sorted(into, key=lambda s: cost[s])[: seen.tokens - seen.left]
+        order = [*range(seen.protected), *sources, *destinations]
+        made = _merged(seen, {s: into[s] for s in cheap}, order, combine)
+        if combine == "mean":  # that of tokens, whatever they hold
+            made = [group._replace(weights=[1.0] * len(group.members)) for group in made]
+        return made
+
+    return rule
+
+
+def _halves(seen: Seen, partition: str, seed: int) -> tuple[list[int], list[int]]:
+    """Sources and destinations, ascending."""
+    free, half = seen.free, (len(seen.free) + 1) // 2
+    if partition == "alternating":
+        return [i for i in free if i % 2 == 0], [i for i in free if i % 2 == 1]
+    if partition == "random":
+        numbers = dict(zip(free, shuffle(len(free), seed), strict=True))
+        free = sorted(free, key=lambda i: numbers[i])
+    return sorted(free[:half]), sorted(free[half:])
+
+
+def tofu(strategies: Sequence[str], how: str = "mlerp") -> Rule:
     """Edges as in ToMe; the sources are dropped, or merged by MLERP."""
 
     def rule(seen: Seen) -> list[Group]:
@@ -225,25 +296,29 @@ def tofu(strategies: Sequence[str]) -> Rule:
         into = _edges(seen.cosines, even, odd, seen.tokens - seen.left)
         order = [*range(seen.protected), *even, *odd]
         if strategies[seen.index] == "merge":
-            return _merged(seen, into, order, "mlerp")
+            return _merged(seen, into, order, how)
         return [alone(seen, i, "keep") for i in order if i not in into]
 
     return rule
 
 
-def pitome(seen: Seen) -> list[Group]:
+def pitome(first: float = 0.75) -> Rule:
     """Sources and destinations by falling energy; late blocks take the highest 2r alone."""
-    margin = 0.75 - 0.75 * seen.index / seen.depth
-    energy = {}
-    for i in seen.free:
-        gaps = [float(seen.cosines[i, j]) - margin for j in seen.free if j != i]
-        energy[i] = sum(gap if gap > 0 else math.exp(gap) - 1 for gap in gaps) / len(gaps)
-    r = seen.tokens - seen.left
-    order = sorted(seen.free, key=lambda i: -energy[i])
-    if seen.index >= seen.depth // 2:
-        order = order[: 2 * r]
-    into = _edges(seen.cosines, order[0::2], order[1::2], r)
-    return _merged(seen, into, range(seen.tokens), "mean")
+
+    def rule(seen: Seen) -> list[Group]:
+        margin, cosines = first - first * seen.index / seen.depth, seen.cosines.tolist()
+        energy = {}
+        for i in seen.free:
+            gaps = [cosines[i][j] - margin for j in seen.free if j != i]
+            energy[i] = sum(gap if gap > 0 else math.exp(gap) - 1 for gap in gaps) / len(gaps)
+        r = seen.tokens - seen.left
+        order = sorted(seen.free, key=lambda i: -energy[i])
+        if seen.index >= seen.depth // 2:
+            order = order[: 2 * r]
+        into = _edges(seen.cosines, order[0::2], order[1::2], r)
+        return _merged(seen, into, range(seen.tokens), "mean")
+
+    return rule
 
 
 def diffrate(pruned: Callable[[int, int], int]) -> Rule:
@@ -262,30 +337,35 @@ def diffrate(pruned: Callable[[int, int], int]) -> Rule:
     return rule
 
 
-def greedy(seen: Seen) -> list[Group]:
+def greedy(feature: str = "keys", likeness: str = "cosine") -> Rule:
     """The most similar pair of all, then of the rest; the higher position goes to the lower."""
-    into: dict[int, int] = {}
-    for _ in range(seen.tokens - seen.left):
-        used = {*into, *into.values()}
-        open_ = [i for i in seen.free if i not in used]
-        pairs = [(i, j) for i in open_ for j in open_ if i < j]
-        low, high = max(pairs, key=lambda pair: float(seen.cosines[pair]))
-        into[high] = low
-    return _merged(seen, into, range(seen.tokens), "mean")
+
+    def rule(seen: Seen) -> list[Group]:
+        alike = LIKENESS[likeness](FEATURES[feature](seen)).tolist()
+        into: dict[int, int] = {}
+        pairs = [(i, j) for i in seen.free for j in seen.free if i < j]
+        for low, high in sorted(pairs, key=lambda pair: -alike[pair[0]][pair[1]]):
+            used = {*into, *into.values()}
+            if len(into) < seen.tokens - seen.left and not {low, high} & used:
+                into[high] = low
+        return _merged(seen, into, range(seen.tokens), "mean")
+
+    return rule
 
 
-def kmeans(iterations: int) -> Rule:
+def kmeans(iterations: int, feature: str = "keys", likeness: str = "cosine") -> Rule:
     """Clusters around evenly spaced tokens, which stay in them."""
 
     def rule(seen: Seen) -> list[Group]:
-        x = seen.k.mean(0)
-        x = x / x.norm(dim=-1, keepdim=True)
+        x = FEATURES[feature](seen)
+        if likeness == "cosine":
+            x = x / x.norm(dim=-1, keepdim=True)
         clusters = seen.left - seen.protected
         seeds = [seen.free[i * len(seen.free) // clusters] for i in range(clusters)]
         centres = x[seeds]
         for _ in range(iterations):
             members: list[list[int]] = [[seed] for seed in seeds]
-            near = x @ (centres / centres.norm(dim=-1, keepdim=True)).T
+            near = LIKENESS[likeness](torch.cat([x, centres]))[: seen.tokens, seen.tokens :]
             for i in seen.free:
                 if i not in seeds:
                     members[int(near[i].argmax())].append(i)

@@ -234,6 +234,29 @@ def test_a_model_that_returns_tokens_alone_teaches_by_them(shared_models: Any) -
     assert method.policy.blocks == (0, 1, 2)
 
 
+@torch.no_grad()
+def test_the_shares_kept_take_part_by_their_distance_from_those_planned(
+    vit: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A policy that keeps one token where 59 and 50 of 64 are planned."""
+    method = trained(AdaViT)
+    form = with_weights(training._Training(vit, method, batches()[0]), method)
+    for weights in form.weights.values():
+        weights["bias"].sub_(SURE)
+    far = form.loss(batches()[0], None)
+    monkeypatch.setattr(training, "_rate_loss", lambda masks, rates: torch.zeros(()))
+    counted = float(far - form.loss(batches()[0], None))
+    # DynamicViT, section 4.1: the squared distances, the mean over blocks, count twice.
+    squared = [(1 / 64 - planned / 64) ** 2 for planned in (59, 50)]
+    assert counted == pytest.approx(2 * sum(squared) / 2, rel=1e-4)
+
+
+def test_the_distance_of_shares_is_the_mean_over_images_and_blocks() -> None:
+    masks = [torch.tensor([[1.0, 0.0], [1.0, 1.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])]
+    found = training._rate_loss(masks, [0.75, 0.5])
+    assert float(found) == pytest.approx((2 * 0.25**2 + 0.5**2 + 0) / 4)
+
+
 def test_a_bias_of_positions_goes_along_in_training() -> None:
     model, inputs = make_model("beit"), make_inputs("beit", 3)
     form = with_weights(training._Training(model, trained(AdaViT), inputs), trained(AdaViT))
