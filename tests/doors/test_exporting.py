@@ -112,6 +112,11 @@ ONE_BLOCK: dict[str, Any] = {
     "tofu_measured": {"strategies": ("prune",)},
     "diffrate_counts": {"pruned": (4,)},
 }
+TWO_BLOCKS: dict[str, Any] = {
+    "tofu_measured": {"strategies": ("prune", "merge")},
+    "diffrate_counts": {"pruned": (4, 0)},
+    **{name: {"r": [5, 0]} for name in OPTIONS},
+}
 WIDTH = 32  # of the policies' weights in the table
 # A method of each kind; the others are run by `make test-doors`.
 FEW = ("evit", "pitome", "kmeans", "threshold")
@@ -123,7 +128,8 @@ FEW = ("evit", "pitome", "kmeans", "threshold")
 )
 def test_every_method_goes_through(name: str) -> None:
     model, x = make(depth=1, width=WIDTH), pixels()
-    method = _made(name)
+    made = OPTIONS[name] if name in OPTIONS else ROWS[name].make([5])
+    method = made.replace(**ONE_BLOCK.get(name, {}))
     expected = tomepass.apply(model, method, example_inputs=x)(x)
     program = tomepass.export(model, method, example_inputs=x, dynamic_batch=False)
     (given,) = program.example_inputs[1]
@@ -132,15 +138,16 @@ def test_every_method_goes_through(name: str) -> None:
     assert not any("tome" in target for target in operators(program))
 
 
-def _made(name: str) -> Any:
-    made = OPTIONS[name] if name in OPTIONS else ROWS[name].make([5])
-    return made.replace(**ONE_BLOCK.get(name, {}))
+def _in_two(name: str) -> Any:
+    """As above for two blocks: what the first does shows in the logits, the class token's alone."""
+    made = OPTIONS[name] if name in OPTIONS else ROWS[name].make([5, 0])
+    return made.replace(**TWO_BLOCKS.get(name, {}))
 
 
 @pytest.mark.doors
 @pytest.mark.parametrize("name", [*ROWS, *OPTIONS])
 def test_every_method_keeps_a_dynamic_batch(name: str) -> None:
-    model, method = make(depth=1, width=WIDTH), _made(name)
+    model, method = make(depth=2, width=WIDTH), _in_two(name)
     program = tomepass.export(model, method, example_inputs=pixels())
     merged = tomepass.apply(model, method, example_inputs=pixels())
     (given,) = program.example_inputs[1]
@@ -156,7 +163,7 @@ def test_every_method_reaches_other_runtimes(name: str, to: str, tmp_path: Path)
     form = DOORS[to]
     for module in form.needs:
         pytest.importorskip(module)
-    model, method = make(depth=1, width=WIDTH), _made(name)
+    model, method = make(depth=2, width=WIDTH), _in_two(name)
     merged = tomepass.apply(model, method, example_inputs=pixels())
     program = tomepass.export(model, method, example_inputs=pixels())
     form.write(program, tmp_path / f"a{form.suffix}")
@@ -222,11 +229,11 @@ def test_the_method_of_an_applied_model_is_taken() -> None:
 
 
 def test_a_plan_is_exported_as_its_method() -> None:
-    x, model = pixels(), make(depth=1)
-    found = tomepass.Plan(ToMe([3]), 1.2, "as measured", (), "inductor", ())
+    x, model = pixels(), make(depth=2)
+    found = tomepass.Plan(ToMe([5, 0]), 1.2, "as measured", (), "inductor", ())
     program = tomepass.export(model, found, example_inputs=x, dynamic_batch=False)
     (given,) = program.example_inputs[1]
-    expected = tomepass.apply(model, r=[3], example_inputs=x)(x)
+    expected = tomepass.apply(model, r=[5, 0], example_inputs=x)(x)
     assert torch.equal(program.module()(**{given: x}), expected)
     assert not torch.equal(expected, model(x))
 
