@@ -97,13 +97,10 @@ def test_engines_are_written_and_loaded(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(TomeError, match="needs a CUDA device"):
         form.write(exported.program, path)
-    moved = []
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(
-        tensorrt_program, "move_to_device_pass", lambda p, where: (moved.append(where), p)[1]
-    )
+    moved: list[Any] = []
+    monkeypatch.setattr(tensorrt_program, "_on_cuda", lambda p: moved.append(p) or p)
     form.write(exported.program, path)
-    assert moved == ["cuda"]
+    assert moved == [exported.program]
     assert recorder.options == {"arg_inputs": (), "disable_tf32": True}
     ((compiled, inputs),) = recorder.saved
     assert tensorrt_program.engines(compiled) == 1

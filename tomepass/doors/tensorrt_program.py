@@ -58,9 +58,7 @@ def write(program: ExportedProgram, path: Path) -> None:
     """
     import torch_tensorrt
 
-    if not torch.cuda.is_available():
-        raise TomeError("TensorRT needs a CUDA device, and there is none")
-    compiled = compile_program(move_to_device_pass(program, "cuda"))
+    compiled = compile_program(_on_cuda(program))
     # Without arg_inputs it does not read ranges of shapes off kwarg_inputs.
     torch_tensorrt.save(compiled, str(path), arg_inputs=(), kwarg_inputs=_inputs(program))
 
@@ -77,6 +75,12 @@ def load(path: Path) -> Run:
             return [value.cpu() for value in pytree.tree_leaves(module(**moved))]
 
     return run
+
+
+def _on_cuda(program: ExportedProgram) -> ExportedProgram:
+    if not torch.cuda.is_available():
+        raise TomeError("TensorRT needs a CUDA device, and there is none")
+    return move_to_device_pass(program, "cuda")
 
 
 def _inputs(program: ExportedProgram) -> dict[str, Any]:
