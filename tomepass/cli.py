@@ -174,6 +174,13 @@ def export(
         str, typer.Option(help="batch: any batch size; none: the size of --batch.")
     ] = "batch",
     batch: Batch = 8,
+    dtype: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16. Default: as the model was saved.")
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Relative error allowed. Default: 1e-3, in bf16 and fp16 0.5."),
+    ] = None,
     timed: Annotated[
         bool, typer.Option("--speed/--no-speed", help="Measure against the unmerged model.")
     ] = True,
@@ -184,13 +191,19 @@ def export(
 
     from tomepass.artifacts import check_path, write_artifact
     from tomepass.doors import door
-    from tomepass.saving import chosen_method
+    from tomepass.loading import parse_dtype
+    from tomepass.saving import chosen_method, read_settings
 
     check_path(out, door(to), force)
     any_batch = _any_batch(dynamic)
     source, method = chosen_method(model, None if r is None else parse_r(r), plan)
+    # What was saved goes together: a method asked for comes with outputs="original".
+    saved = read_settings(model) if r is None and plan is None else None
+    if dtype is not None:
+        source = source.to(parse_dtype(dtype))
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    progress = Progress(*columns, console=Console(stderr=True), transient=True)
+    with errors_told(OSError), progress:  # a disk that is full, a folder that is not ours
         task = progress.add_task("loading")
         written = write_artifact(
             source,
@@ -201,6 +214,8 @@ def export(
             dynamic_batch=any_batch,
             batch=batch,
             timed=timed,
+            tolerance=tolerance,
+            outputs="original" if saved is None else saved[1],
             progress=lambda step: progress.update(task, description=step),
         )
     console = Console()

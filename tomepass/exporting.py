@@ -42,7 +42,7 @@ def export(
     r: RLike | None = None,
     example_inputs: Any = None,
     dynamic_batch: bool = True,
-    outputs: Outputs = "original",
+    outputs: Outputs | None = None,
 ) -> ExportedProgram:
     """The merged model as a ``torch.export.ExportedProgram`` of functional ATen operators alone.
 
@@ -57,7 +57,7 @@ def export(
         example_inputs: a tensor, a tuple or a dict of inputs: their resolution is the one that is
             exported. Default: made from ``model.config``.
         dynamic_batch: any batch size; False fixes that of the example inputs.
-        outputs: as in :func:`tomepass.apply`.
+        outputs: as in :func:`tomepass.apply`. Default: those of an applied model, or "original".
 
     Returns:
         the program; ``program.module()`` runs it.
@@ -69,8 +69,10 @@ def export(
     """
     if isinstance(model, (MergedModel, AdaptiveModel)):
         method = model.method if method is None and r is None else method
+        if isinstance(model, MergedModel) and outputs is None:
+            outputs = model.outputs
         model = model.original
-    method = resolve_method(method, r)
+    method, outputs = resolve_method(method, r), outputs or "original"
     check_choices("raise", outputs)
     check_model(model)
     _check_exportable(model, method, dynamic_batch)

@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 from encoders import make, pixels
-from zoo import make_inputs, make_model
+from zoo import make_inputs, make_model, make_vit
 
 import tomepass
 from tomepass import MLERP, ToMe, TomeError
+from tomepass.doors import DOORS
 from tomepass.exporting import operators
 from tomepass.ops.library import COMPOSITES
 
@@ -111,6 +112,11 @@ ONE_BLOCK: dict[str, Any] = {
     "tofu_measured": {"strategies": ("prune",)},
     "diffrate_shares": {"pruned": (0.8,)},
 }
+TWO_BLOCKS: dict[str, Any] = {
+    "tofu_measured": {"strategies": ("prune", "merge")},
+    "diffrate_counts": {"pruned": (4, 0)},
+    **{name: {"r": [5, 0]} for name in OPTIONS},
+}
 WIDTH = 32  # of the policies' weights in the table
 # A method of each kind; the others are run by `make test-doors`.
 FEW = ("evit", "pitome", "kmeans", "threshold")
@@ -130,6 +136,43 @@ def test_every_method_goes_through(name: str) -> None:
     found = program.module()(**{given: x})
     assert (found - expected).abs().max() < 1e-4
     assert not any("tome" in target for target in operators(program))
+
+
+def _in_two(name: str) -> Any:
+    """As above for two blocks: what the first does shows in the logits, the class token's alone."""
+    made = OPTIONS[name] if name in OPTIONS else ROWS[name].make([5, 0])
+    return made.replace(**TWO_BLOCKS.get(name, {}))
+
+
+@pytest.mark.doors
+@pytest.mark.parametrize("name", [*ROWS, *OPTIONS])
+def test_every_method_keeps_a_dynamic_batch(name: str) -> None:
+    model, method = make(depth=2, width=WIDTH), _in_two(name)
+    program = tomepass.export(model, method, example_inputs=pixels())
+    merged = tomepass.apply(model, method, example_inputs=pixels())
+    (given,) = program.example_inputs[1]
+    for batch in (1, 7):
+        x = pixels(batch)
+        assert (program.module()(**{given: x}) - merged(x)).abs().max() < 1e-4, batch
+
+
+@pytest.mark.doors
+@pytest.mark.parametrize("to", ["onnx", "openvino"])
+@pytest.mark.parametrize("name", [*ROWS, *OPTIONS])
+def test_every_method_reaches_other_runtimes(name: str, to: str, tmp_path: Path) -> None:
+    form = DOORS[to]
+    for module in form.needs:
+        pytest.importorskip(module)
+    model, method = make(depth=2, width=WIDTH), _in_two(name)
+    merged = tomepass.apply(model, method, example_inputs=pixels())
+    program = tomepass.export(model, method, example_inputs=pixels())
+    form.write(program, tmp_path / f"a{form.suffix}")
+    run = form.load(tmp_path / f"a{form.suffix}")
+    (given,) = program.example_inputs[1]
+    for batch in BATCHES:
+        x = pixels(batch)
+        (found,) = run({given: x})
+        assert (found - merged(x)).abs().max() < 1e-4, batch
 
 
 # What is refused
@@ -183,3 +226,23 @@ def test_the_method_of_an_applied_model_is_taken() -> None:
     program = tomepass.export(merged, example_inputs=x, dynamic_batch=False)
     (given,) = program.example_inputs[1]
     assert torch.equal(program.module()(**{given: x}), merged(x))
+
+
+def test_a_plan_is_exported_as_its_method() -> None:
+    x, model = pixels(), make(depth=2)
+    found = tomepass.Plan(ToMe([5, 0]), 1.2, "as measured", (), "inductor", ())
+    program = tomepass.export(model, found, example_inputs=x, dynamic_batch=False)
+    (given,) = program.example_inputs[1]
+    expected = tomepass.apply(model, r=[5, 0], example_inputs=x)(x)
+    assert torch.equal(program.module()(**{given: x}), expected)
+    assert not torch.equal(expected, model(x))
+
+
+def test_the_outputs_of_an_applied_model_are_taken() -> None:
+    model, x = make_vit(num_hidden_layers=1).vit, torch.zeros(2, 3, 32, 32)
+    merged = tomepass.apply(model, r=[3], example_inputs=x, outputs="merged")
+    tokens = {}
+    for outputs in (None, "original"):
+        program = tomepass.export(merged, example_inputs=x, dynamic_batch=False, outputs=outputs)
+        tokens[outputs] = program.module()(pixel_values=x)["last_hidden_state"].shape[1]
+    assert tokens == {None: 62, "original": 65}

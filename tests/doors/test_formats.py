@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import make, pixels
 
-from tomepass import TomeError
+import tomepass
+from tomepass import ToMe, TomeBackend, TomeError
 from tomepass.doors import DOORS, Door, door
-from tomepass.doors.names import input_shapes, output_names
+from tomepass.doors.names import arrays, input_shapes, output_names
 
 
 def _needs(name: str) -> Door:
@@ -104,3 +106,104 @@ def test_an_operator_onnx_cannot_hold_is_named(tmp_path: Path) -> None:
     program = torch.export.export(Odd(), (torch.ones(2, 3),))
     with pytest.raises(TomeError, match=r"(?s)torch.onnx.export failed.*bessel_j0"):
         DOORS["onnx"].write(program, tmp_path / "odd.onnx")
+
+
+class Difference(torch.nn.Module):
+    """Two inputs that are not to be taken for each other."""
+
+    def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        return first - 2 * second
+
+
+@pytest.mark.parametrize("name", ["pt2", "onnx", "openvino"])
+def test_inputs_are_told_apart_by_their_names(name: str, tmp_path: Path) -> None:
+    form = _needs(name)
+    first, second = torch.ones(2, 3), torch.full((2, 3), 5.0)
+    program = torch.export.export(Difference(), (), {"first": first, "second": second})
+    path = tmp_path / f"difference{form.suffix}"
+    form.write(program, path)
+    run = form.load(path)
+    (found,) = run({"second": second, "first": first})
+    assert torch.equal(found, first - 2 * second)
+    if name != "pt2":
+        with pytest.raises(TomeError, match="expected the inputs first, second, got first"):
+            run({"first": first})
+
+
+def test_nested_inputs_have_the_names_that_torch_export_gives_them() -> None:
+    class Nested(torch.nn.Module):
+        def forward(self, Parts: Any) -> torch.Tensor:
+            return Parts[0] + Parts[1]["a.b"]
+
+    call = {"Parts": [torch.zeros(2), {"a.b": torch.ones(2)}]}
+    program = torch.export.export(Nested(), (), call)
+    zeros, ones = arrays(call, list(input_shapes(program)))
+    assert (zeros.sum(), ones.sum()) == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["onnx", "openvino"])
+def test_a_model_in_bfloat16_is_refused(name: str, tmp_path: Path) -> None:
+    form = _needs(name)
+    x = torch.ones(2, 3, dtype=torch.bfloat16)
+    program = torch.export.export(Difference(), (x, x))
+    with pytest.raises(TomeError, match=r"(?s)in bfloat16.*--dtype fp32"):
+        form.write(program, tmp_path / f"a{form.suffix}")
+    assert not list(tmp_path.iterdir())
+
+
+def test_large_weights_of_onnx_lie_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = _needs("onnx")
+    x, model = torch.ones(2, 64), torch.nn.Linear(64, 64)
+    monkeypatch.setattr("tomepass.doors.onnx_file._LARGEST", 1000)
+    path = tmp_path / "a.onnx"
+    form.write(torch.export.export(model, (), {"input": x}), path)
+    assert sorted(tmp_path.iterdir()) == sorted(form.files(path))
+    assert path.stat().st_size < 64 * 64 * 4 < path.with_name("a.onnx.data").stat().st_size + 1
+    (moved := tmp_path / "moved").mkdir()
+    for file in form.files(path):
+        file.replace(moved / file.name)
+    (found,) = form.load(moved / path.name)({"input": x})
+    assert (found - model(x)).abs().max() < 1e-5
+
+
+def test_aotinductor_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "torch._inductor.aoti_compile_and_package", lambda *_, **__: pytest.fail("was compiled")
+    )
+    # Torch's own search, among compilers that are not there.
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
+    program = torch.export.export(Difference(), (torch.ones(2), torch.ones(2)))
+    with pytest.raises(TomeError, match=r"(?s)needs a C\+\+ compiler.*install g\+\+"):
+        DOORS["aoti"].write(program, tmp_path / "a.pt2")
+
+
+@pytest.mark.doors
+def test_the_backend_runs_on_openvino(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its bridge falls back without a word, in two places: to Inductor, and to eager."""
+    _needs("openvino")
+    from openvino.frontend.pytorch.torchdynamo import backend, execute
+
+    ran = []
+    original = execute.openvino_execute
+
+    def noted(*args: Any, **options: Any) -> Any:
+        found = original(*args, **options)
+        ran.append(found)
+        return found
+
+    monkeypatch.setattr(execute, "openvino_execute", noted)
+    monkeypatch.setattr(backend, "compile_fx", lambda *_, **__: pytest.fail("fell back"))
+    model, x = make(depth=2), pixels()
+    merged = tomepass.apply(model, r=[5, 0], example_inputs=x)
+    options = {"config": {"INFERENCE_PRECISION_HINT": "f32"}}
+    chosen = TomeBackend(ToMe([5, 0]), inner="openvino", inner_options=options)
+    compiled = torch.compile(model, backend=chosen)
+    with torch.no_grad():
+        found = compiled(x)
+        assert (found - merged(x)).abs().max() < 1e-4
+        assert (found - model(x)).abs().max() > 1e-2
+    # One graph, whole, whose result is the model's.
+    assert len(ran) == 1
+    assert torch.equal(ran[0], found)

@@ -22,9 +22,9 @@ from typer.testing import CliRunner
 
 import tomepass
 from benchmarks.__main__ import app
-from tomepass import ToMe, TomeBackend
+from tomepass import ToMe, TomeBackend, TomeError
 from tomepass.decompositions import FOR_TENSORRT
-from tomepass.doors import tensorrt_program
+from tomepass.doors import DOORS, tensorrt_program
 from tomepass.doors.names import input_shapes
 from tomepass.exporting import operators
 from tomepass.ops.positions import gather
@@ -66,15 +66,47 @@ class Recorder(types.ModuleType):
     def __init__(self) -> None:
         super().__init__("torch_tensorrt")
         self.asked: list[tuple[Any, Any]] = []
+        self.options: dict[str, Any] = {}
+        self.saved: list[Any] = []
         self.dynamo = types.SimpleNamespace(compile=self.compile)
 
     class Input:
         def __init__(self, shape: Any = None, **fields: Any) -> None:
             self.shape, self.fields = shape, fields
 
-    def compile(self, program: Any, *, kwarg_inputs: Any) -> Any:
+    def compile(self, program: Any, *, kwarg_inputs: Any, **options: Any) -> Any:
         self.asked.append((program, kwarg_inputs))
+        self.options = options
         return torch.nn.ModuleDict({"_run_on_acc_0": torch.nn.Identity()})
+
+    def save(self, compiled: Any, path: str, *, arg_inputs: Any, kwarg_inputs: Any) -> None:
+        # As torch_tensorrt 2.13: None for arg_inputs makes it take dynamic ones for fixed.
+        assert arg_inputs == ()
+        self.saved.append((compiled, kwarg_inputs))
+        torch.export.save(self.asked[-1][0], path)
+
+    def load(self, path: str) -> Any:
+        return torch.export.load(path)
+
+
+def test_engines_are_written_and_loaded(
+    exported: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, form, path = Recorder(), DOORS["tensorrt"], tmp_path / "vit.pt2"
+    monkeypatch.setitem(sys.modules, "torch_tensorrt", recorder)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(TomeError, match="needs a CUDA device"):
+        form.write(exported.program, path)
+    moved: list[Any] = []
+    monkeypatch.setattr(tensorrt_program, "_on_cuda", lambda p: moved.append(p) or p)
+    form.write(exported.program, path)
+    assert moved == [exported.program]
+    assert recorder.options == {"arg_inputs": (), "disable_tf32": True}
+    ((compiled, inputs),) = recorder.saved
+    assert tensorrt_program.engines(compiled) == 1
+    assert inputs["pixel_values"].fields["max_shape"][0] == form.most
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda self: self)
+    assert max(exported.errors(form.load(path)).values()) < 1e-4
 
 
 def test_a_program_is_handed_over_with_its_ranges_of_shapes(

@@ -33,6 +33,8 @@ class Door:
         needs: modules that writing and running import, beside torch.
         extra: of this package, that installs them.
         runtime: what runs its files.
+        beside: the name of a second file that it may write, in terms of ``name`` and ``stem``.
+        most: images of the largest batch of a dynamic one; None for any.
     """
 
     name: str
@@ -41,6 +43,14 @@ class Door:
     needs: tuple[str, ...]
     extra: str | None
     runtime: str
+    beside: str | None = None
+    most: int | None = None
+
+    def files(self, path: Path) -> tuple[Path, ...]:
+        """All that is, or may be, written for a path: the file itself first."""
+        if self.beside is None:
+            return (path,)
+        return path, path.with_name(self.beside.format(name=path.name, stem=path.stem))
 
     def write(self, program: ExportedProgram, path: Path) -> None:
         """Writes a program; formats may put files beside the path, under its stem."""
@@ -72,11 +82,20 @@ DOORS: dict[str, Door] = {
     for door in (
         Door("pt2", ".pt2", "pt2", (), None, "torch.export"),
         Door("aoti", ".pt2", "aoti", (), None, "AOTInductor"),
-        Door("onnx", ".onnx", "onnx_file", ("onnxscript", "onnxruntime"), "onnx", "ONNX Runtime"),
-        Door("openvino", ".xml", "openvino_ir", ("openvino",), "openvino", "OpenVINO"),
-        Door("tensorrt", ".pt2", "tensorrt_program", ("torch_tensorrt",), "tensorrt", "TensorRT"),
+        Door(
+            "onnx", ".onnx", "onnx_file", ("onnxscript", "onnxruntime"), "onnx", "ONNX Runtime",
+            beside="{name}.data",
+        ),
+        Door(
+            "openvino", ".xml", "openvino_ir", ("openvino",), "openvino", "OpenVINO",
+            beside="{stem}.bin",
+        ),
+        Door(
+            "tensorrt", ".pt2", "tensorrt_program", ("torch_tensorrt",), "tensorrt", "TensorRT",
+            most=64,
+        ),
     )
-}
+}  # fmt: skip
 """Every format by its name."""
 
 

@@ -1,13 +1,17 @@
-"""Names of a program's inputs and outputs, for formats that name them."""
+"""Inputs and outputs of a program by their names, for formats that name them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
+
+from tomepass.errors import TomeError
 
 
 def output_names(program: ExportedProgram) -> list[str]:
@@ -29,9 +33,39 @@ def input_shapes(program: ExportedProgram) -> dict[str, list[int]]:
     }
 
 
-def flat(call: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors of a call, in the order in which programs take them."""
-    return [leaf for leaf in pytree.tree_leaves(dict(call)) if isinstance(leaf, Tensor)]
+def arrays(call: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """The tensors of a call as NumPy arrays, in the order of a file's names for its inputs.
+
+    Raises:
+        TomeError: if the call has other inputs than the file.
+    """
+    leaves, _ = pytree.tree_flatten_with_path(dict(call))
+    # As torch.export names them: x_0 is the first of the input x.
+    given = {
+        re.sub(r"[^a-z0-9]", "_", "_".join(map(_step, path)).lower()): leaf.detach().cpu().numpy()
+        for path, leaf in leaves
+        if isinstance(leaf, Tensor)
+    }
+    if set(given) != set(names):
+        raise TomeError(f"expected the inputs {', '.join(names)}, got {', '.join(given)}")
+    return [given[name] for name in names]
+
+
+def refuse_bfloat16(program: ExportedProgram, runtime: str) -> None:
+    """Raises a TomeError for a program that computes in it: NumPy has no such numbers."""
+    nodes = program.graph.find_nodes(op="placeholder")
+    if any(getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16 for node in nodes):
+        raise TomeError(
+            f"the model is in bfloat16, and {runtime} takes no bfloat16 inputs from Python",
+            advice="export it in float32: model.float(), or --dtype fp32",
+        )
+
+
+def reason(error: BaseException) -> str:
+    """What a library was stopped by, under what it wrapped around it; in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
 def _step(key: Any) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from tomepass.doors.names import flat, output_names
+from tomepass.doors.names import arrays, output_names, reason, refuse_bfloat16
 from tomepass.errors import TomeError
 
 if TYPE_CHECKING:
@@ -25,8 +25,9 @@ def write(program: ExportedProgram, path: Path) -> None:
     """Writes an ONNX file, its weights in it or, where they are many, in ``NAME.data`` beside it.
 
     Raises:
-        TomeError: if an operator has no translation.
+        TomeError: if an operator has no translation, or the model is in bfloat16.
     """
+    refuse_bfloat16(program, "ONNX Runtime")
     names = output_names(program)
     try:
         made = torch.onnx.export(
@@ -34,7 +35,7 @@ def write(program: ExportedProgram, path: Path) -> None:
         )
     except Exception as error:  # the exporter wraps what it raises in classes of its own
         raise TomeError(
-            f"torch.onnx.export failed: {_reason(error)}",
+            f"torch.onnx.export failed: {reason(error)}",
             advice="torch.onnx.export(tomepass.export(model), dynamo=True) shows the whole error",
         ) from error
     assert made is not None
@@ -52,14 +53,7 @@ def load(path: Path) -> Run:
     names = [put.name for put in session.get_inputs()]
 
     def run(call: Mapping[str, Any]) -> list[torch.Tensor]:
-        values = [value.detach().numpy() for value in flat(call)]
-        return [torch.from_numpy(v) for v in session.run(None, dict(zip(names, values)))]  # noqa: B905
+        given = dict(zip(names, arrays(call, names), strict=True))
+        return [torch.from_numpy(value) for value in session.run(None, given)]
 
     return run
-
-
-def _reason(error: BaseException) -> str:
-    """What the exporter was stopped by, under what it wrapped around it."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from tomepass.doors.names import flat, input_shapes, output_names
+from tomepass.doors.names import arrays, input_shapes, output_names, refuse_bfloat16
 
 if TYPE_CHECKING:
     from tomepass.doors import Run
@@ -21,8 +21,10 @@ def convert(program: ExportedProgram) -> Any:
 
     model = openvino.convert_model(program)
     # Its converter leaves sizes open that the program fixes.
-    shapes = input_shapes(program).values()
-    model.reshape(dict(enumerate(openvino.PartialShape(shape) for shape in shapes)))
+    shapes = input_shapes(program)
+    model.reshape(dict(enumerate(openvino.PartialShape(shape) for shape in shapes.values())))
+    for put, name in zip(model.inputs, shapes, strict=True):
+        put.get_tensor().set_names({name})
     for output, name in zip(model.outputs, output_names(program), strict=True):
         output.get_tensor().set_names({name})
     return model
@@ -52,9 +54,14 @@ def _constant(node: Any) -> bool:
 
 
 def write(program: ExportedProgram, path: Path) -> None:
-    """Writes both files, weights as they are."""
+    """Writes both files, weights as they are.
+
+    Raises:
+        TomeError: if the model is in bfloat16.
+    """
     import openvino
 
+    refuse_bfloat16(program, "OpenVINO")
     openvino.save_model(convert(program), path, compress_to_fp16=False)
 
 
@@ -72,9 +79,10 @@ def load(path: Path, precision: str | None = "f32", **options: Any) -> Run:
     if precision is not None:
         hints["INFERENCE_PRECISION_HINT"] = precision
     compiled = openvino.Core().compile_model(path, "CPU", hints)
+    names = [put.get_any_name() for put in compiled.inputs]
 
     def run(call: Mapping[str, Any]) -> list[torch.Tensor]:
-        found = compiled([value.detach().numpy() for value in flat(call)])
+        found = compiled(arrays(call, names))
         return [torch.from_numpy(found[output].copy()) for output in compiled.outputs]
 
     return run

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
+from torch.export.passes import move_to_device_pass
 
 from tomepass.decompositions import FOR_TENSORRT
+from tomepass.errors import TomeError
 
 if TYPE_CHECKING:
     from tomepass.doors import Run
@@ -34,7 +36,11 @@ def compile_program(program: ExportedProgram, **options: Any) -> torch.fx.GraphM
     import torch_tensorrt
 
     compiled: torch.fx.GraphModule = torch_tensorrt.dynamo.compile(
-        written_out(program), kwarg_inputs=_inputs(program), **options
+        written_out(program),
+        arg_inputs=(),
+        kwarg_inputs=_inputs(program),
+        # TF32 keeps ten bits of what is multiplied: tokens would merge otherwise than in float32.
+        **{"disable_tf32": True, **options},
     )
     return compiled
 
@@ -45,11 +51,16 @@ def engines(compiled: torch.fx.GraphModule) -> int:
 
 
 def write(program: ExportedProgram, path: Path) -> None:
-    """Builds the engines and packs them."""
+    """Builds the engines and packs them.
+
+    Raises:
+        TomeError: if there is no CUDA device.
+    """
     import torch_tensorrt
 
-    compiled = compile_program(program)
-    torch_tensorrt.save(compiled, str(path), kwarg_inputs=_inputs(program))
+    compiled = compile_program(_on_cuda(program))
+    # Without arg_inputs it does not read ranges of shapes off kwarg_inputs.
+    torch_tensorrt.save(compiled, str(path), arg_inputs=(), kwarg_inputs=_inputs(program))
 
 
 def load(path: Path) -> Run:
@@ -64,6 +75,12 @@ def load(path: Path) -> Run:
             return [value.cpu() for value in pytree.tree_leaves(module(**moved))]
 
     return run
+
+
+def _on_cuda(program: ExportedProgram) -> ExportedProgram:
+    if not torch.cuda.is_available():
+        raise TomeError("TensorRT needs a CUDA device, and there is none")
+    return move_to_device_pass(program, "cuda")
 
 
 def _inputs(program: ExportedProgram) -> dict[str, Any]:
