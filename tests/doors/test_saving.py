@@ -39,7 +39,9 @@ def test_an_adaptive_model_comes_back_with_its_thresholds(tmp_path: Path) -> Non
     merged.save_pretrained(tmp_path)
     loaded = tomepass.load(tmp_path)
     assert loaded.method == merged.method
-    assert torch.equal(loaded(x).logits, merged(x).logits)
+    assert torch.equal(loaded.routes(x), merged.routes(x))
+    # Not to the bit: products of small groups round by where their weights lie in memory.
+    torch.testing.assert_close(loaded(x).logits, merged(x).logits)
 
 
 def test_a_directory_without_settings_is_merged_with_16_and_says_so(
