@@ -52,7 +52,7 @@ def load_module(path: Path) -> Any:
     try:
         names = _checked_names(path)
     except Exception as error:  # what a damaged file raises depends on where the damage is
-        raise TomeError(f"{path.name!r} is damaged: {error}", advice=advice) from error
+        raise TomeError(f"{path.name!r} is damaged: {first_line(error)}", advice=advice) from error
     if any("/data/aotinductor/" in name for name in names):
         raise TomeError(
             f"{path.name!r} is a package of AOTInductor",
