@@ -8,7 +8,7 @@ CORE_TESTS = tests/test_zoo.py tests/test_rewrite.py tests/test_backend.py \
 ENV = $(VENV)/.installed
 DOCS = $(VENV)/.installed-docs
 
-.PHONY: demo test test-doors test-floor test-zoo lint types docs format clean
+.PHONY: demo test test-doors test-floor test-floor-doors test-zoo lint types docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/tomepass demo
@@ -45,6 +45,14 @@ test-floor:
 	.venv-floor/bin/pip install -q -c constraints-floor.txt -e ".[dev]"
 	.venv-floor/bin/pytest -n 2 --dist worksteal
 
+# The lowest versions of the doors' runtimes, with the newest torch they were run with.
+test-floor-doors:
+	$(PYTHON) -m venv .venv-floor-doors
+	.venv-floor-doors/bin/pip install -q -c constraints-floor-doors.txt \
+		-e ".[dev,onnx,openvino,quantization,ray]"
+	.venv-floor-doors/bin/pytest -m "doors or not doors" tests/doors/test_formats.py \
+		tests/doors/test_quantization.py tests/doors/test_ray_batch.py
+
 # timm and torchvision with the newest versions (they need a CUDA build of torch to import), and
 # the families of the first releases under transformers 4, which names its modules otherwise.
 test-zoo:
@@ -57,7 +65,7 @@ test-zoo:
 	.venv-transformers-4/bin/pytest $(CORE_TESTS)
 
 clean:
-	rm -rf .venv .venv-doors .venv-floor .venv-zoo .venv-transformers-4 site build dist
+	rm -rf .venv .venv-doors .venv-floor .venv-floor-doors .venv-zoo .venv-transformers-4 site build dist
 
 $(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)

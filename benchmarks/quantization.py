@@ -5,20 +5,24 @@
 torchao quantises the model before ``apply`` and Inductor compiles it; NNCF quantises what OpenVINO
 read from the export, on images of their own. An error is that of the quantised logits against the
 float32 ones of the same form, as a norm over a norm: merged against merged, where int8 also sends
-tokens elsewhere than float32 does. What that is worth the divergences say, all of them from the
-float32 unmerged model: of the merged one in float32, and of the merged one in int8.
+tokens elsewhere than float32 does; "same tokens merged" is the error, eagerly, of the int8 model
+that merges what the float32 one does. What that is worth the divergences say, all of them from the
+float32 unmerged model: of the merged one in float32, and of the merged one in int8. Merged tokens
+are counted in a run of the int8 model.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import importlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+import torch.utils._pytree as pytree
 import typer
 from torch import Tensor, nn
 
@@ -28,17 +32,36 @@ from benchmarks.throughput import SIZES, make_model
 from tomepass import ToMe, TomeError
 from tomepass.examples import example_inputs
 from tomepass.exporting import export_unmerged
+from tomepass.graphs import CHOICES, Recorder, replayed
 from tomepass.loading import load_images
+from tomepass.module import MergedModel, read_state
 from tomepass.options import errors_told, parse_r
 from tomepass.turns import medians_in_turns
 
-Form = Callable[[Tensor], Tensor]
+Run = Callable[[Tensor], Tensor]
+
+
+class Form(NamedTuple):
+    """A model as it is timed.
+
+    Args:
+        run: images to logits.
+        merged: the same, eagerly and not compiled; None where it is none of PyTorch's or unmerged.
+        counted: tokens merged of each image, as :func:`merged_tokens` has them; None if unmerged.
+    """
+
+    run: Run
+    merged: MergedModel | None = None
+    counted: Callable[[Tensor], Tensor] | None = None
+
+
 Make = Callable[[nn.Module, list[ToMe], Tensor], list[Form]]
 COLUMNS = {
     "int8": cell("int8"),
     "r": cell("r"),
     "error unmerged": cell("error unmerged", "{:.4f}"),
     "error merged": cell("error merged", "{:.4f}"),
+    "same tokens merged": lambda row: _figure(row["error same tokens"]),
     "KL merged, float32": cell("KL float32", "{:.4f}"),
     "KL merged, int8": cell("KL int8", "{:.4f}"),
     "merged tokens": cell("merged tokens"),
@@ -95,11 +118,15 @@ def _images(subject: nn.Module, model: str, folder: Path | None, count: int) -> 
 
 
 def _float32(subject: nn.Module, methods: list[ToMe], seen: Tensor) -> list[Form]:
-    return [_compiled(m) for m in (subject, *(tomepass.apply(subject, m) for m in methods))]
+    merged = [tomepass.apply(subject, method) for method in methods]
+    counts = [functools.partial(merged_tokens, form) for form in merged]
+    forms = [Form(_compiled(m), m, count) for m, count in zip(merged, counts, strict=True)]
+    return [Form(_compiled(subject)), *forms]
 
 
 def _torchao(config: str) -> Make:
     def make(subject: nn.Module, methods: list[ToMe], seen: Tensor) -> list[Form]:
+        needed("torchao")
         from torchao import quantization
 
         quantised = copy.deepcopy(subject)
@@ -110,6 +137,7 @@ def _torchao(config: str) -> Make:
 
 
 def _nncf(subject: nn.Module, methods: list[ToMe], seen: Tensor) -> list[Form]:
+    needed("nncf", "openvino")
     import nncf
     import openvino
 
@@ -127,7 +155,10 @@ def _nncf(subject: nn.Module, methods: list[ToMe], seen: Tensor) -> list[Form]:
         )
         hints = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
         compiled = openvino.Core().compile_model(model, "CPU", hints)
-        return lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy())
+        return Form(
+            lambda x: torch.from_numpy(compiled([x.numpy()])[0].copy()),
+            counted=functools.partial(merged_by_openvino, model),
+        )
 
     programs = [tomepass.export(subject, method) for method in methods]
     return [form(program) for program in (export_unmerged(subject), *programs)]
@@ -141,7 +172,19 @@ MAKERS: dict[str, Make] = {
 }
 
 
-def _compiled(model: nn.Module) -> Form:
+def needed(*modules: str) -> None:
+    """Raises a TomeError that names the extra where a module cannot be imported."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise TomeError(
+                f"int8 needs {module}, which cannot be imported: {error}",
+                advice="pip install 'tomepass[quantization]'",
+            ) from error
+
+
+def _compiled(model: nn.Module) -> Run:
     compiled: Any = torch.compile(model)
     return lambda x: compiled(pixel_values=x).logits
 
@@ -156,18 +199,19 @@ def _rows(
     plain = [tomepass.apply(subject, method) for method in methods]
     exact = [_all(_logits(model), x, batch) for model in (subject, *plain)]
     forms = MAKERS[name](subject, methods, seen)
-    found = [_all(form, x, batch) for form in forms]
+    found = [_all(form.run, x, batch) for form in forms]
     errors = [_error(a, b) for a, b in zip(found, exact, strict=True)]
-    timed = [functools.partial(form, x[:batch]) for form in forms]
+    timed = [functools.partial(form.run, x[:batch]) for form in forms]
     before, *after = medians_in_turns(timed, rounds, 1)
     return [
         {
             "error unmerged": errors[0],
             "error merged": errors[i],
+            "error same tokens": _error_replayed(forms[i].merged, plain[i - 1], exact[i], x, batch),
             "KL float32": _divergence(exact[i], exact[0]),
             "KL int8": _divergence(found[i], exact[0]),
             "KL int8 unmerged": _divergence(found[0], exact[0]),
-            "merged tokens": sum(b.r for b in plain[i - 1].report({"pixel_values": x[:2]}).blocks),
+            "merged tokens": _counted(forms[i], x[:batch]),
             "ms unmerged": before,
             "ms merged": after[i - 1],
             "speed-up": before / after[i - 1],
@@ -176,14 +220,96 @@ def _rows(
     ]
 
 
-def _logits(model: nn.Module) -> Form:
+@torch.no_grad()
+def decisions(merged: MergedModel, x: Tensor) -> list[Tensor]:
+    """Where every block of a run sends each token of each image, ``[B, N]`` each."""
+    applied = merged.captured({"pixel_values": x})
+    assert applied.graph is not None
+    recorder = Recorder(applied.graph, CHOICES)
+    recorder.run(*read_state(merged.original, applied.capture), x)
+    return [leaf for call in recorder.calls for leaf in pytree.tree_leaves(call.result)]
+
+
+@torch.no_grad()
+def with_decisions(merged: MergedModel, x: Tensor, given: list[Tensor]) -> Tensor:
+    """The logits of a model that merges what another run decided."""
+    applied = merged.captured({"pixel_values": x})
+    assert applied.graph is not None
+    state = read_state(merged.original, applied.capture)
+    logits: Tensor = pytree.tree_leaves(replayed(applied.graph)(*state, x, *given))[0]
+    return logits
+
+
+def merged_tokens(merged: MergedModel, x: Tensor) -> Tensor:
+    """Tokens that share a place with others, counted in a run: ``[blocks, B]``."""
+    return torch.stack([_lost(assign) for assign in decisions(merged, x)])
+
+
+def merged_by_openvino(model: Any, x: Tensor) -> Tensor:
+    """The same of an ``openvino.Model``: read off the weights that its merges multiply by.
+
+    A row of ``[B, N', N]`` weights is a place, and a token goes where its column is not 0.
+    """
+    import openvino
+
+    from tomepass.doors.openvino_ir import token_products
+
+    seen, names = model.clone(), set(token_products(model))
+    products = [node for node in seen.get_ordered_ops() if node.get_friendly_name() in names]
+    before = len(seen.outputs)
+    seen.add_outputs([node.input_value(0) for node in products])
+    hints = {"INFERENCE_PRECISION_HINT": "f32"}
+    found = openvino.Core().compile_model(seen, "CPU", hints)([x.numpy()])
+    weights = [torch.from_numpy(found[i].copy()) for i in range(before, len(seen.outputs))]
+    merges = [w for w in weights if _merging(w)]
+    # Values and sizes of a block may be merged by the same weights, in several products.
+    blocks = {w.shape[1:]: w for w in merges}.values()
+    return torch.stack([_lost((w != 0).int().argmax(1)) for w in blocks])
+
+
+def _merging(weights: Tensor) -> bool:
+    """Does every row hold a mean, and every column one weight?"""
+    if weights.ndim != 3 or not bool((weights >= 0).all()):
+        return False
+    means = torch.allclose(weights.sum(-1), torch.ones(weights.shape[:2]), atol=1e-4)
+    return means and bool(((weights != 0).sum(1) == 1).all())
+
+
+def _lost(assign: Tensor) -> Tensor:
+    left = [len(image.unique()) for image in assign]
+    return assign.shape[1] - torch.tensor(left)
+
+
+def _counted(form: Form, x: Tensor) -> str:
+    """Tokens merged of an image: one figure, or the least and the greatest."""
+    assert form.counted is not None
+    counts = form.counted(x).sum(0)
+    least, greatest = int(counts.min()), int(counts.max())
+    return str(least) if least == greatest else f"{least}-{greatest}"
+
+
+def _error_replayed(
+    small: MergedModel | None, plain: MergedModel, exact: Tensor, x: Tensor, batch: int
+) -> float | None:
+    """The error of an int8 model, with the tokens merged that the float32 model merges."""
+    if small is None:
+        return None
+    same = _all(lambda part: with_decisions(small, part, decisions(plain, part)), x, batch)
+    return _error(same, exact)
+
+
+def _figure(error: float | None) -> str:
+    return "" if error is None else f"{error:.4f}"
+
+
+def _logits(model: nn.Module) -> Run:
     return lambda x: model(pixel_values=x).logits
 
 
-def _all(form: Form, x: Tensor, batch: int) -> Tensor:
+def _all(run: Run, x: Tensor, batch: int) -> Tensor:
     """In batches of one size: another would be compiled for again."""
     whole = len(x) - len(x) % batch
-    return torch.cat([form(x[i : i + batch]) for i in range(0, whole, batch)])
+    return torch.cat([run(x[i : i + batch]) for i in range(0, whole, batch)])
 
 
 def _error(ours: Tensor, theirs: Tensor) -> float:

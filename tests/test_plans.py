@@ -123,3 +123,9 @@ def test_a_real_measurement_becomes_a_plan() -> None:
     assert plan.inner == "eager"
     assert dict(plan.environment)["torch"] == torch.__version__
     assert plan.speedup == max([1.0, *(t.speedup for t in plan.tried)])
+
+
+def test_a_plan_in_another_encoding_says_so(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_bytes('{"why": "schöner"}'.encode("latin-1"))
+    with pytest.raises(TomeError, match=r"'plan.json' is no plan: it is not UTF-8"):
+        Plan.load(tmp_path / "plan.json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -133,6 +133,12 @@ class AdaptiveModel(nn.Module):
         from tomepass.saving import save
 
         return save(self.original, self.method, "original", directory, **options)
+
+    def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
+        """Raises a TomeError that says how else: the model's own would leave the method behind."""
+        from tomepass.saving import refuse_to_push
+
+        refuse_to_push()
 
     def train(self, mode: bool = True) -> AdaptiveModel:
         """Sets training mode, of the model too."""

@@ -37,7 +37,7 @@ def load_model(name: str | Path) -> nn.Module:
     Raises:
         TomeError: if the directory does not exist or holds no model, or the hub does not answer.
     """
-    source = _locate(str(name))
+    source = locate(str(name))
     import transformers
 
     try:
@@ -47,7 +47,7 @@ def load_model(name: str | Path) -> nn.Module:
         model: nn.Module = cls.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise TomeError(
-            f"no model could be loaded from {str(name)!r}: {_first_line(error)}",
+            f"no model could be loaded from {str(name)!r}: {first_line(error)}",
             advice="give a directory written by model.save_pretrained(), with config.json and "
             "model.safetensors in it",
         ) from error
@@ -119,7 +119,12 @@ def default_inner(device: str = "cpu") -> str:
     return "inductor"
 
 
-def _locate(name: str) -> str:
+def locate(name: str) -> str:
+    """The directory of a model, or its hub id where there is such a model.
+
+    Raises:
+        TomeError: if there is neither.
+    """
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
@@ -137,6 +142,12 @@ def _locate(name: str) -> str:
     return name
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the rest of a long message."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def _ask_hub(name: str) -> None:
     """One short question, instead of transformers' many retries where there is no network."""
     from huggingface_hub import HfApi, try_to_load_from_cache
@@ -148,7 +159,7 @@ def _ask_hub(name: str) -> None:
     except Exception as error:  # a 404, an offline setting or a connection error of any library
         raise TomeError(
             f"{name!r} is not a directory here, and as a hub id it could not be fetched: "
-            f"{_first_line(error)}",
+            f"{first_line(error)}",
             advice="without a network, download the model elsewhere (model.save_pretrained(DIR)) "
             "and give that directory",
         ) from error
@@ -199,7 +210,7 @@ def _processor(name: str) -> Any:
         return AutoImageProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         raise TomeError(
-            f"no image processor could be loaded from {name!r}: {_first_line(error)}",
+            f"no image processor could be loaded from {name!r}: {first_line(error)}",
             advice="save one beside the model: processor.save_pretrained(DIR)",
         ) from error
 
@@ -212,7 +223,7 @@ def _prepare(processor: Any, path: Path, size: Any) -> Tensor:
             image = opened.convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
         raise TomeError(
-            f"image {path.name!r} does not decode: {_first_line(error)}",
+            f"image {path.name!r} does not decode: {first_line(error)}",
             advice="remove it from the folder, or replace it",
         ) from error
     options = {}
@@ -220,8 +231,3 @@ def _prepare(processor: Any, path: Path, size: Any) -> Tensor:
         options = {"do_resize": False, "do_center_crop": False}
     pixels: Tensor = processor(images=image, return_tensors="pt", **options)["pixel_values"]
     return pixels
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

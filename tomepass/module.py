@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
@@ -327,6 +327,12 @@ class MergedModel(nn.Module):
         from tomepass.saving import save
 
         return save(self.original, self.method, self.outputs, directory, **options)
+
+    def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
+        """Raises a TomeError that says how else: the model's own would leave the method behind."""
+        from tomepass.saving import refuse_to_push
+
+        refuse_to_push()
 
     def extra_repr(self) -> str:
         return f"merged by tomepass with {self.method!r}"

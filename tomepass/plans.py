@@ -115,8 +115,19 @@ class Plan:
 
     @staticmethod
     def load(path: str | Path) -> Plan:
-        """The plan in a JSON file."""
-        return Plan.from_json(Path(path).read_text())
+        """The plan in a JSON file.
+
+        Raises:
+            TomeError: if it is not a plan.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise TomeError(
+                f"{Path(path).name!r} is no plan: it is not UTF-8: {error}",
+                advice="Plan.save() writes what Plan.load() reads",
+            ) from error
+        return Plan.from_json(text)
 
     def replace(self, **changes: Any) -> Plan:
         """A copy with some fields changed."""

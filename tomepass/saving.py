@@ -6,12 +6,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import nn
 
 from tomepass.errors import TomeError
-from tomepass.loading import load_model
+from tomepass.loading import first_line, load_model, locate
 from tomepass.methods import Method, ToMe, method_from_dict
 from tomepass.module import Outputs, apply
 from tomepass.schedule import Schedule
@@ -31,30 +31,45 @@ def save(
     """Saves a model as usual, and beside it what is needed to apply the same method again.
 
     Raises:
-        TomeError: if the model has no ``save_pretrained`` of its own.
+        TomeError: if the model has no ``save_pretrained`` of its own, ``directory`` is a file, or
+            the model is to be pushed to the hub.
     """
     if (own := getattr(model, "save_pretrained", None)) is None:
         raise TomeError(
             f"{type(model).__name__} has no save_pretrained",
             advice="save its state_dict(), and the method: merged.method.to_json()",
         )
+    if options.get("push_to_hub"):  # which would upload before there is a tomepass.json
+        refuse_to_push()
+    if Path(directory).is_file():
+        raise TomeError(f"{os.fspath(directory)!r} is a file; expected a directory")
     saved = own(directory, **options)
     data = {"version": VERSION, "method": method.to_dict(), "outputs": outputs}
     path = Path(directory) / FILE
     aside = path.with_name(f".{FILE}.{os.getpid()}")
-    aside.write_text(json.dumps(data, indent=1) + "\n")
-    aside.replace(path)
+    try:
+        aside.write_text(json.dumps(data, indent=1) + "\n")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
     return saved
 
 
-def read_settings(directory: str | os.PathLike[str]) -> tuple[Method, Outputs] | None:
-    """What a ``tomepass.json`` says; None where there is none.
+def refuse_to_push() -> NoReturn:
+    """Raises: transformers would push the model alone, and it would come back with r=16."""
+    raise TomeError(
+        f"a merged model is not pushed to the hub: {FILE} would not go with it",
+        advice="merged.save_pretrained(DIR), then upload the folder: hf upload OWNER/NAME DIR",
+    )
+
+
+def read_settings(name: str | os.PathLike[str]) -> tuple[Method, Outputs] | None:
+    """What the ``tomepass.json`` of a directory or a hub id says; None where there is none.
 
     Raises:
-        TomeError: if it is not one that this version reads.
+        TomeError: if it is not one that this version reads, or if there is no such model.
     """
-    path = Path(directory) / FILE
-    if not path.is_file():
+    if (path := _settings_file(locate(os.fspath(name)))) is None:
         return None
     try:
         data = json.loads(path.read_text())
@@ -94,11 +109,14 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
     Raises:
         TomeError: if there is no model, it cannot be merged, or ``tomepass.json`` is not one that
             this version reads.
+        TypeError: on options for an exported program, which is merged already.
     """
     if Path(path).suffix == ".pt2":
         from tomepass.doors.pt2 import load_module
 
-        return load_module(Path(path))
+        if options:
+            raise TypeError(f"an exported program takes no options, got {', '.join(options)}")
+        return load_module(Path(path).expanduser())
     settings = read_settings(path) or _standard(path)
     method, outputs = settings
     return apply(load_model(os.fspath(path)), method, **{"outputs": outputs, **options})
@@ -114,7 +132,6 @@ def chosen_method(
     """
     if r is not None and plan is not None:
         raise TomeError("give either --r or --plan, not both")
-    saved = read_settings(name)
     if plan is not None:
         from tomepass.plans import Plan
 
@@ -124,8 +141,28 @@ def chosen_method(
     elif r is not None:
         method = ToMe(r)
     else:
+        saved = read_settings(name)
         method = saved[0] if saved is not None else ToMe()
     return load_model(name), method
+
+
+def _settings_file(source: str) -> Path | None:
+    """Where the settings of a located model are, fetched if it is a hub id; None if it has none."""
+    if (folder := Path(source)).is_dir():
+        return folder / FILE if (folder / FILE).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, FILE))
+    except Exception as error:  # a connection error of any library
+        absent = isinstance(error, EntryNotFoundError)
+        if absent and not isinstance(error, LocalEntryNotFoundError):  # the hub's own answer
+            return None
+        raise TomeError(
+            f"whether {source!r} has a {FILE} cannot be found out: {first_line(error)}",
+            advice="say what to do instead: tomepass.apply(model, r=16), or --r 16",
+        ) from error
 
 
 def _standard(path: str | os.PathLike[str]) -> tuple[Method, Outputs]:

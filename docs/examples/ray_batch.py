@@ -14,8 +14,12 @@ import csv
 from typing import Any
 
 import numpy as np
-import ray
 import torch
+
+try:
+    import ray
+except ImportError as error:
+    raise SystemExit(f"this needs Ray: pip install 'tomepass[ray]' ({error})") from error
 
 
 class Classifier:
@@ -77,11 +81,13 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="a side of the images")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--batch", type=int, default=16)
-    given = parser.parse_args()
-    answered = classify(
-        given.archive, given.folder, size=given.size, workers=given.workers, batch=given.batch
-    )
-    with open(given.out, "w", newline="") as file:
+    channels = {"type": float, "nargs": 3, "metavar": ("R", "G", "B"), "default": [0.5] * 3}
+    parser.add_argument("--mean", help="as in preprocessor_config.json", **channels)
+    parser.add_argument("--std", help="the same", **channels)
+    given = vars(parser.parse_args())
+    out = given.pop("out")
+    answered = classify(given.pop("archive"), given.pop("folder"), **given)
+    with open(out, "w", newline="") as file:
         csv.writer(file).writerows([("path", "label"), *sorted(answered.items())])
 
 

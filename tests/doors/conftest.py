@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from zoo import make_vit, scaled_up
+from zoo import make_vit
 
 import tomepass
 from tomepass import ToMe
@@ -35,7 +35,7 @@ class Exported(NamedTuple):
 
 @pytest.fixture(scope="session")
 def exported() -> Exported:
-    model = scaled_up(make_vit(num_hidden_layers=2))
+    model = make_vit(num_hidden_layers=2)
     merged = tomepass.apply(model, METHOD)
     drawn = torch.Generator().manual_seed(1)
     images = {batch: torch.randn(batch, 3, 32, 32, generator=drawn) for batch in BATCHES}

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import runpy
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,6 @@ from PIL import Image
 
 EXAMPLE = Path(__file__).parents[2] / "docs" / "examples" / "ray_batch.py"
 IMAGES = 200
-
-pytestmark = pytest.mark.doors
 
 
 @pytest.fixture
@@ -41,6 +41,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
+@pytest.mark.doors
 def test_every_image_is_answered_once_though_a_worker_is_killed(
     cluster: None, folder: Path, archive: Path, exported: Any, tmp_path: Path
 ) -> None:
@@ -62,7 +63,43 @@ def test_every_image_is_answered_once_though_a_worker_is_killed(
     assert killed.exists()
     assert {Path(path).name for path in answered} == {f"{i:03}.png" for i in range(IMAGES)}
     path, label = next(iter(answered.items()))
+    assert _label(exported, path, [0.5] * 3, [0.5] * 3) == label
+
+
+def _label(exported: Any, path: str, mean: list[float], std: list[float]) -> int:
     pixels = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)[None] / 255
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
     with torch.no_grad():
-        logits = exported.program.module()(pixel_values=(pixels - 0.5) / 0.5)["logits"]
-    assert int(logits.argmax()) == label
+        logits = exported.program.module()(pixel_values=(pixels - mean) / std)["logits"]
+    return int(logits.argmax())
+
+
+@pytest.mark.doors
+def test_the_command_writes_a_label_for_every_image(
+    cluster: None,
+    folder: Path,
+    archive: Path,
+    exported: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "labels.csv"
+    words = [str(archive), str(folder), str(out), "--size", "32", "--workers", "1"]
+    # Far from the standard, so that other labels come out.
+    mean, std = ["0.1", "0.9", "0.5"], ["0.2", "0.6", "0.1"]
+    monkeypatch.setattr("sys.argv", ["ray_batch.py", *words, "--mean", *mean, "--std", *std])
+    runpy.run_path(str(EXAMPLE), run_name="__main__")
+    (heading, *rows) = csv.reader(out.read_text().splitlines())
+    assert heading == ["path", "label"]
+    found = {path: int(label) for path, label in rows}
+    assert sorted(found) == sorted(map(str, folder.iterdir()))
+    expected = {p: _label(exported, p, [0.1, 0.9, 0.5], [0.2, 0.6, 0.1]) for p in [*found][:20]}
+    assert {path: found[path] for path in expected} == expected
+    usual = [_label(exported, path, [0.5] * 3, [0.5] * 3) for path in expected]
+    assert usual != [*expected.values()]
+
+
+def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"tomepass\[ray\]"):
+        runpy.run_path(str(EXAMPLE))

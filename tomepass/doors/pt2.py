@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
 from tomepass.errors import TomeError
+from tomepass.loading import first_line
 
 if TYPE_CHECKING:
     from tomepass.doors import Run
@@ -47,19 +48,37 @@ def load_module(path: Path) -> Any:
     if not path.is_file():
         raise TomeError(f"no such file: {str(path)!r}", advice=advice)
     if not zipfile.is_zipfile(path):
-        raise TomeError(f"{path.name!r} is damaged or no archive of torch.export", advice=advice)
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
+        raise TomeError(f"{path.name!r} {_no_archive(path)}", advice=advice)
+    try:
+        names = _checked_names(path)
+    except Exception as error:  # what a damaged file raises depends on where the damage is
+        raise TomeError(f"{path.name!r} is damaged: {first_line(error)}", advice=advice) from error
     if any("/data/aotinductor/" in name for name in names):
         raise TomeError(
             f"{path.name!r} is a package of AOTInductor",
             advice="load it with torch._inductor.aoti_load_package",
         )
+    if not any(PurePosixPath(name).match("*/models/*.json") for name in names):
+        raise TomeError(f"{path.name!r} is an archive without an exported program", advice=advice)
     try:
         return torch.export.load(path).module()
-    except Exception as error:  # what a damaged file raises depends on where the damage is
+    except Exception as error:  # as of another version, or of operators that are not installed
         raise TomeError(
-            f"{path.name!r} holds no exported program: {type(error).__name__}: "
-            f"{next(iter(str(error).splitlines()), '')}",
+            f"{path.name!r} holds a program that PyTorch {torch.__version__} cannot load: "
+            f"{type(error).__name__}: {first_line(error)}",
             advice=advice,
         ) from error
+
+
+def _checked_names(path: Path) -> list[str]:
+    """What an archive holds, every byte of it checked: PyTorch reads weights without."""
+    with zipfile.ZipFile(path) as archive:
+        if (damaged := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"{damaged!r} is not what was written")
+        return archive.namelist()
+
+
+def _no_archive(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(4)
+    return {b"": "is empty", b"PK\x03\x04": "is cut off"}.get(start, "is no archive")

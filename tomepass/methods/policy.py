@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tomepass.errors import TomeError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -56,13 +58,24 @@ class Policy:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Policy:
-        """What :meth:`to_bytes` wrote."""
+        """What :meth:`to_bytes` wrote.
+
+        Raises:
+            TomeError: if it is something else, or damaged.
+        """
+        from safetensors import SafetensorError
         from safetensors.torch import load
 
         blocks: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in load(data).items():
-            index, _, own = name.partition(".")
-            blocks.setdefault(int(index), {})[own] = tensor
+        try:
+            for name, tensor in load(data).items():
+                index, _, own = name.partition(".")
+                blocks.setdefault(int(index), {})[own] = tensor
+        except (SafetensorError, ValueError) as error:
+            raise TomeError(
+                f"these are no weights of a policy: {error}",
+                advice="Policy.save() writes what Policy.load() reads",
+            ) from error
         return cls(blocks)
 
     def save(self, path: str | Path) -> None:
