@@ -44,6 +44,12 @@ def count(graph: fx.GraphModule, target: Any) -> int:
 
 @pytest.mark.usefixtures("everywhere")
 def test_a_merged_model_runs_on_kernels_and_exports_without() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
     model, x = make(), pixels()
     merged = tomepass.apply(model, r=3, example_inputs=x)
     applied = merged.captured(x)
@@ -59,11 +65,15 @@ def test_a_merged_model_runs_on_kernels_and_exports_without() -> None:
     assert "kernels" in str(applied.report)
     with torch.no_grad():
         torch.testing.assert_close(merged(x), applied.run(model, [x], applied.graph)[0])
-        compiled = torch.compile(merged, backend="eager", fullgraph=True)
+        compiled = torch.compile(merged, backend=keep, fullgraph=True)
         torch.testing.assert_close(compiled(x), merged(x))
-        exported = torch.export.export(merged, (x,))
-    assert "triton" not in str(exported.graph)
-    assert "tome.match" in str(exported.graph)
+        for strict in (False, True):
+            exported = torch.export.export(merged, (x,), strict=strict)
+            assert "triton" not in str(exported.graph)
+            assert "tome.match" in str(exported.graph)
+    (graph,) = graphs
+    assert count(graph, torch.ops.tome.match_triton.default) == merges
+    assert not count(graph, torch.ops.tome.match.default)
 
 
 @pytest.mark.usefixtures("everywhere")
