@@ -9,6 +9,7 @@ import torch
 from encoders import make, pixels
 from lossless import calls
 from torch import Tensor, fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 import tomepass
 from benchmarks.gpu_kernels import flex
@@ -17,6 +18,7 @@ from tomepass.attention import FUSED
 from tomepass.attention_gpu import Rule, path_for, take_gpu_attention
 from tomepass.graphs import copied
 from tomepass.ops.attend import attend_channel, attend_cudnn, attend_scaled
+from tomepass.ops.log_size import log_size
 from tomepass.ops.padding import PADDED
 
 HOPPER = (9, 0)
@@ -86,15 +88,81 @@ def test_what_was_measured_is_taken_where_it_was_measured(monkeypatch: pytest.Mo
         Rule("cudnn", HOPPER, (torch.bfloat16, torch.float32), (64, 30), most=256),
         Rule("channel", HOPPER, (torch.bfloat16,), (64,), least=257),
     )
-    assert path_for(HOPPER, 197, torch.bfloat16, 64) == "bias"
+    unknown = ("bias", "the default: nothing measured for this device and shape")
+    assert path_for(HOPPER, 197, torch.bfloat16, 64) == unknown
     monkeypatch.setattr(attention_gpu, "MEASURED", rules)
-    assert path_for(HOPPER, 197, torch.bfloat16, 64) == "cudnn"
-    assert path_for(HOPPER, 577, torch.bfloat16, 64) == "channel"
-    assert path_for(HOPPER, 197, torch.bfloat16, 72) == "bias"
-    assert path_for((8, 0), 197, torch.bfloat16, 64) == "bias"
-    # What cuDNN cannot compute.
-    assert path_for(HOPPER, 197, torch.float32, 64) == "bias"
-    assert path_for(HOPPER, 197, torch.bfloat16, 30) == "bias"
+    assert path_for(HOPPER, 197, torch.bfloat16, 64) == ("cudnn", "")
+    assert path_for(HOPPER, 577, torch.bfloat16, 64) == ("channel", "")
+    assert path_for(HOPPER, 197, torch.bfloat16, 72) == unknown
+    assert path_for((8, 0), 197, torch.bfloat16, 64) == unknown
+    for dtype, width in ((torch.float32, 64), (torch.bfloat16, 30)):
+        path, why = path_for(HOPPER, 197, dtype, width)
+        assert path == "bias"
+        assert why == f"the fastest, cuDNN's kernel, takes no {dtype} in heads of {width}"
+
+
+def lines_of(attend: Any, rule: Rule | None, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """What the report says of a graph with one attention, ``rule`` having been measured."""
+    graph = fx.symbolic_trace(attend)
+    q, _, _, size = operands(torch.bfloat16)
+    FakeTensorProp(graph).propagate(q, size, torch.zeros(1, 3, 17, 17).to(q))
+    monkeypatch.setattr(attention_gpu, "MEASURED", (rule,) if rule else ())
+    monkeypatch.setattr(attention_gpu, "_capability", lambda device: HOPPER)
+    return take_gpu_attention(graph)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        (None, "log(size) as a bias (the default: nothing measured for this device and shape)"),
+        ("bias", "log(size) as a bias"),
+        ("channel", "log(size) as two more key channels"),
+    ],
+)
+def test_the_report_tells_measured_from_unknown(
+    path: Any, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(q: Tensor, size: Tensor, table: Tensor) -> Any:
+        return FUSED(q, q, q, log_size(size, q))
+
+    rule = Rule(path, HOPPER, (torch.bfloat16,), (24,)) if path else None
+    assert lines_of(plain, rule, monkeypatch) == (f"1 attention: {line}",)
+
+
+def shared(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, log_size(size, q), enable_gqa=True)
+
+
+def dropped(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, log_size(size, q), 0.1)
+
+
+def positioned(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, torch.ops.aten.add.Tensor(table, log_size(size, q)))
+
+
+def hiding(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, torch.ops.aten.clamp.default(log_size(size, q), None, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("attend", "why"),
+    [
+        (shared, "heads share keys"),
+        (dropped, "with dropout"),
+        (positioned, "with another bias beside it"),
+        (hiding, "sizes hide padding and do no more"),
+    ],
+)
+def test_what_no_other_path_computes_is_named(
+    attend: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = lines_of(attend, Rule("channel", HOPPER, (torch.bfloat16,), (24,)), monkeypatch)
+    assert found == (f"1 attention: log(size) as a bias ({why})",)
+
+
+def test_an_attention_without_sizes_is_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not lines_of(lambda q, size, table: FUSED(q, q, q, table), None, monkeypatch)
 
 
 @pytest.mark.parametrize("path", ["bias", "channel", "scaled"])
@@ -106,12 +174,12 @@ def test_a_graph_on_another_path_computes_the_same(
     applied = tomepass.apply(model, r=3, example_inputs=x).captured(x)
     assert applied.graph is not None
     graph: fx.GraphModule = copied(applied.graph)
-    monkeypatch.setattr(attention_gpu, "path_for", lambda *given: path)
+    monkeypatch.setattr(attention_gpu, "path_for", lambda *given: (path, ""))
     (line,) = take_gpu_attention(graph)
     graph.graph.lint()
     count = int(line.split()[0])
     assert count >= 1
-    assert ("the default" in line) == (path == "bias")
+    assert line.split(": ")[1] == attention_gpu._HOW[path]
     before, after = (len(calls(g, FUSED)) for g in (applied.graph, graph))
     assert before - after == (0 if path == "bias" else count)
     expected = applied.run(model, [x], applied.graph)[0]
