@@ -1,10 +1,11 @@
 """All that is to be known of an NVIDIA GPU, in commands of some minutes each.
 
     python -m benchmarks gpu --only kernels
-    python -m benchmarks gpu --only vit_b --mode max-autotune
+    python -m benchmarks gpu --only vit_b --r 16 --mode max-autotune
 
 Models come from configurations with random weights: no network, no data folder. Each command
-writes its own table and JSON (``gpu_NAME.json``). With ``--tiny`` everything runs on a tiny model,
+writes its own table and JSON (``gpu_NAME_MODE_rN_DTYPE.json``, mode and r where it
+has them). With ``--tiny`` everything runs on a tiny model,
 and on a CPU in Triton's interpreter where no GPU is at hand: that says what works, not how fast.
 """
 
@@ -44,6 +45,7 @@ Rows = list[dict[str, Any]]
 def main(
     only: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}.")] = "kernels",
     mode: Annotated[str, typer.Option(help=f"Of Inductor: {', '.join(MODES)}.")] = "max-autotune",
+    r: Annotated[int | None, typer.Option(help="One of a setting's counts; all of them.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32.")] = "bf16",
     rounds: Annotated[int, typer.Option(min=1, help="Interleaved rounds.")] = 10,
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model, anywhere.")] = False,
@@ -54,24 +56,29 @@ def main(
         raise typer.BadParameter(f"--only takes {', '.join(NAMES)}, got {only!r}")
     if mode not in MODES:
         raise typer.BadParameter(f"--mode takes {', '.join(MODES)}, got {mode!r}")
+    counts = (TINY if tiny else SETTINGS[only]).counts if only in SETTINGS else ()
+    if r is not None and r not in counts:
+        raise typer.BadParameter(f"--r with --only {only} takes one of {list(counts)}, got {r}")
     if not (torch.cuda.is_available() or tiny):
         raise typer.BadParameter("no CUDA device here; --tiny runs everything small on a CPU")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings = {"only": only, "mode": mode, "dtype": dtype, "rounds": rounds, "tiny": tiny}
-    rows = measured(only, mode, parse_dtype(dtype), rounds, device, tiny)
+    settings = {"only": only, "mode": mode, "r": r, "dtype": dtype, "rounds": rounds, "tiny": tiny}
+    rows = measured(only, mode, r, parse_dtype(dtype), rounds, device, tiny)
     if tiny:  # of a tiny model no figure is a verdict
         rows = [row | {"reached": "-"} if "reached" in row else row for row in rows]
     columns = {name: _shown(name) for name in rows[0]}
-    suffix = f"_{mode}" if only in COMPILED else ""
-    title = f"{only}{suffix}, {dtype}, {device_name(device)}"
-    words = [f"--only {only}", *([f"--mode {mode}"] if suffix else []), f"--dtype {dtype}"]
+    told: dict[str, Any] = {"mode": mode if only in COMPILED else None, "r": r, "dtype": dtype}
+    words = [f"--only {only}", *(f"--{k} {v}" for k, v in told.items() if v is not None)]
     words += [f"--rounds {rounds}", *(["--tiny"] if tiny else [])]
     where = {"command": " ".join(["python -m benchmarks gpu", *words]), **versions(device)}
     settings |= where
-    name = f"gpu_{only}{suffix}"
+    # A file a command: none writes over another's.
+    parts = [f"r{r}" if key == "r" else value for key, value in told.items() if value is not None]
+    parts += ["tiny"] * tiny
+    name = "_".join(["gpu", only, *parts])
     Results(
         name=name,
-        title=title,
+        title=f"{', '.join([only, *parts])}, {device_name(device)}",
         columns=columns,
         rows=rows,
         settings=settings,
@@ -83,12 +90,19 @@ def main(
 
 
 def measured(
-    only: str, mode: str, dtype: torch.dtype, rounds: int, device: torch.device, tiny: bool
+    only: str,
+    mode: str,
+    r: int | None,
+    dtype: torch.dtype,
+    rounds: int,
+    device: torch.device,
+    tiny: bool,
 ) -> Rows:
     """The rows of one part."""
     if only in SETTINGS:
         setting = TINY if tiny else SETTINGS[only]
-        return [compared(setting, r, mode, dtype, rounds, device) for r in setting.counts]
+        counts = setting.counts if r is None else (r,)
+        return [compared(setting, count, mode, dtype, rounds, device) for count in counts]
     setting = TINY if tiny else SETTINGS["vit_b"]
     parts: dict[str, Callable[[], Rows]] = {
         "training": lambda: trained(TINY if tiny else TRAINING, mode, dtype, rounds, device),

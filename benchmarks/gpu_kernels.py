@@ -40,6 +40,8 @@ SHAPES = {
     "siglip": (729, 16, 72, 64, 24, []),
     "long": (4097, 12, 64, 8, 300, [0]),
 }
+# Relative to the largest number: of a result, and of the sums before it.
+_ROUNDING = {torch.float32: 4e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
 TINY = {"tiny": (33, 2, 16, 2, 5, [0])}
 
 
@@ -75,20 +77,26 @@ def correct(dtype: torch.dtype, device: torch.device, tiny: bool) -> Rows:
         summed = sum_triton(x, size, assign, *sources).double()
         total = merge_size(size, assign, left).double().unsqueeze(-1)
         back = unmerge_triton(merged, assign)
-        rows.append(
-            {
-                "shape": name,
-                "maps of float32 equal": bool(same.all()),
-                f"maps of {str(dtype)[6:]} equal": float(narrow.float().mean()),
-                "merge, error": relative_error(merged, exact),
-                "LayerNorm, error": relative_error(normed, wanted),
-                "sum, error": relative_error(summed, exact * total),
-                "unmerge equal": bool(torch.equal(back, unmerge(merged, assign, 1))),
-                "same bits again": bool(torch.equal(merged, again)),
-                "same bits alone": bool(torch.equal(merged[1:2], alone)),
-            }
-        )
+        row = {
+            "shape": name,
+            "maps of float32 equal": bool(same.all()),
+            f"maps of {str(dtype)[6:]} equal": float(narrow.float().mean()),
+            "merge, error": relative_error(merged, exact),
+            "LayerNorm, error": relative_error(normed, wanted),
+            "sum, error": relative_error(summed, exact * total),
+            "unmerge equal": bool(torch.equal(back, unmerge(merged, assign, 1))),
+            "same bits again": bool(torch.equal(merged, again)),
+            "same bits alone": bool(torch.equal(merged[1:2], alone)),
+        }
+        rows.append(row | {"right": right(row, dtype)})
     return rows
+
+
+def right(row: dict[str, Any], dtype: torch.dtype) -> str:
+    """The verdict on a row: all that must be equal is, and errors are those of rounding."""
+    equal = all(value for value in row.values() if isinstance(value, bool))
+    errors = [value for name, value in row.items() if name.endswith(", error")]
+    return "yes" if equal and max(errors) <= _ROUNDING[dtype] else "NO"
 
 
 def bandwidth(dtype: torch.dtype, rounds: int, device: torch.device, tiny: bool) -> Rows:

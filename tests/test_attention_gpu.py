@@ -9,6 +9,8 @@ import torch
 from encoders import make, pixels
 from lossless import calls
 from torch import Tensor, fx
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import tomepass
 from benchmarks.gpu_kernels import flex
@@ -17,6 +19,7 @@ from tomepass.attention import FUSED
 from tomepass.attention_gpu import Rule, path_for, take_gpu_attention
 from tomepass.graphs import copied
 from tomepass.ops.attend import attend_channel, attend_cudnn, attend_scaled
+from tomepass.ops.log_size import log_size
 from tomepass.ops.padding import PADDED
 
 HOPPER = (9, 0)
@@ -86,15 +89,81 @@ def test_what_was_measured_is_taken_where_it_was_measured(monkeypatch: pytest.Mo
         Rule("cudnn", HOPPER, (torch.bfloat16, torch.float32), (64, 30), most=256),
         Rule("channel", HOPPER, (torch.bfloat16,), (64,), least=257),
     )
-    assert path_for(HOPPER, 197, torch.bfloat16, 64) == "bias"
+    unknown = ("bias", "the default: nothing measured for this device and shape")
+    assert path_for(HOPPER, 197, torch.bfloat16, 64) == unknown
     monkeypatch.setattr(attention_gpu, "MEASURED", rules)
-    assert path_for(HOPPER, 197, torch.bfloat16, 64) == "cudnn"
-    assert path_for(HOPPER, 577, torch.bfloat16, 64) == "channel"
-    assert path_for(HOPPER, 197, torch.bfloat16, 72) == "bias"
-    assert path_for((8, 0), 197, torch.bfloat16, 64) == "bias"
-    # What cuDNN cannot compute.
-    assert path_for(HOPPER, 197, torch.float32, 64) == "bias"
-    assert path_for(HOPPER, 197, torch.bfloat16, 30) == "bias"
+    assert path_for(HOPPER, 197, torch.bfloat16, 64) == ("cudnn", "")
+    assert path_for(HOPPER, 577, torch.bfloat16, 64) == ("channel", "")
+    assert path_for(HOPPER, 197, torch.bfloat16, 72) == unknown
+    assert path_for((8, 0), 197, torch.bfloat16, 64) == unknown
+    for dtype, width in ((torch.float32, 64), (torch.bfloat16, 30)):
+        path, why = path_for(HOPPER, 197, dtype, width)
+        assert path == "bias"
+        assert why == f"the fastest, cuDNN's kernel, takes no {dtype} in heads of {width}"
+
+
+def lines_of(attend: Any, rule: Rule | None, monkeypatch: pytest.MonkeyPatch) -> tuple[str, ...]:
+    """What the report says of a graph with one attention, ``rule`` having been measured."""
+    graph = fx.symbolic_trace(attend)
+    q, _, _, size = operands(torch.bfloat16)
+    FakeTensorProp(graph).propagate(q, size, torch.zeros(1, 3, 17, 17).to(q))
+    monkeypatch.setattr(attention_gpu, "MEASURED", (rule,) if rule else ())
+    monkeypatch.setattr(attention_gpu, "_capability", lambda device: HOPPER)
+    return take_gpu_attention(graph)
+
+
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        (None, "log(size) as a bias (the default: nothing measured for this device and shape)"),
+        ("bias", "log(size) as a bias"),
+        ("channel", "log(size) as two more key channels"),
+    ],
+)
+def test_the_report_tells_measured_from_unknown(
+    path: Any, line: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plain(q: Tensor, size: Tensor, table: Tensor) -> Any:
+        return FUSED(q, q, q, log_size(size, q))
+
+    rule = Rule(path, HOPPER, (torch.bfloat16,), (24,)) if path else None
+    assert lines_of(plain, rule, monkeypatch) == (f"1 attention: {line}",)
+
+
+def shared(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, log_size(size, q), enable_gqa=True)
+
+
+def dropped(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, log_size(size, q), 0.1)
+
+
+def positioned(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, torch.ops.aten.add.Tensor(table, log_size(size, q)))
+
+
+def hiding(q: Tensor, size: Tensor, table: Tensor) -> Any:
+    return FUSED(q, q, q, torch.ops.aten.clamp.default(log_size(size, q), None, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("attend", "why"),
+    [
+        (shared, "heads share keys"),
+        (dropped, "with dropout"),
+        (positioned, "with another bias beside it"),
+        (hiding, "sizes hide padding and do no more"),
+    ],
+)
+def test_what_no_other_path_computes_is_named(
+    attend: Any, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = lines_of(attend, Rule("channel", HOPPER, (torch.bfloat16,), (24,)), monkeypatch)
+    assert found == (f"1 attention: log(size) as a bias ({why})",)
+
+
+def test_an_attention_without_sizes_is_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not lines_of(lambda q, size, table: FUSED(q, q, q, table), None, monkeypatch)
 
 
 @pytest.mark.parametrize("path", ["bias", "channel", "scaled"])
@@ -106,27 +175,67 @@ def test_a_graph_on_another_path_computes_the_same(
     applied = tomepass.apply(model, r=3, example_inputs=x).captured(x)
     assert applied.graph is not None
     graph: fx.GraphModule = copied(applied.graph)
-    monkeypatch.setattr(attention_gpu, "path_for", lambda *given: path)
+    monkeypatch.setattr(attention_gpu, "path_for", lambda *given: (path, ""))
     (line,) = take_gpu_attention(graph)
     graph.graph.lint()
     count = int(line.split()[0])
     assert count >= 1
-    assert ("the default" in line) == (path == "bias")
+    assert line.split(": ")[1] == attention_gpu._HOW[path]
     before, after = (len(calls(g, FUSED)) for g in (applied.graph, graph))
     assert before - after == (0 if path == "bias" else count)
     expected = applied.run(model, [x], applied.graph)[0]
     torch.testing.assert_close(applied.run(model, [x], graph)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+def with_bias(q: Tensor, k: Tensor, v: Tensor, size: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=log_size(size, q))
+
+
+PATHS = {
+    "bias": with_bias,
+    "channel": attend_channel,
+    "scaled": attend_scaled,
+    "cudnn": attend_cudnn,
+}
+FORWARD = {torch.float32: 1e-4, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+def check_path(
+    path: str, kernel: SDPBackend, dtype: torch.dtype, device: str, tokens: int, width: int
+) -> None:
+    """A path and its gradients by one kernel and no other, against float64."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(2, tokens, 4, width).transpose(1, 2).to(device, dtype) for _ in range(3)]
+    size = torch.randint(1, 40, (2, tokens)).float().to(device)
+    grad = torch.randn(2, 4, tokens, width).to(device, dtype)
+    leaves = [x.requires_grad_(True) for x in inputs]
+    with sdpa_kernel([kernel]):  # any other raises
+        got = PATHS[path](*leaves, size)
+        gradients = torch.autograd.grad(got, leaves, grad)
+    wide = [x.detach().double().requires_grad_(True) for x in inputs]
+    expected = written_out(*wide, size, width**-0.5)  # type: ignore[call-arg, misc]
+    exact = torch.autograd.grad(expected, wide, grad.double())
+    assert (got - expected).abs().max() <= FORWARD[dtype] * expected.abs().max()
+    for ours, theirs in zip(gradients, exact, strict=True):
+        assert (ours - theirs).abs().max() <= 4 * FORWARD[dtype] * theirs.abs().max()
+
+
+@pytest.mark.parametrize("path", ["bias", "channel", "scaled"])
+def test_paths_and_gradients_by_one_kernel(path: str) -> None:
+    check_path(path, SDPBackend.MATH, torch.float32, "cpu", 17, 24)
+
+
+FLASH, EFFICIENT = SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("operator", [*PORTABLE, attend_cudnn])
-def test_paths_on_the_device(operator: Any, dtype: torch.dtype) -> None:
-    for tokens, width in ((197, 64), (181, 64), (577, 64), (729, 72)):
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(2, tokens, 4, width).transpose(1, 2) for _ in range(3))
-        size = torch.randint(1, 40, (2, tokens)).float()
-        expected = written_out(q.to(dtype), k.to(dtype), v.to(dtype), size, width**-0.5)
-        got = operator(*(x.to("cuda", dtype) for x in (q, k, v)), size.cuda())
-        bound = 2**-7 if dtype is torch.bfloat16 else 2**-9
-        assert (got.cpu().double() - expected).abs().max() <= bound * expected.abs().max()
+@pytest.mark.parametrize(("tokens", "width"), [(197, 64), (181, 64), (577, 64), (729, 72)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_on_the_device(path: str, dtype: torch.dtype, tokens: int, width: int) -> None:
+    if path == "cudnn" and dtype is torch.float32:
+        pytest.skip("cuDNN's kernel multiplies narrow dtypes only")
+    # Flash has neither a bias nor float32; cuDNN's operator is called by its name.
+    flash = path in ("channel", "scaled") and dtype is not torch.float32
+    kernel = SDPBackend.CUDNN_ATTENTION if path == "cudnn" else FLASH if flash else EFFICIENT
+    check_path(path, kernel, dtype, "cuda", tokens, width)

@@ -6,39 +6,74 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 import tomepass
-from benchmarks import gpu, gpu_models, gpu_profile, gpu_timing
+from benchmarks import gpu, gpu_kernels, gpu_models, gpu_profile, gpu_timing
 from benchmarks.__main__ import app
 
 pytest.importorskip("triton")
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="measured, not interpreted")
 
 
-@interpreted
-@pytest.mark.parametrize("only", ["kernels", "bandwidth"])
-def test_parts_run_without_a_gpu(only: str, tmp_path: Path) -> None:
-    words = ["gpu", "--only", only, "--tiny", "--rounds", "1", "--out", str(tmp_path)]
-    result = CliRunner().invoke(app, words)
-    assert result.exit_code == 0, result.output
-    found = json.loads((tmp_path / f"gpu_{only}.json").read_text())
+def run(out: Path, *words: str) -> dict[str, Any]:
+    """A tiny run: the one JSON file it writes."""
+    result = CliRunner().invoke(app, ["gpu", *words, "--tiny", "--rounds", "1", "--out", str(out)])
+    assert result.exit_code == 0, (result.output, result.exception)
+    (written,) = out.glob("*.json")
+    found: dict[str, Any] = json.loads(written.read_text())
     assert {"gpu", "torch", "triton", "command"} <= set(found["settings"])
-    beneath = (tmp_path / f"gpu_{only}.md").read_text()
-    assert f"command: python -m benchmarks gpu --only {only} --dtype bf16" in beneath
+    beneath = written.with_suffix(".md").read_text()
+    assert f"command: python -m benchmarks gpu {' '.join(words)}" in beneath
     assert "triton: " in beneath
-    (row,) = found["rows"]
-    if only == "kernels":
-        assert row["maps of float32 equal"] is True
-        assert row["same bits again"] is row["same bits alone"] is row["unmerge equal"] is True
-        # bfloat16 is cut off in the interpreter, not rounded.
-        assert max(row[f"{what}, error"] for what in ("merge", "LayerNorm", "sum")) < 2**-6
+    return found | {"file": written.stem}
+
+
+@interpreted
+def test_kernels_without_a_gpu(tmp_path: Path) -> None:
+    # The interpreter cuts bfloat16 off where a device rounds.
+    (row,) = run(tmp_path, "--only", "kernels", "--dtype", "fp16")["rows"]
+    assert row["right"] == "yes"
+    for wrong in ({"maps of float32 equal": False}, {"sum, error": 2**-9}):
+        assert gpu_kernels.right(row | wrong, torch.float16) == "NO"
+
+
+@interpreted
+def test_bandwidth_without_a_gpu(tmp_path: Path) -> None:
+    (row,) = run(tmp_path, "--only", "bandwidth")["rows"]
+    assert row["merge"] > 0
+    assert row["reached"] == "-"  # of a tiny model
+
+
+@interpreted
+@pytest.mark.doors
+@pytest.mark.parametrize("only", sorted({*gpu.NAMES} - {"kernels", "bandwidth"}))
+def test_every_part_runs_without_a_gpu(only: str, tmp_path: Path) -> None:
+    rows = run(tmp_path, "--only", only, *(["--mode", "default"] * (only in gpu.COMPILED)))["rows"]
+    assert rows
+    if only == "check":
+        assert "FAIL" not in {row["verdict"] for row in rows}
     else:
-        assert row["merge"] > 0
-        assert row["reached"] == "-"  # of a tiny model
+        assert {row.get("reached", "-") for row in rows} == {"-"}
+
+
+def test_a_file_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one measured no other writes over."""
+    asked: list[Any] = []
+    monkeypatch.setattr(gpu, "compared", lambda s, r, *rest: asked.append(r) or {"r": r})
+    found = run(tmp_path / "a", "--only", "vit_b", "--mode", "default", "--r", "4")
+    assert found["file"] == "gpu_vit_b_default_r4_bf16_tiny"
+    assert (found["settings"]["r"], asked) == (4, [4])
+    monkeypatch.setattr(gpu_kernels, "correct", lambda *given: [{"shape": "tiny"}])
+    command = ["gpu", "--only", "kernels", "--tiny", "--out", str(tmp_path)]
+    for dtype in ("bf16", "fp16", "fp32"):
+        assert CliRunner().invoke(app, [*command, "--dtype", dtype]).exit_code == 0
+    names = {f"gpu_kernels_{dtype}_tiny" for dtype in ("bf16", "fp16", "fp32")}
+    assert {path.stem for path in tmp_path.glob("*.json")} == names
 
 
 @interpreted
@@ -47,6 +82,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         (["--only", "vit_b"], "no CUDA device here"),
         (["--only", "vit_x", "--tiny"], "--only takes"),
         (["--mode", "fast", "--tiny"], "--mode takes"),
+        (["--only", "vit_b", "--r", "14"], "--r with --only vit_b takes one of [13, 16], got 14"),
+        (["--only", "kernels", "--r", "4"], "--r with --only kernels takes one of []"),
     ):
         result = CliRunner().invoke(app, ["gpu", *words])
         assert result.exit_code == 2
@@ -109,10 +146,29 @@ def test_the_planner_merges_or_declines(
 
 
 def test_settings_are_those_of_the_targets() -> None:
-    tokens = {
-        name: (s.pixels // (14 if name in ("dinov2_l", "siglip") else 16)) ** 2
+    held = {
+        name: (
+            (s.pixels // (14 if name in ("dinov2_l", "siglip") else 16)) ** 2,
+            *(s.batch, s.counts, s.target),
+        )
         for name, s in gpu_models.SETTINGS.items()
     }
-    assert tokens["long"] + 1 == 4097
-    assert (tokens["dinov2_l"], tokens["siglip"], tokens["vit_l"]) == (1369, 729, 576)
+    assert held == {
+        "vit_b": (196, 256, (13, 16), 0.9),
+        "vit_l": (576, 64, (23,), 0.9),
+        "dinov2_l": (1369, 32, (50,), 0.9),
+        "siglip": (729, 64, (24,), 0.9),
+        "long": (4096, 8, (300,), 0.9),
+        "batch1": (196, 1, (16,), None),
+    }
+    training = gpu_models.TRAINING
+    assert (training.pixels, training.batch, training.counts) == (224, 128, (16,))
     assert set(gpu.NAMES) > set(gpu_models.SETTINGS)
+
+
+@pytest.mark.doors
+@pytest.mark.parametrize(("r", "ideal"), [(13, 1.69), (16, 2.00)])
+def test_the_ideal_is_that_of_the_targets(r: int, ideal: float) -> None:
+    model = gpu_models.SETTINGS["vit_b"].model()
+    report = tomepass.explain(model, r=r, example_inputs=torch.randn(1, 3, 224, 224))
+    assert report.speedup_ideal == pytest.approx(ideal, abs=0.005)

@@ -7,8 +7,8 @@
 | scaled | values times sizes with a column for the denominator, under flash |
 | cudnn | ``log(size)`` as a bias of cuDNN's kernel |
 
-``MEASURED`` holds what ``python -m benchmarks gpu --only attention`` found. Where no rule fits, the
-bias is taken, and the report says so.
+``MEASURED`` holds what ``python -m benchmarks gpu --only attention`` found. Where no rule fits, or
+its path cannot compute an attention, the bias is taken, and the report says why.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from tomepass.capture import carry_origin, carry_value, value_of
 from tomepass.ops.attend import attend_channel, attend_cudnn, attend_scaled
 from tomepass.ops.log_size import log_size
 
+aten = torch.ops.aten
+
 Path = Literal["bias", "channel", "scaled", "cudnn"]
 
 _OPERATORS: dict[str, Any] = {
@@ -33,11 +35,12 @@ _OPERATORS: dict[str, Any] = {
     "cudnn": attend_cudnn,
 }
 _HOW = {
+    "bias": "log(size) as a bias",
     "channel": "log(size) as two more key channels",
     "scaled": "values scaled by size, and a column for the denominator",
     "cudnn": "log(size) as a bias of cuDNN's kernel",
 }
-_DEFAULT = "log(size) as a bias (the default: nothing measured for this device and shape)"
+_DEFAULT = "the default: nothing measured for this device and shape"
 _NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -71,13 +74,18 @@ MEASURED: tuple[Rule, ...] = ()
 """Empty until a device has been measured: figures are not guessed."""
 
 
-def path_for(capability: tuple[int, int], keys: int, dtype: torch.dtype, width: int) -> Path:
-    """The fastest path known; the bias where none was measured, or it cannot compute this."""
+def path_for(
+    capability: tuple[int, int], keys: int, dtype: torch.dtype, width: int
+) -> tuple[Path, str]:
+    """The fastest path known, and why it is the bias where none was measured or it cannot be."""
     fitting = (rule.path for rule in MEASURED if rule.fits(capability, keys, dtype, width))
-    path: Path = next(fitting, "bias")
+    path = next(fitting, None)
+    if path is None:
+        return "bias", _DEFAULT
     # cuDNN's kernel multiplies narrow dtypes only, in heads of whole 16 bytes.
-    impossible = path == "cudnn" and (dtype not in _NARROW or width % 8)
-    return "bias" if impossible else path
+    if path == "cudnn" and (dtype not in _NARROW or width % 8):
+        return "bias", f"the fastest, cuDNN's kernel, takes no {dtype} in heads of {width}"
+    return path, ""
 
 
 def take_gpu_attention(module: fx.GraphModule) -> tuple[str, ...]:
@@ -86,23 +94,45 @@ def take_gpu_attention(module: fx.GraphModule) -> tuple[str, ...]:
     Attentions with another bias beside ``log(size)`` keep it.
 
     Returns:
-        a line on each path that was taken.
+        a line on each path that was taken, and on each reason why another was not.
     """
     taken: dict[str, int] = {}
     for node in list(module.graph.find_nodes(op="call_function", target=FUSED)):
         bias = argument(node, 3, "attn_mask")
-        if bias is None or bias.target is not log_size:
+        if (beside := _beside(bias)) is None:
             continue
-        keys: Tensor = value_of(node.args[1])
-        path = path_for(_capability(keys.device), int(keys.shape[2]), keys.dtype, keys.shape[3])
-        if path != "bias" and _grouped(node):
-            path = "bias"
-        how = _HOW.get(path, _DEFAULT)
+        path, why = _path_of(node, beside)
+        how = _HOW[path] + (f" ({why})" if why else "")
         taken[how] = taken.get(how, 0) + 1
         if path != "bias":
             _replace(node, bias, _OPERATORS[path])
     module.recompile()
     return tuple(f"{n} attention{'s' * (n > 1)}: {how}" for how, n in taken.items())
+
+
+def _path_of(node: fx.Node, beside: str) -> tuple[Path, str]:
+    """The path of one attention, and why it is the bias where another may be faster."""
+    if beside:
+        return "bias", beside
+    keys: Tensor = value_of(node.args[1])
+    path, why = path_for(_capability(keys.device), int(keys.shape[2]), keys.dtype, keys.shape[3])
+    if path != "bias" and node.kwargs.get("enable_gqa"):
+        return "bias", "heads share keys"
+    if path != "bias" and argument(node, 4, "dropout_p", 0.0):
+        return "bias", "with dropout"
+    return path, why
+
+
+def _beside(bias: Any) -> str | None:
+    """What a bias is beside ``log(size)``: empty for nothing, None where there is no log(size)."""
+    target = bias.target if isinstance(bias, fx.Node) else None
+    if target is log_size:
+        return ""
+    if target is aten.clamp.default and _beside(bias.args[0]) is not None:
+        return "sizes hide padding and do no more"
+    if target is aten.add.Tensor and any(_beside(a) is not None for a in bias.args):
+        return "with another bias beside it"
+    return None
 
 
 def _replace(node: fx.Node, bias: fx.Node, target: Any) -> None:
@@ -115,11 +145,6 @@ def _replace(node: fx.Node, bias: fx.Node, target: Any) -> None:
     node.graph.erase_node(node)
     if not bias.users:
         bias.graph.erase_node(bias)
-
-
-def _grouped(node: fx.Node) -> bool:
-    """Are there fewer heads of keys than of queries, or is something dropped out?"""
-    return bool(node.kwargs.get("enable_gqa") or argument(node, 4, "dropout_p", 0.0))
 
 
 def _capability(device: torch.device) -> tuple[int, int]:

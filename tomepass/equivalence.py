@@ -24,6 +24,7 @@ from tomepass.capture import describe_inputs
 from tomepass.duplicates import check_duplicates
 from tomepass.errors import TomeError
 from tomepass.graphs import CHOICES, MATCHES, relative_error, replayed
+from tomepass.kernels.check_gpu import kernel_lines
 from tomepass.methods import Method, RLike, resolve_method
 from tomepass.module import (
     Applied,
@@ -94,7 +95,8 @@ def check(
     """Proves, on the given inputs, that the merged and compiled model computes what it should.
 
     1. r=0 rewritten is the original, bit for bit.
-    2. Every match, merge and proportional attention agrees with a plain reference.
+    2. Every match, merge and proportional attention agrees with a plain reference, on CUDA those
+       of the kernels too.
     3. Compiled agrees with merged eager: float32 to a relative 1e-4; in lower precision, with
        the assignments of one run replayed, no further from float64 than twice eager's distance.
     4. Lossless on duplicate tokens, with a negative control that must fail.
@@ -235,6 +237,7 @@ def _identity_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
 
 def _reference_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     yield from reference_lines(subject.recorded, name)
+    yield from kernel_lines(subject.applied, subject.values)
 
 
 # ---- 3. compiled against eager -----------------------------------------------------------------

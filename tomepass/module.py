@@ -375,7 +375,8 @@ class Applied:
         if graph is not None:
             return graph(*values)
         own = self.graph
-        if self.on_device is not None and not torch.compiler.is_exporting():
+        # Dynamo of torch 2.11 takes `is_exporting()` for true whatever it compiles for.
+        if self.on_device is not None and not torch.compiler._is_exporting_flag:
             own = self.on_device
         assert own is not None
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)

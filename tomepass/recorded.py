@@ -30,7 +30,7 @@ from tomepass.report import BlockReport
 _MERGE_TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3}
 _BFLOAT16_TOLERANCE = 3e-2
 # Cosines of the same keys closer than this are ties that rounding may break either way,
-_TIE = 1e-6
+TIE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def _matches(run: Recorded, steps: list[_Step], name: str) -> CheckLine:
                 one = keys[image : image + 1]
                 alone = edges_of(step.matched, image)
                 margin = reference.match_margin(one, step.block.r, step.protected, edges=alone)
-                ties += (tie := float(margin) <= _TIE)
+                ties += (tie := float(margin) <= TIE)
                 wrong += not tie
     note = f"{images} matches, and exact ties"
     if ties:
@@ -200,7 +200,7 @@ def _merges(run: Recorded, steps: list[_Step]) -> CheckLine:
         count += 1
         fits = step is not None and call.result.shape[1] == step.block.tokens_out
         worst = max(worst, relative_error(call.result, plain) if fits else float("inf"))
-        tolerance = max(tolerance, _tolerance(call.result.dtype))
+        tolerance = max(tolerance, tolerance_of(call.result.dtype))
     passed = worst <= tolerance
     name = "   merges against the reference"
     return CheckLine(name, worst, tolerance, passed, f"{count} merges")
@@ -249,7 +249,7 @@ def _attentions(run: Recorded, steps: list[_Step]) -> Iterator[CheckLine]:
         else:
             plain = _written_out(run, step.attention, size)
         worst = max(worst, relative_error(result, plain))
-        tolerance = max(tolerance, _tolerance(result.dtype))
+        tolerance = max(tolerance, tolerance_of(result.dtype))
     if count:
         name = "   attentions against the reference"
         note = f"{count} {'proportional' if proportional else 'plain'} attentions"
@@ -328,7 +328,7 @@ def _beside(run: Recorded, steps: list[_Step]) -> Iterator[CheckLine]:
             worst = float("inf")
             continue
         worst = max(worst, relative_error(call.result, plain))
-        tolerance = max(tolerance, _tolerance(call.result.dtype))
+        tolerance = max(tolerance, tolerance_of(call.result.dtype))
     if count:
         name = "   side tensors against the reference"
         yield CheckLine(name, worst, tolerance, worst <= tolerance, f"{count} tables and biases")
@@ -384,5 +384,5 @@ _COMBINING = (merge, merge_max, mlerp, unmerge)
 _CHECKED = (*CHOICES, *_COMBINING, FUSED, *_BESIDE)
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def tolerance_of(dtype: torch.dtype) -> float:
     return _MERGE_TOLERANCE.get(dtype, _BFLOAT16_TOLERANCE)

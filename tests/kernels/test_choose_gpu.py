@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,14 +13,17 @@ import torch._inductor.compile_fx
 from encoders import make, pixels
 from lossless import calls
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from zoo import make_inputs, make_model
 
 import tomepass
-from tomepass import ToMe, TomeBackend, backend, module
+from tomepass import ToMe, TomeBackend, attention_gpu, backend, equivalence, module
+from tomepass.capture import value_of
 from tomepass.graphs import copied
-from tomepass.kernels import choose, choose_gpu, gpu_match, gpu_merge
+from tomepass.kernels import choose, choose_gpu, gpu, gpu_match, gpu_merge
 from tomepass.kernels.choose_gpu import Lines, take_gpu_kernels
+from tomepass.ops import attend
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.unmerge import unmerge
@@ -44,6 +48,12 @@ def count(graph: fx.GraphModule, target: Any) -> int:
 
 @pytest.mark.usefixtures("everywhere")
 def test_a_merged_model_runs_on_kernels_and_exports_without() -> None:
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm
+
     model, x = make(), pixels()
     merged = tomepass.apply(model, r=3, example_inputs=x)
     applied = merged.captured(x)
@@ -59,11 +69,73 @@ def test_a_merged_model_runs_on_kernels_and_exports_without() -> None:
     assert "kernels" in str(applied.report)
     with torch.no_grad():
         torch.testing.assert_close(merged(x), applied.run(model, [x], applied.graph)[0])
-        compiled = torch.compile(merged, backend="eager", fullgraph=True)
+        compiled = torch.compile(merged, backend=keep, fullgraph=True)
         torch.testing.assert_close(compiled(x), merged(x))
         exported = torch.export.export(merged, (x,))
     assert "triton" not in str(exported.graph)
     assert "tome.match" in str(exported.graph)
+    (graph,) = graphs
+    assert count(graph, torch.ops.tome.match_triton.default) == merges
+    assert not count(graph, torch.ops.tome.match.default)
+
+
+@pytest.mark.doors
+@pytest.mark.usefixtures("everywhere")
+def test_a_strict_export_has_no_kernels() -> None:
+    x = pixels()
+    merged = tomepass.apply(make(), r=3, example_inputs=x)
+    exported = torch.export.export(merged, (x,), strict=True)
+    assert "triton" not in str(exported.graph)
+    assert "tome.match" in str(exported.graph)
+
+
+MATCHES, REST = (f"kernels: {what} against the reference" for what in ("matches", "the rest"))
+
+
+def permuted(match_image: Any, keys: Tensor, size: Any, assign: Tensor, *rest: Any) -> None:
+    match_image(keys, size, assign, *rest)
+    assign.copy_(assign.flip(0))  # the maps of other images
+
+
+def scaled(sum_up: Any, place: int, *args: Any) -> None:
+    sum_up(*args)
+    (args[place] if place < 7 else args[7][3]).mul_(1.01)
+
+
+WRONG = {
+    "maps": (gpu_match, "_match_image", partial(permuted, gpu_match._match_image), MATCHES),
+    "merged": (gpu_merge, "_sum_up", partial(scaled, gpu_merge._sum_up, 5), REST),
+    "sizes": (gpu_merge, "_sum_up", partial(scaled, gpu_merge._sum_up, 6), REST),
+    "normed": (gpu_merge, "_sum_up", partial(scaled, gpu_merge._sum_up, 7), REST),
+    "attention": (attend, "_LEAST", 1.5, REST),
+}
+
+
+@pytest.mark.usefixtures("everywhere")
+@pytest.mark.parametrize(
+    "names", [["maps"], pytest.param([*WRONG][1:], marks=pytest.mark.doors)], ids=str
+)
+@torch.no_grad()
+def test_the_harness_holds_kernels_against_the_reference(
+    names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kernel that is wrong every time in the same way fails it."""
+    subjects: list[Any] = []
+
+    def line(subject: Any, name: str) -> Any:
+        subjects.append(subject)
+        return equivalence._reference_line(subject, name)
+
+    monkeypatch.setattr(attention_gpu, "path_for", lambda *given: ("channel", ""))
+    monkeypatch.setattr(equivalence, "_LINES", {"2.": line})
+    report = tomepass.check(make(), pixels(), r=3, inner="eager")
+    assert report.ok, str(report)
+    assert {MATCHES, REST} <= {line.name.strip() for line in report.lines}
+    for where, name, wrong, failing in map(WRONG.__getitem__, names):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, name, wrong)
+            lines = list(equivalence.kernel_lines(subjects[0].applied, subjects[0].values))
+        assert [line.name.strip() for line in lines if not line.passed] == [failing]
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -119,7 +191,7 @@ def test_a_graph_in_training_takes_them_too(monkeypatch: pytest.MonkeyPatch) -> 
     assert backend._trains([next(model.parameters())])
 
 
-def graph_of(work: nn.Module, *inputs: Tensor) -> fx.GraphModule:
+def graph_of(work: Any, *inputs: Tensor) -> fx.GraphModule:
     graph = fx.symbolic_trace(work)
     FakeTensorProp(graph).propagate(*inputs)
     return graph
@@ -144,11 +216,97 @@ def test_what_others_read_stays() -> None:
     expected = graph(*inputs, assign)
     lines = take_gpu_kernels(graph, CPU)
     graph.graph.lint()
-    assert lines == Lines(("2 merge: a Triton kernel", "1 unmerge: a Triton kernel"))
+    other = "1 unmerge of other than rows: composite operators, there is no Triton kernel"
+    assert lines == Lines(("2 merge: a Triton kernel", "1 unmerge: a Triton kernel", other))
     assert count(graph, gpu_merge.sources_triton) == 1  # of one map, made once
     assert count(graph, merge_size) == count(graph, unmerge) == 1
     for got, wanted in zip(graph(*inputs, assign), expected, strict=True):
         torch.testing.assert_close(got, wanted)
+
+
+ADD = torch.ops.aten.add.Tensor
+NORM = torch.ops.aten.layer_norm.default
+
+
+def sum_of_rows(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+    return merge(ADD(x, row), size, assign, 5)
+
+
+def sum_with_alpha(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+    return merge(ADD(x, x, alpha=2), size, assign, 5)
+
+
+def sum_that_is_read(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+    total = ADD(x, x)
+    return merge(total, size, assign, 5), total * 2
+
+
+def norm_by_later_weights(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+    merged = merge(x, size, assign, 5)
+    return NORM(merged, [4], row * 2, row * 3)
+
+
+def norm_without_weights(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+    return NORM(merge(x, size, assign, 5), [4])
+
+
+def norm_of_more(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+    plane = row.expand(5, 4)
+    return NORM(merge(x, size, assign, 5), [5, 4], plane, plane)
+
+
+def norm_of_another(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+    return NORM(merge(x, size, assign, 5) * 2, [4], row, row)
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        *(sum_of_rows, sum_with_alpha, sum_that_is_read),
+        *(norm_by_later_weights, norm_without_weights, norm_of_more, norm_of_another),
+    ],
+)
+def test_sums_and_norms_that_only_look_right_stay(work: Any) -> None:
+    torch.manual_seed(0)
+    assign = torch.tensor([[0, 1, 2, 3, 4, 4, 1]]).expand(2, -1)
+    inputs = (torch.randn(2, 7, 4), torch.randn(4), torch.rand(2, 7) + 1, assign)
+    graph = graph_of(work, *inputs)
+    expected = graph(*inputs)
+    lines = take_gpu_kernels(graph, CPU)
+    graph.graph.lint()
+    assert lines == Lines(("1 merge: a Triton kernel",))
+    torch.testing.assert_close(graph(*inputs), expected)
+
+
+@pytest.mark.parametrize("answers", [torch.bfloat16, torch.float32])
+def test_a_norm_that_autocast_has_answer_in_float32_stays(answers: torch.dtype) -> None:
+    def work(x: Tensor, row: Tensor, size: Tensor, assign: Tensor) -> Any:
+        return NORM(merge(x, size, assign, 5), [4], row, row)
+
+    x, row = torch.randn(2, 7, 4).bfloat16(), torch.randn(4).bfloat16()
+    graph = graph_of(work, x, row, torch.rand(2, 7) + 1, torch.zeros(2, 7, dtype=torch.int64))
+    (norm,) = graph.graph.find_nodes(op="call_function", target=NORM)
+    norm.meta["val"] = value_of(norm).to(answers)
+    (line,) = take_gpu_kernels(graph, CPU).chosen
+    assert ("LayerNorm" in line) == (answers is torch.bfloat16)
+
+
+def test_what_is_too_wide_or_too_long_stays_and_is_named() -> None:
+    def work(x: Tensor, keys: Tensor, size: Tensor) -> Any:
+        assign = match(keys, 2, [0])
+        return unmerge(merge(x, size, assign, 5), assign, 1)
+
+    with FakeTensorMode():
+        inputs = (torch.randn(2, 7, 8193), torch.randn(2, 65, 7, 16), torch.rand(2, 7))
+        graph = graph_of(work, *inputs)
+    lines = take_gpu_kernels(graph, CPU)
+    assert not lines.chosen
+    assert lines.fallen == (
+        "1 match: composite operators, for 65 heads, a kernel takes 64",
+        "1 merge: composite operators, for 8193 channels, a kernel takes 8192",
+        "1 unmerge: composite operators, for 8193 channels, a kernel takes 8192",
+    )
+    assert count(graph, match) == count(graph, merge) == count(graph, unmerge) == 1
 
 
 def test_a_dtype_without_kernels_stays_and_is_named() -> None:
@@ -167,6 +325,8 @@ def test_a_dtype_without_kernels_stays_and_is_named() -> None:
         ((1, 12, 4097, 64), torch.bfloat16, [0], 99 * 1024, ""),
         ((1, 12, 197, 256), torch.float16, [], 227 * 1024, ""),
         ((1, 12, 197, 256), torch.float16, [], 99 * 1024, "256 channels a head need"),
+        ((1, 12, 32, 256), torch.float16, [], 99 * 1024, ""),  # in one program
+        ((1, 12, 64, 256), torch.float16, [], 99 * 1024, "256 channels a head need"),
         ((1, 12, 197, 320), torch.float32, [], 227 * 1024, "320 channels a head, a kernel takes"),
         ((1, 12, 9000, 64), torch.float32, [], 227 * 1024, "9000 tokens, a kernel takes 8192"),
         ((1, 65, 197, 64), torch.float32, [], 227 * 1024, "65 heads"),
@@ -181,6 +341,20 @@ def test_what_fits_no_kernel(
     found = gpu_match.unfit(shape, dtype, list(protected), memory)
     assert found.startswith(reason)
     assert bool(found) == bool(reason)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "memory", "one"),
+    [
+        *((256, 64, 99, True), (257, 64, 227, False), (64, 128, 99, True)),
+        *((128, 128, 96, True), (128, 128, 95, False), (129, 128, 227, False)),
+        *((64, 256, 227, True), (64, 256, 99, False), (32, 256, 99, True)),
+    ],
+)
+def test_one_program_shares_no_more_than_there_is(
+    tokens: int, width: int, memory: int, one: bool
+) -> None:
+    assert gpu_match.in_one_program(tokens, width, memory * 1024) == one
 
 
 def test_without_triton_the_report_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,8 +402,8 @@ def test_the_backend_warns_of_what_falls_back(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_shared_memory_of_a_device_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
-    assert choose_gpu.shared_memory(device) == 99 * 1024
+    assert gpu.shared_memory(device) == 99 * 1024
     known = SimpleNamespace(shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: known)
-    assert choose_gpu.shared_memory(device) == 232448
+    assert gpu.shared_memory(device) == 232448

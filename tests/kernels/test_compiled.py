@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,28 @@ def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     assert all(int(shared) <= SHARED_ON_HOPPER for _, shared, _ in lines)
     # Products run on the matrix unit.
     assert {name for name, _, unit in lines if unit == "wgmma"} == {"match_image", "edges_kernel"}
+
+
+@pytest.mark.doors
+def test_further_shapes_and_options_compile_for_hopper(tmp_path: Path) -> None:
+    lines = compiled(tmp_path, "more")
+    count = Counter(name for name, *_ in lines)
+    assert count == {
+        **{"match_image": 1, "metric_kernel": 8, "edges_kernel": 8, "map_kernel": 8},
+        **{"merge_kernel": 6, "gather_kernel": 3},
+    }
+    assert all(int(shared) <= SHARED_ON_HOPPER for _, shared, _ in lines)
+
+
+@pytest.mark.doors
+@pytest.mark.parametrize("capability", ["86", "90"])
+def test_programs_share_no_more_than_was_reckoned(capability: str, tmp_path: Path) -> None:
+    """Or one that was chosen would not run: what the smallest devices have is 99 KiB."""
+    lines = compiled(tmp_path, "fits", capability)
+    assert {name for name, *_ in lines} == {"match_image", "edges_kernel"}
+    assert len(lines) == 6
+    for name, shared, reckoned in lines:
+        assert int(shared) <= int(reckoned) <= 99 * 1024, (name, shared, reckoned)
 
 
 @pytest.mark.doors

@@ -14,9 +14,17 @@ from torch import Tensor
 
 from tests.assignments import assignments
 from tests.kernels.gpu_cases import (
+    DTYPES,
     NEXT_TO_NOTHING,
+    check_gradients,
     check_map,
     check_merge,
+    check_norm,
+    check_norm_gradients,
+    check_registrations,
+    check_strided_keys,
+    check_strided_tokens,
+    check_sums,
     counts,
     even_cosines,
     heads,
@@ -62,7 +70,7 @@ def test_maps_equal_the_composite_s(tokens: int, protected: list[int], path: str
         check_map(keys, r, protected)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_sequences_of_several_blocks(dtype: torch.dtype, path: str) -> None:
     check_map(heads(1, 201, dtype=dtype), 37, [0, 100, 101])
 
@@ -77,12 +85,15 @@ def test_ties_go_to_the_lower_position(r: int, path: str) -> None:
     check_map(even_cosines(3, 41, r), r, [0])
 
 
-def test_zeros_of_either_sign_are_equal(path: str) -> None:
-    keys = torch.zeros(1, 1, 12, 16)
-    keys[:, :, ::2, 0] = 1.0
-    keys[:, :, 1::2, 1] = 1.0
-    keys[:, :, 3::4, 0] = -0.0
-    check_map(keys, 3, [])
+def test_zeros_of_either_sign_are_equal() -> None:
+    from tomepass.kernels.triton_match import map_kernel
+
+    # As bits, -0.0 is the lowest number of all. Even tokens draw to the first odd one.
+    best = torch.tensor([[-1.0, -0.0, 0.0, -0.0, 0.0, -2.0]])
+    partner, assign = torch.ones(1, 6, dtype=torch.int32), torch.empty(1, 12, dtype=torch.int64)
+    map_kernel[(1,)](best, partner, assign, 12, 2, 4, HELD=(), BLOCK=16)
+    # The first two of the four that are zero merge.
+    assert assign[0, ::2].tolist() == [0, 4, 4, 1, 2, 3]
 
 
 def test_a_token_without_a_direction_merges_last(path: str) -> None:
@@ -102,13 +113,7 @@ def test_padding_merges_with_padding(path: str) -> None:
 
 
 def test_keys_of_any_strides(path: str) -> None:
-    keys = heads(2, 19)
-    expected = match(keys, 6, [0])
-    wide = torch.randn(2, 19, 3, 50)
-    wide[..., 1:49:2] = keys.transpose(1, 2)
-    last = keys.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0)
-    for strided in (keys.contiguous(), wide[..., 1:49:2].transpose(1, 2), last):
-        assert torch.equal(match_triton(strided, 6, [0]), expected)
+    check_strided_keys()
 
 
 def test_an_image_alone_matches_as_among_others(path: str) -> None:
@@ -125,7 +130,7 @@ def test_more_than_can_merge_raises_as_the_composite_does() -> None:
 # ---- merge and back ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(2, 17, 11, 20), (1, 40, 40, 7), (2, 5, 1, 33)], ids=str)
 def test_merged_tokens_equal_the_reference(
     shape: tuple[int, int, int, int], dtype: torch.dtype
@@ -145,25 +150,9 @@ def test_tokens_merge_by_the_maps_of_matches(protected: list[int]) -> None:
         assert torch.equal(unmerge_triton(merged, assign), unmerge(merged, assign, 1))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_weighted_sums_and_gathers_of_any_strides(dtype: torch.dtype) -> None:
-    assign, weight = assignments(2, 13, 6, 0), torch.rand(2, 13)
-    sources = sources_triton(assign, 6)
-    x = torch.randn(2, 13, 20).to(dtype)
-    goes = torch.nn.functional.one_hot(assign, 6).transpose(1, 2).double()
-    summed = (goes * weight.unsqueeze(1)) @ x.double()
-    gathered = summed.gather(1, assign.unsqueeze(-1).expand(-1, -1, 20)) * weight.unsqueeze(-1)
-    wide = torch.zeros(2, 26, 20, dtype=dtype)
-    wide[:, ::2] = x
-    bound = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-    for strided in (x, wide[:, ::2], x.transpose(1, 2).contiguous().transpose(1, 2)):
-        got = sum_triton(strided, weight.t().contiguous().t(), assign, *sources)
-        assert got.dtype == dtype
-        assert (got - summed).abs().max() <= bound * summed.abs().max()
-        turned = got.transpose(1, 2).contiguous().transpose(1, 2)
-        for places in (turned, got.repeat_interleave(2, 1)[:, ::2]):
-            back = unmerge_triton(places, assign.t().contiguous().t(), weight)
-            assert (back - gathered).abs().max() <= 2 * bound * gathered.abs().max()
+    check_sums(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -186,16 +175,7 @@ def test_where_nothing_of_any_size_goes_there_is_nothing() -> None:
 
 
 def test_tokens_of_any_strides_and_a_sum_before_them() -> None:
-    x, added = torch.randn(2, 12, 10), torch.randn(2, 12, 10)
-    assign, size = assignments(2, 12, 8, 0), torch.rand(2, 12) + 1
-    expected = merge(x + added, size, assign, 8)
-    sources = sources_triton(assign, 8)
-    turned = x.transpose(1, 2).contiguous().transpose(1, 2)
-    wide = added.repeat(1, 2, 2)[:, ::2, :10].clone()
-    wide[:] = added
-    for first, second in ((x, added), (turned, wide), (added, x)):
-        merged, _ = merge_triton(first, second, size, assign, *sources)
-        torch.testing.assert_close(merged, expected)
+    check_strided_tokens()
 
 
 def test_a_sum_before_merging_is_rounded_as_by_itself() -> None:
@@ -209,21 +189,9 @@ def test_a_sum_before_merging_is_rounded_as_by_itself() -> None:
     assert torch.equal(merged, x + added.float())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_layer_norm_in_the_same_pass(dtype: torch.dtype) -> None:
-    x, assign = torch.randn(2, 12, 20).to(dtype), assignments(2, 12, 8, 0)
-    weight, bias = torch.rand(20).to(dtype), torch.randn(20).to(dtype)
-    sources, size = sources_triton(assign, 8), torch.rand(2, 12) + 1
-    merged, after, normed, *_ = merge_norm_triton(
-        x, None, size, assign, *sources, weight, bias, 1e-5
-    )
-    alone, alone_size = merge_triton(x, None, size, assign, *sources)
-    assert torch.equal(merged, alone)
-    assert torch.equal(after, alone_size)
-    expected = torch.nn.functional.layer_norm(alone, (20,), weight, bias, 1e-5)
-    assert normed.dtype == dtype
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9}[dtype]
-    torch.testing.assert_close(normed, expected, rtol=tolerance, atol=tolerance)
+    check_norm(20, dtype)
 
 
 # ---- gradients -----------------------------------------------------------------------------
@@ -237,7 +205,10 @@ def test_gradients_of_float64_are_exact_to_the_second_order() -> None:
     assign, size = assignments(1, 5, 3, 0), torch.tensor([[1.0, 2.0, 4.0, 1.0, 8.0]])
     sources = sources_triton(assign, 3)
     functions: dict[Callable[..., Any], tuple[Tensor, ...]] = {
-        lambda x, y: merge_triton(x, y, size, assign, *sources)[0]: (double(1, 5, 2),) * 2,
+        lambda x, y: merge_triton(x, y, size, assign, *sources)[0]: (
+            double(1, 5, 2),
+            double(1, 5, 2),
+        ),
         lambda x: sum_triton(x, size, assign, *sources): (double(1, 5, 2),),
         lambda x: unmerge_triton(x, assign): (double(1, 3, 2),),
     }
@@ -258,38 +229,21 @@ def test_gradients_pass_the_layer_norm() -> None:
     assert torch.autograd.gradcheck(both, inputs)
 
 
-def test_gradients_of_float32_are_the_composite_s() -> None:
-    x, added = (torch.randn(2, 12, 10, requires_grad=True) for _ in range(2))
-    assign, size = assignments(2, 12, 8, 0), torch.rand(2, 12) + 1
-    sources = sources_triton(assign, 8)
-    grad = torch.randn(2, 12, 10)
-    for sizes in (size, None):
-        merged, _ = merge_triton(x, added, sizes, assign, *sources)
-        got = torch.autograd.grad(unmerge_triton(merged, assign), (x, added), grad)
-        back = unmerge(merge(x + added, sizes, assign, 8), assign, 1)
-        for ours, theirs in zip(got, torch.autograd.grad(back, (x, added), grad), strict=True):
-            torch.testing.assert_close(ours, theirs)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_the_composite_in_float64(dtype: torch.dtype) -> None:
+    check_gradients(dtype)
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_gradients_of_a_layer_norm_of_other_weights(weights: torch.dtype) -> None:
+    check_norm_gradients(torch.float32, weights)
 
 
 # ---- registration --------------------------------------------------------------------------
 
 
 def test_operators_are_registered_as_torch_expects() -> None:
-    x, size = torch.randn(2, 6, 4, requires_grad=True), torch.rand(2, 6) + 1
-    keys = heads(2, 6)
-    assign = match_triton(keys, 2, [0])
-    sources = sources_triton(assign, 4)
-    affine = (torch.rand(4, requires_grad=True), torch.rand(4, requires_grad=True))
-    short = torch.randn(2, 4, 4, requires_grad=True)
-    for operator, arguments in (
-        (match_triton, (keys, 2, [0], size)),
-        (sources_triton, (assign, 4)),
-        (merge_triton, (x, None, size, assign, *sources)),
-        (merge_norm_triton, (x, x, None, assign, *sources, *affine, 1e-5)),
-        (sum_triton, (x, size, assign, *sources)),
-        (unmerge_triton, (short, assign)),
-    ):
-        torch.library.opcheck(operator, arguments)
+    check_registrations()
 
 
 def test_what_is_compiled_computes_the_same() -> None:

@@ -12,9 +12,17 @@ from zoo import make_inputs, make_model
 
 import tomepass
 from tests.kernels.gpu_cases import (
+    DTYPES,
     NEXT_TO_NOTHING,
+    check_gradients,
     check_map,
     check_merge,
+    check_norm,
+    check_norm_gradients,
+    check_registrations,
+    check_strided_keys,
+    check_strided_tokens,
+    check_sums,
     counts,
     even_cosines,
     heads,
@@ -30,7 +38,6 @@ from tomepass.kernels.gpu_merge import (
 from tomepass.ops.match import match
 
 pytestmark = pytest.mark.cuda
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
@@ -105,6 +112,29 @@ def test_maps_of_narrow_dtypes_lose_next_to_nothing(dtype: torch.dtype, tokens: 
 def test_merged_tokens_equal_the_reference(width: int, dtype: torch.dtype) -> None:
     for tokens, left in ((197, 181), (64, 3), (5, 5)):
         check_merge(3, tokens, left, width, dtype, "cuda")
+
+
+def test_maps_and_tokens_of_any_strides() -> None:
+    check_strided_keys("cuda")
+    check_strided_tokens("cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_and_layer_norms_equal_the_reference(dtype: torch.dtype) -> None:
+    check_sums(dtype, "cuda")
+    for width in (20, 768, 1152):
+        check_norm(width, dtype, "cuda")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_those_of_the_composite_in_float64(dtype: torch.dtype) -> None:
+    check_gradients(dtype, "cuda")
+    check_norm_gradients(dtype, dtype, "cuda")
+    check_norm_gradients(torch.float32, torch.bfloat16, "cuda")  # under autocast
+
+
+def test_operators_are_registered_as_torch_expects() -> None:
+    check_registrations("cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

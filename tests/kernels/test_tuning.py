@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -41,6 +43,61 @@ def test_without_a_device_the_first_is_taken() -> None:
     run_fastest(("kind",), [SECOND, FIRST], ran.append, torch.device("cpu"))
     assert ran == [SECOND]
     assert not tuning._CHOSEN
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A CUDA device to choose for, as far as choosing asks it."""
+    state = SimpleNamespace(capturing=False, current=0, timed=0)
+
+    def milliseconds(run: Any) -> float:
+        state.timed += 1
+        return float(state.timed)
+
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: state.current)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: state.capturing)
+    monkeypatch.setattr(tuning, "_milliseconds", milliseconds)
+    monkeypatch.setattr(tuning, "_CHOSEN", {})
+    return state
+
+
+CUDA = torch.device("cuda")
+
+
+def test_a_choice_is_made_once_a_kind_and_a_device(device: SimpleNamespace) -> None:
+    ran: list[Configuration] = []
+    run_fastest(("kind",), [SECOND, FIRST], ran.append, CUDA)
+    assert ran == [SECOND, FIRST, SECOND]  # each tried, then the fastest
+    run_fastest(("kind",), [SECOND, FIRST], ran.append, CUDA)
+    assert ran[3:] == [SECOND]
+    assert device.timed == 2
+    run_fastest(("other",), [FIRST], ran.append, CUDA)
+    device.current = 1
+    run_fastest(("kind",), [FIRST], ran.append, CUDA)
+    assert device.timed == 4
+    assert set(tuning._CHOSEN) == {("kind", 0), ("other", 0), ("kind", 1)}
+
+
+def test_while_a_graph_is_recorded_the_first_that_runs_is_taken(device: SimpleNamespace) -> None:
+    device.capturing = True
+    ran: list[Configuration] = []
+
+    def run(configuration: Configuration) -> None:
+        refuse(FIRST)(configuration)
+        ran.append(configuration)
+
+    run_fastest(("kind",), [FIRST, SECOND, THIRD], run, CUDA)
+    assert ran == [SECOND]
+    assert not device.timed
+    assert not tuning._CHOSEN  # it is timed yet, outside of a graph
+    device.capturing = False
+    run_fastest(("kind",), [THIRD], run, CUDA)
+    device.capturing = True
+    run_fastest(("kind",), [FIRST, SECOND], run, CUDA)
+    assert ran[-1] == THIRD
+    with pytest.raises(TomeError, match="runs no configuration"):
+        run_fastest(("none",), [FIRST], refuse(FIRST), CUDA)
 
 
 @pytest.mark.parametrize("norm", [True, False])

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from tomepass.capture import carry_origin, carry_value, value_of
 from tomepass.graphs import CHOICES
-from tomepass.kernels.gpu import DTYPES
+from tomepass.kernels.gpu import DTYPES, shared_memory
 from tomepass.kernels.gpu_match import match_triton, unfit
 from tomepass.kernels.gpu_merge import (
     MOST_CHANNELS,
@@ -32,8 +32,6 @@ aten = torch.ops.aten
 SWITCH = "TOMEPASS_TRITON"
 """Environment variable: 0 keeps the composite operators."""
 
-# What the smallest devices let one program share, where the device cannot be asked.
-_SHARED_MEMORY = 99 * 1024
 _LEAST_CAPABILITY = (8, 0)
 
 # What decides or carries something in a rewritten graph and has no kernel.
@@ -89,6 +87,7 @@ class _Taking:
         self.graph = graph
         self.taken: dict[str, int] = {}
         self.left: dict[str, int] = {}
+        self.others = 0
         self.sources: dict[tuple[fx.Node, Any], tuple[fx.Node, fx.Node]] = {}
 
     def lines(self) -> Lines:
@@ -98,6 +97,9 @@ class _Taking:
                 taken.append(
                     f"{n} {target._opname}: composite operators, there is no Triton kernel"
                 )
+        if self.others:
+            without = "composite operators, there is no Triton kernel"
+            taken.append(f"{self.others} unmerge of other than rows: {without}")
         return Lines(tuple(taken), tuple(f"{n} {why}" for why, n in self.left.items()))
 
     def matches(self) -> None:
@@ -150,7 +152,8 @@ class _Taking:
         for node in self._calls(unmerge):
             x, source, dim = node.args
             if value_of(x).ndim != 3 or dim != 1:
-                continue  # of sizes and of scores: little, or not by rows
+                self.others += 1  # of sizes and of scores: little, or not by rows
+                continue
             if reason := _unfit_rows(value_of(x)):
                 self._leave("unmerge", reason)
                 continue
@@ -192,14 +195,6 @@ class _Taking:
         self.left[line] = self.left.get(line, 0) + 1
 
 
-def shared_memory(device: torch.device) -> int:
-    """Bytes that one program may share."""
-    if not torch.cuda.is_available():
-        return _SHARED_MEMORY
-    properties = torch.cuda.get_device_properties(device)
-    return int(getattr(properties, "shared_memory_per_block_optin", _SHARED_MEMORY))
-
-
 def _unfit_rows(x: Tensor) -> str:
     if x.dtype not in DTYPES:
         return f"{x.dtype}"
@@ -229,9 +224,15 @@ def _norm(node: fx.Node) -> fx.Node | None:
             continue
         shape, affine = user.args[1], user.args[2:4]
         known = len(affine) == 2 and all(isinstance(a, fx.Node) for a in affine)
+        known = known and value_of(user).dtype == _promoted(node, affine[0])
         if known and list(shape) == [width] and not user.kwargs:  # type: ignore[arg-type]
             return user if all(_ready(a, node) for a in affine) else None
     return None
+
+
+def _promoted(node: fx.Node, weight: Any) -> torch.dtype:
+    """What the kernel answers in; autocast would have a LayerNorm answer in float32."""
+    return torch.promote_types(value_of(node).dtype, value_of(weight).dtype)
 
 
 def _ready(operand: Any, node: fx.Node) -> bool:

@@ -18,6 +18,9 @@ from tomepass.errors import TomeError
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What graphs take the kernels for."""
 
+# What the smallest devices let one program share, where the device cannot be asked.
+_SHARED_MEMORY = 99 * 1024
+
 
 def power(number: int) -> int:
     """The next power of two."""
@@ -39,6 +42,14 @@ def wide(dtype: torch.dtype) -> Any:
 def on_device(x: Tensor) -> Any:
     """Launches go to the device of a tensor."""
     return torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext()
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that one program may share."""
+    if not torch.cuda.is_available():
+        return _SHARED_MEMORY
+    properties = torch.cuda.get_device_properties(device)
+    return int(getattr(properties, "shared_memory_per_block_optin", _SHARED_MEMORY))
 
 
 def interpreted() -> bool:

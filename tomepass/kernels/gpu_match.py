@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.kernels.gpu import DTYPES, need_triton, on_device, power
+from tomepass.kernels.gpu import DTYPES, need_triton, on_device, power, shared_memory
 from tomepass.kernels.tuning import Configuration, run_fastest
 from tomepass.ops.library import register_differentiable
 from tomepass.ops.match import check_r, free_positions
@@ -55,8 +55,8 @@ def match_triton(keys: Tensor, r: int, protected: list[int], size: Tensor | None
         "PRECISION": "ieee" if keys.dtype is torch.float32 or torch.version.hip else "tf32x3",
     }
     size = None if size is None else size.contiguous()
-    block = max(power(-(-tokens // 2)), 16)
-    if block <= 128 and block * power(keys.shape[3]) <= _ONE_PROGRAM:
+    block = _even_block(tokens)
+    if in_one_program(tokens, keys.shape[3], shared_memory(keys.device)):
         _match_image(keys, size, assign, sequence, scored, block)
     else:
         _match_in_three(keys, size, assign, sequence, scored, block)
@@ -169,6 +169,25 @@ def edge_configurations(width: int) -> list[Configuration]:
     ]
 
 
+def in_one_program(tokens: int, width: int, memory: int) -> bool:
+    """Does one program make the match of an image, in the shared memory there is?"""
+    block = _even_block(tokens)
+    if block > 128 or block * power(width) > _ONE_PROGRAM:
+        return False
+    return shared_bytes(image_configurations(block, width)[-1], width) <= memory
+
+
+def shared_bytes(configuration: Configuration, width: int) -> int:
+    """What a program shares of which this is the configuration: what it multiplies, and as
+    products in three hold it twice."""
+    return 2 * 4 * (configuration.block + configuration.across) * max(power(width), 16)
+
+
+def _even_block(tokens: int) -> int:
+    """Even tokens, as many as a program makes at once."""
+    return max(power(-(-tokens // 2)), 16)
+
+
 def unfit(keys: tuple[int, ...], dtype: torch.dtype, protected: Sequence[int], memory: int) -> str:
     """Why no configuration fits a match; empty if one does.
 
@@ -189,10 +208,8 @@ def unfit(keys: tuple[int, ...], dtype: torch.dtype, protected: Sequence[int], m
     ):
         if count > most:
             return f"{count} {what}, a kernel takes {most}"
-    smallest = edge_configurations(width)[-1]
-    # Products in three hold what they multiply twice.
-    needed = 2 * 4 * (smallest.block + smallest.across) * max(power(width), 16)
-    if needed > memory:
+    needed = shared_bytes(edge_configurations(width)[-1], width)
+    if needed > memory and not in_one_program(tokens, width, memory):
         return f"{width} channels a head need {needed} bytes of shared memory, there are {memory}"
     return ""
 

@@ -163,13 +163,25 @@ def _merge_norm_backward(
     ctx: Any, grad: Tensor, _: Any, grad_normed: Tensor, *__: Any
 ) -> tuple[Tensor | None, ...]:
     size, assign, total, merged, mean, deviation, weight, bias = ctx.saved_tensors
-    merged = merged.to(grad_normed.dtype)  # of wider weights, under autocast
+    # Weights may be wider than tokens, and narrower, under autocast.
+    dtype = grad_normed.dtype
+    merged, gain, shift = merged.to(dtype), weight.to(dtype), bias.to(dtype)
     through, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        grad_normed, merged, [merged.shape[2]], mean, deviation, weight, bias, [True, True, True]
+        grad_normed, merged, [merged.shape[2]], mean, deviation, gain, shift, [True, True, True]
     )
     made = _sent_back(grad + through, size, assign, total)
     added = made if ctx.added else None
-    return made, added, None, None, None, None, grad_weight, grad_bias, None
+    return (
+        made,
+        added,
+        None,
+        None,
+        None,
+        None,
+        grad_weight.to(weight.dtype),
+        grad_bias.to(bias.dtype),
+        None,
+    )
 
 
 @register_differentiable(
@@ -260,6 +272,7 @@ def _sum_up(
 
     need_triton(x)
     x, added = with_rows(x), None if added is None else with_rows(added)
+    order, start = order.contiguous(), start.contiguous()
     size = None if size is None else size.contiguous()
     weight, bias, eps, *outputs = norm or (None, None, 0.0, None, None, None)
     batch, before, width = x.shape

@@ -1,10 +1,12 @@
 """Triton kernels of ``tome::match_triton``: which token goes where, with no N x N matrix in memory.
 
-Up to 256 tokens one program makes all of an image's match (:func:`match_image`): keys are read
-once, and nothing but the index map is written. Longer sequences take three kernels, so that one
+Where its metric fits one program, that makes all of an image's match (:func:`match_image`): keys
+are read once, and nothing but the index map is written. Else there are three kernels, so that one
 image fills more than one multiprocessor: metric, edges, index map.
 
-Protected positions are the constant ``HELD``, stretches as ``(start, stop, start, stop, ...)``.
+Numbers that change from block to block are left unspecialised: each would compile a kernel again
+where it is 1 or a multiple of 16. Protected positions are the constant ``HELD``, stretches as
+``(start, stop, start, stop, ...)``.
 """
 
 from __future__ import annotations
@@ -139,7 +141,7 @@ def _write_map(
     tl.store(row + odd, index.to(tl.int64), mask=odd < tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r", "first_odd", "nearest_odd"])
 def match_image(
     keys,
     size,
@@ -218,7 +220,7 @@ def metric_kernel(
     tl.store(metric + row + channel[None, :], found, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["nearest_odd"])
 def edges_kernel(
     metric,
     size,
@@ -266,7 +268,7 @@ def edges_kernel(
     tl.store(best_partner + image * edges + edge, partner, mask=edge < edges)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["r", "first_odd"])
 def map_kernel(
     best_edge,
     best_partner,

@@ -6,8 +6,9 @@ the moment, results must not. Batch is no part of a shape's kind, for the same r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -60,8 +61,8 @@ def run_fastest(
 ) -> None:
     """Runs a kernel in the configuration that is fastest for this kind of shape.
 
-    The first is taken where none can be timed: in Triton's interpreter, and while a CUDA graph is
-    being recorded.
+    The first that runs is taken where none can be timed: in Triton's interpreter, and while a CUDA
+    graph is being recorded.
 
     Raises:
         TomeError: if the device can run none of them.
@@ -73,8 +74,9 @@ def run_fastest(
         key = (*kind, torch.cuda.current_device())
         chosen = _CHOSEN.get(key)
         if chosen is None and torch.cuda.is_current_stream_capturing():
-            chosen = configurations[0]
-        elif chosen is None:
+            next(_runnable(configurations, run))
+            return
+        if chosen is None:
             chosen = _CHOSEN[key] = fastest(configurations, run, _milliseconds)
         run(chosen)
 
@@ -83,24 +85,29 @@ def fastest(
     configurations: Sequence[Configuration], run: Run, milliseconds: Callable[[Any], float]
 ) -> Configuration:
     """The configuration that takes the least time; one that the device cannot run is left out."""
+    times = {c: milliseconds(partial(run, c)) for c in _runnable(configurations, run)}
+    return min(times, key=times.__getitem__)
+
+
+def _runnable(configurations: Sequence[Configuration], run: Run) -> Iterator[Configuration]:
+    """The configurations that the device can run, each after a run."""
     from triton.compiler.errors import CompilationError
     from triton.runtime.errors import OutOfResources, PTXASError
 
-    times: dict[Configuration, float] = {}
-    reason = ""
+    found, reason = False, ""
     for configuration in configurations:
         try:
             run(configuration)  # compiles
         except (CompilationError, OutOfResources, PTXASError) as error:
             reason = str(error)  # the error itself would keep tensors alive
             continue
-        times[configuration] = milliseconds(lambda c=configuration: run(c))
-    if not times:
+        found = True
+        yield configuration
+    if not found:
         raise TomeError(
             f"the device runs no configuration of a Triton kernel: {reason}",
             advice="set TOMEPASS_TRITON=0 to run the composite operators",
         )
-    return min(times, key=times.__getitem__)
 
 
 def _milliseconds(run: Callable[[], Any]) -> float:
