@@ -40,7 +40,7 @@ def test_further_shapes_and_options_compile_for_hopper(tmp_path: Path) -> None:
     lines = compiled(tmp_path, "more")
     count = Counter(name for name, *_ in lines)
     assert count == {
-        **{"match_image": 1, "metric_kernel": 8, "edges_kernel": 8, "map_kernel": 8},
+        **{"match_image": 1, "metric_kernel": 6, "edges_kernel": 6, "map_kernel": 6},
         **{"merge_kernel": 6, "gather_kernel": 3},
     }
     assert all(int(shared) <= SHARED_ON_HOPPER for _, shared, _ in lines)
