@@ -239,10 +239,10 @@ def test_the_shares_kept_take_part_by_their_distance_from_those_planned(
     vit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A policy that keeps one token where 59 and 50 of 64 are planned."""
-    method = trained(AdaViT)
+    method = sure(trained(AdaViT))
     form = with_weights(training._Training(vit, method, batches()[0]), method)
     for weights in form.weights.values():
-        weights["bias"].sub_(SURE)
+        weights["bias"].sub_(20 * SURE)  # below even odds all of them: the likeliest stays
 
     def loss() -> float:
         with torch.random.fork_rng():
