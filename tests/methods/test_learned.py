@@ -239,13 +239,19 @@ def test_the_shares_kept_take_part_by_their_distance_from_those_planned(
     vit: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A policy that keeps one token where 59 and 50 of 64 are planned."""
-    method = trained(AdaViT)
+    method = sure(trained(AdaViT))
     form = with_weights(training._Training(vit, method, batches()[0]), method)
     for weights in form.weights.values():
-        weights["bias"].sub_(SURE)
-    far = form.loss(batches()[0], None)
+        weights["bias"].sub_(20 * SURE)  # below even odds all of them: the likeliest stays
+
+    def loss() -> float:
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return float(form.loss(batches()[0], None))
+
+    far = loss()
     monkeypatch.setattr(training, "_rate_loss", lambda masks, rates: torch.zeros(()))
-    counted = float(far - form.loss(batches()[0], None))
+    counted = far - loss()
     # DynamicViT, section 4.1: the squared distances, the mean over blocks, count twice.
     squared = [(1 / 64 - planned / 64) ** 2 for planned in (59, 50)]
     assert counted == pytest.approx(2 * sum(squared) / 2, rel=1e-4)
