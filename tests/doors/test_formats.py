@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 from encoders import make, pixels
 
 import tomepass
@@ -172,10 +173,11 @@ def test_aotinductor_without_a_compiler(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         "torch._inductor.aoti_compile_and_package", lambda *_, **__: pytest.fail("was compiled")
     )
-    # Torch's own search, among compilers that are not there.
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "no-such-compiler"))
     program = torch.export.export(Difference(), (torch.ones(2), torch.ones(2)))
-    with pytest.raises(TomeError, match=r"(?s)needs a C\+\+ compiler.*install g\+\+"):
+    # Torch's own search, among compilers that are not there.
+    nowhere = torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler")})
+    said = pytest.raises(TomeError, match=r"(?s)needs a C\+\+ compiler.*install g\+\+")
+    with nowhere, said:
         DOORS["aoti"].write(program, tmp_path / "a.pt2")
 
 
