@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tomepass import EViT, Method, Prune, ToMe, TomeError
-from tomepass.shapes import Shape, even, fitted
+from tomepass.shapes import Shape, even, filled, fitted
 
 TOKENS, HELD, DEPTH = 65, 1, 6
 
@@ -47,6 +47,12 @@ def test_a_fitted_shape_keeps_its_goal_and_wastes_less_than_a_token(
         if count:
             fewer = [*counts[:index], count - 1, *counts[index + 1 :]]
             assert share(found.replace(r=fewer)) > macs
+
+
+def test_a_rate_has_no_counts_to_give_back() -> None:
+    """It came back as r=0: nothing reduced."""
+    method = EViT(keep_rate=0.7)
+    assert filled(method, 0.9, share) == method
 
 
 def test_powers_spread_evenly_or_by_what_is_left() -> None:

@@ -87,7 +87,12 @@ def fitted(
 
 
 def filled(method: Method, macs: float, share: Share) -> Method:
-    """A method that gives tokens back, block by block, as long as it keeps at most ``macs``."""
+    """A method that gives tokens back, block by block, as long as it keeps at most ``macs``.
+
+    One without counts, of a rate alone, has none to give back and stays as it is.
+    """
+    if method.schedule.kind != "list":
+        return method
     counts = [int(count) for count in method.schedule.values]
     for index in range(len(counts)):
         while counts[index]:
