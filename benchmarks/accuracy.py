@@ -40,6 +40,7 @@ from tomepass import (
 )
 from tomepass.benchmarking import environment, measure
 from tomepass.errors import TomeError
+from tomepass.files import write_whole
 from tomepass.judging import Judge
 from tomepass.loading import ImageSet, load_images, load_model
 from tomepass.methods import method_from_dict
@@ -133,6 +134,8 @@ def main(
                     rows.append(run.row(what, method, share, speed))
                 except TomeError as error:
                     bar.console.print(f"left out: {error.reason}")
+    if not rows:
+        raise TomeError("nothing to report: no method reaches what was asked for")
     if speed:
         rows = _on_one_scale(rows)
     columns: dict[str, Callable[[Any], str]] = {
@@ -241,7 +244,7 @@ class _Run:
         if key not in known:
             known[key] = find()
             self.cache.parent.mkdir(parents=True, exist_ok=True)
-            self.cache.write_text(json.dumps(known, indent=1))
+            write_whole(self.cache, json.dumps(known, indent=1))
         return known[key]
 
     def _scores(self, name: str, method: Method, macs: float) -> dict[str, Any]:

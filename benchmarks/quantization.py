@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -32,6 +31,7 @@ from benchmarks.throughput import SIZES, make_model
 from tomepass import ToMe, TomeError
 from tomepass.examples import example_inputs
 from tomepass.exporting import export_unmerged
+from tomepass.extras import import_extra
 from tomepass.graphs import CHOICES, Recorder, replayed
 from tomepass.loading import load_images
 from tomepass.module import MergedModel, read_state
@@ -175,13 +175,7 @@ MAKERS: dict[str, Make] = {
 def needed(*modules: str) -> None:
     """Raises a TomeError that names the extra where a module cannot be imported."""
     for module in modules:
-        try:
-            importlib.import_module(module)
-        except ImportError as error:
-            raise TomeError(
-                f"int8 needs {module}, which cannot be imported: {error}",
-                advice="pip install 'tomepass[quantization]'",
-            ) from error
+        import_extra(module, "quantization", "int8")
 
 
 def _compiled(model: nn.Module) -> Run:

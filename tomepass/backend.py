@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
 from tomepass.decompositions import FOR_TENSORRT
 from tomepass.errors import TomeError
+from tomepass.extras import import_extra
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
 from tomepass.methods import Method, ToMe
@@ -268,7 +268,9 @@ def _registered(name: str) -> Callable[..., Any]:
 
     package = _EXTRAS.get(name)
     if package is not None:
-        _import_extra(name, package)
+        # Backends of other distributions register themselves on import.
+        module = {"openvino": "openvino.torch", "tensorrt": "torch_tensorrt"}[package]
+        import_extra(module, package, f"inner backend {name!r}")
     try:
         found: Callable[..., Any] = lookup_backend(name)
     except InvalidBackend as error:
@@ -278,15 +280,3 @@ def _registered(name: str) -> Callable[..., Any]:
             f"torch.compile knows no backend {name!r}; it knows {', '.join(sorted(known))}"
         ) from error
     return found
-
-
-def _import_extra(name: str, package: str) -> None:
-    """Backends of other distributions register themselves on import."""
-    module = {"openvino": "openvino.torch", "tensorrt": "torch_tensorrt"}[package]
-    try:
-        importlib.import_module(module)
-    except Exception as error:  # torch_tensorrt raises bare Exceptions without a driver
-        raise TomeError(
-            f"inner backend {name!r} needs {module}, which cannot be imported: {error}",
-            advice=f"pip install 'tomepass[{package}]'",
-        ) from error

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as remembered
@@ -18,6 +17,7 @@ from torch import nn
 
 from tomepass.benchmarking import environment, inner_name, measure
 from tomepass.errors import TomeError
+from tomepass.files import write_whole
 from tomepass.judging import Judge, Outputs, Score
 from tomepass.linearity import block_linearity
 from tomepass.methods import Method, ToMe, method_from_dict
@@ -364,10 +364,8 @@ class _Memory:
 
     def _keep(self, name: str, value: Any) -> None:
         self.known[name] = value
-        if self.path is not None:  # written aside: what breaks off a write leaves the file whole
-            aside = self.path.with_name(self.path.name + ".part")
-            aside.write_text(json.dumps({"outputs": self.key, "known": self.known}))
-            os.replace(aside, self.path)
+        if self.path is not None:
+            write_whole(self.path, json.dumps({"outputs": self.key, "known": self.known}))
 
 
 def _stored(path: Path) -> dict[str, Any]:

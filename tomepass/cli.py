@@ -192,13 +192,11 @@ def export(
     from tomepass.artifacts import check_path, write_artifact
     from tomepass.doors import door
     from tomepass.loading import parse_dtype
-    from tomepass.saving import chosen_method, read_settings
+    from tomepass.saving import chosen_method
 
     check_path(out, door(to), force)
     any_batch = _any_batch(dynamic)
-    source, method = chosen_method(model, None if r is None else parse_r(r), plan)
-    # What was saved goes together: a method asked for comes with outputs="original".
-    saved = read_settings(model) if r is None and plan is None else None
+    source, method, outputs = chosen_method(model, None if r is None else parse_r(r), plan)
     if dtype is not None:
         source = source.to(parse_dtype(dtype))
     columns = (SpinnerColumn(), TextColumn("{task.description}"))
@@ -215,7 +213,7 @@ def export(
             batch=batch,
             timed=timed,
             tolerance=tolerance,
-            outputs="original" if saved is None else saved[1],
+            outputs=outputs,
             progress=lambda step: progress.update(task, description=step),
         )
     console = Console()

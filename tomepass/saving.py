@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from tomepass.errors import TomeError
+from tomepass.files import write_whole
 from tomepass.loading import first_line, load_model, locate
 from tomepass.methods import Method, ToMe, method_from_dict
 from tomepass.module import Outputs, apply
@@ -45,13 +46,7 @@ def save(
         raise TomeError(f"{os.fspath(directory)!r} is a file; expected a directory")
     saved = own(directory, **options)
     data = {"version": VERSION, "method": method.to_dict(), "outputs": outputs}
-    path = Path(directory) / FILE
-    aside = path.with_name(f".{FILE}.{os.getpid()}")
-    try:
-        aside.write_text(json.dumps(data, indent=1) + "\n")
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    write_whole(Path(directory) / FILE, json.dumps(data, indent=1) + "\n")
     return saved
 
 
@@ -124,14 +119,18 @@ def load(path: str | os.PathLike[str], **options: Any) -> Any:
 
 def chosen_method(
     name: str, r: Schedule | None = None, plan: Path | None = None
-) -> tuple[nn.Module, Method]:
-    """A model and what to do with it: as asked for, else as saved with it, else ``ToMe()``.
+) -> tuple[nn.Module, Method, Outputs]:
+    """A model, what to do with it and what it is to return.
+
+    What was saved goes together: a method that is asked for comes with "original" outputs, and
+    where nothing is asked for or saved it is ``ToMe()``.
 
     Raises:
         TomeError: if both are asked for, or a file is not what it should be.
     """
     if r is not None and plan is not None:
         raise TomeError("give either --r or --plan, not both")
+    outputs: Outputs = "original"
     if plan is not None:
         from tomepass.plans import Plan
 
@@ -141,9 +140,8 @@ def chosen_method(
     elif r is not None:
         method = ToMe(r)
     else:
-        saved = read_settings(name)
-        method = saved[0] if saved is not None else ToMe()
-    return load_model(name), method
+        method, outputs = read_settings(name) or (ToMe(), outputs)
+    return load_model(name), method, outputs
 
 
 def _settings_file(source: str) -> Path | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tomepass.errors import TomeError
+from tomepass.extras import import_extra
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,13 +65,7 @@ class Door:
     def check(self) -> None:
         """Raises a TomeError where the runtime is not installed."""
         for module in self.needs:
-            try:
-                importlib.import_module(module)
-            except Exception as error:  # torch_tensorrt raises bare Exceptions without a driver
-                raise TomeError(
-                    f"--to {self.name} needs {module}, which cannot be imported: {error}",
-                    advice=f"pip install 'tomepass[{self.extra}]'",
-                ) from error
+            import_extra(module, self.extra, f"--to {self.name}")
 
     def _module(self) -> Any:
         self.check()

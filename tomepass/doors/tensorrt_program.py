@@ -15,12 +15,13 @@ from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
 from tomepass.decompositions import FOR_TENSORRT
+from tomepass.doors import DOORS
 from tomepass.errors import TomeError
 
 if TYPE_CHECKING:
     from tomepass.doors import Run
 
-BATCHES = (1, 8, 64)
+BATCHES = (1, 8, DOORS["tensorrt"].most)
 """The least, the usual and the greatest batch an engine with a dynamic one is tuned for."""
 
 

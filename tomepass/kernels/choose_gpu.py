@@ -92,14 +92,13 @@ class _Taking:
 
     def lines(self) -> Lines:
         taken = [f"{n} {name}: a Triton kernel" for name, n in self.taken.items()]
-        for target in _WITHOUT:
-            if n := len(self._calls(target)):
-                taken.append(
-                    f"{n} {target._opname}: composite operators, there is no Triton kernel"
-                )
-        if self.others:
-            without = "composite operators, there is no Triton kernel"
-            taken.append(f"{self.others} unmerge of other than rows: {without}")
+        without = {target._opname: len(self._calls(target)) for target in _WITHOUT}
+        without["unmerge of other than rows"] = self.others
+        taken += [
+            f"{n} {name}: composite operators, there is no Triton kernel"
+            for name, n in without.items()
+            if n
+        ]
         return Lines(tuple(taken), tuple(f"{n} {why}" for why, n in self.left.items()))
 
     def matches(self) -> None:
