@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tomepass.benchmarking import describe, environment
+from tomepass.benchmarking import describe, environment, threads_named
 from tomepass.plots import INK, SERIES, at_foot, figure, save
 from tomepass.tables import table
 
@@ -101,7 +101,7 @@ class Results:
         console.print(f"written: {out / self.name}{kinds}")
 
     def _draw(self, plot: Callable[[Axes, Sequence[Row]], None], where: Row, out: Path) -> None:
-        machine = f"{where['cpu']} ({where['cpu_capability']}), {where['threads']} threads"
+        machine = f"{where['cpu']} ({where['cpu_capability']}), {threads_named(where['threads'])}"
         drawn, axes = figure(self.title, f"{machine}, torch {where['torch']}")
         plot(axes, self.rows)
         save(drawn, out / f"{self.name}.png")

@@ -29,6 +29,7 @@ from tomepass.benchmarking import (
     Settings,
     Spread,
     bench_table,
+    describe,
     environment,
     from_json,
     measure,
@@ -339,6 +340,7 @@ def test_the_table_shows_every_figure() -> None:
     assert "vit_base, bfloat16, batch 16, inductor, cpu, 2 threads" in text
     assert "inductor (freezing), cpu" in text
     assert "torch 2.13.0, A CPU (AVX512), 2 threads" in text
+    assert describe(where | {"threads": 1}).endswith("1 thread")
 
 
 def test_labels_are_short_where_they_can_be() -> None:

@@ -140,7 +140,7 @@ class Settings:
     @property
     def where(self) -> str:
         """``cpu, 2 threads`` or ``cuda``."""
-        return f"{self.device}, {self.threads} threads" if self.device == "cpu" else self.device
+        return f"cpu, {threads_named(self.threads)}" if self.device == "cpu" else self.device
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
@@ -456,14 +456,19 @@ def describe(environment: Environment) -> str:
     if "cpu_capability" in environment:
         words[-1] += f" ({environment['cpu_capability']})"
     if "threads" in environment:
-        words.append(f"{environment['threads']} threads")
+        words.append(threads_named(environment["threads"]))
     return ", ".join(words)
+
+
+def threads_named(count: int) -> str:
+    """``1 thread``, ``2 threads``."""
+    return f"{count} thread{'s' * (count != 1)}"
 
 
 def machine(settings: Settings, environment: Environment) -> str:
     """The processor a measurement was made on: ``AMD EPYC (AVX512), 2 threads, torch 2.13.0``."""
     if settings.device == "cpu":
-        words = [environment.get("cpu", "cpu"), f"{settings.threads} threads"]
+        words = [environment.get("cpu", "cpu"), threads_named(settings.threads)]
         if "cpu_capability" in environment:
             words[0] += f" ({environment['cpu_capability']})"
     else:

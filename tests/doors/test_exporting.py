@@ -113,8 +113,8 @@ ONE_BLOCK: dict[str, Any] = {
     "diffrate_shares": {"pruned": (0.8,)},
 }
 TWO_BLOCKS: dict[str, Any] = {
+    "diffrate_shares": {"pruned": (0.8, 0.0)},
     "tofu_measured": {"strategies": ("prune", "merge")},
-    "diffrate_counts": {"pruned": (4, 0)},
     **{name: {"r": [5, 0]} for name in OPTIONS},
 }
 WIDTH = 32  # of the policies' weights in the table
