@@ -91,8 +91,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         ("dinov2_registers", 8, False),
     ],
 )
-def test_equals_the_plain_reference(name: str, r: Any, prop_attn: bool) -> None:
-    model, inputs = make_model(name), make_inputs(name)
+def test_equals_the_plain_reference(name: str, r: Any, prop_attn: bool, shared_models: Any) -> None:
+    model, inputs = shared_models[name], make_inputs(name)
     merged = tomepass.apply(model, ToMe(r=r, prop_attn=prop_attn))
     with torch.no_grad():
         expected = REFERENCES[name](model, inputs["pixel_values"], r, prop_attn)
@@ -108,8 +108,8 @@ def test_proportional_attention_matters_here(vit: Any, images: Tensor) -> None:
     assert relative_error(off, on) > 1e-2
 
 
-def test_r_0_is_the_model_bit_for_bit_and_r_8_is_not(family: str) -> None:
-    model, inputs = make_model(family), make_inputs(family)
+def test_r_0_is_the_model_bit_for_bit_and_r_8_is_not(family: str, shared_models: Any) -> None:
+    model, inputs = shared_models[family], make_inputs(family)
     whole, merged = tomepass.apply(model, r=0), tomepass.apply(model, r=8)
     with torch.no_grad():
         expected = model(**inputs)
@@ -192,9 +192,9 @@ def test_labels_give_the_loss_and_its_gradient(vit: Any, images: Tensor) -> None
 @pytest.mark.parametrize(
     "name", ["vit", "deit_distilled", "dinov2_registers", "clip_vision_projection", "ast"]
 )
-def test_options_of_the_call(name: str) -> None:
+def test_options_of_the_call(name: str, shared_models: Any) -> None:
     """return_dict, hidden states and attentions, as the model gives them."""
-    model, inputs = make_model(name), make_inputs(name)
+    model, inputs = shared_models[name], make_inputs(name)
     as_tuple = {**inputs, "return_dict": False}
     merged = tomepass.apply(model, r=FEW, example_inputs=as_tuple)
     with torch.no_grad():
@@ -466,8 +466,8 @@ def test_save_pretrained_saves_the_model(merged: Any, images: Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize("name", list(REFERENCES))
-def test_source_is_the_references_map_and_pure(name: str) -> None:
-    model, inputs = make_model(name), make_inputs(name, 3)
+def test_source_is_the_references_map_and_pure(name: str, shared_models: Any) -> None:
+    model, inputs = shared_models[name], make_inputs(name, 3)
     merged = tomepass.apply(model, ToMe(r=8, trace_source=True))
     expected = REFERENCES[name](model, inputs["pixel_values"], 8)
     before = merged(**inputs).logits
