@@ -95,8 +95,8 @@ class Capture:
     example: tuple[Any, ...]
 
 
-def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
-    """Exports ``model`` for keyword inputs like ``kwargs``, with a dynamic batch.
+def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "forward") -> Capture:
+    """Exports a method of ``model`` for keyword inputs like ``kwargs``, with a dynamic batch.
 
     Tensors whose first dimension equals that of the first tensor are batched; the example is
     remade with a batch of 2, since a batch of 1 would be baked into the graph.
@@ -107,7 +107,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     example, dynamic = batch_of_two(kwargs)
     try:
         program = torch.export.export(
-            _ByKeyword(model), (example,), dynamic_shapes=(dynamic,), strict=False
+            _ByKeyword(model, forward), (example,), dynamic_shapes=(dynamic,), strict=False
         )
     except TomeError:
         raise
@@ -276,12 +276,15 @@ class _ByKeyword(nn.Module):
     torch.export cannot tell shapes apart from inputs that fall into a forward's ``**kwargs``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, method: str) -> None:
         super().__init__()
         self.model = model
+        self.method = method
 
     def forward(self, call: dict[str, Any]) -> Any:
-        return self.model(**call)
+        # A forward is called as the module is: with its hooks.
+        called = self.model if self.method == "forward" else getattr(self.model, self.method)
+        return called(**call)
 
 
 def _path(target: str) -> str:

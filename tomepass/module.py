@@ -15,6 +15,7 @@ from torch import Tensor, fx, nn
 
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
+from tomepass.captures import Captures, Make
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import copied, only_outputs
@@ -133,7 +134,7 @@ class MergedModel(nn.Module):
     method: Method
     on_unmatched: OnUnmatched
     outputs: Outputs
-    _captures: dict[tuple[Any, ...], Applied]
+    _captures: Captures
     _names: tuple[str, ...]
     _optional: frozenset[str]
 
@@ -150,7 +151,7 @@ class MergedModel(nn.Module):
             method=method,
             on_unmatched=on_unmatched,
             outputs=outputs,
-            _captures={},
+            _captures=Captures(_maker(method, on_unmatched, outputs)),
             _names=names,
             _optional=optional,
         )
@@ -235,15 +236,9 @@ class MergedModel(nn.Module):
         """Inputs in the shapes :meth:`prepare` takes them, as keyword inputs of the model."""
         return self._bind(*_as_call(inputs))
 
-    def _applied(self, call: dict[str, Any]) -> Applied:
-        signature = self._signature(call)
-        if signature not in self._captures:
-            if torch.compiler.is_compiling():
-                _refuse_to_capture()
-            self._captures[signature] = make_applied(
-                self.original, self.method, call, self.on_unmatched, self.outputs
-            )
-        return self._captures[signature]
+    def _applied(self, call: dict[str, Any], method: str = "forward") -> Applied:
+        """The capture of a method of the model, made if it is not there yet."""
+        return self._captures.get(self.original, call, method)
 
     def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         """Positional and keyword inputs as keywords, in the order of the model's signature."""
@@ -263,17 +258,6 @@ class MergedModel(nn.Module):
         # An optional input left out or given as None is one call.
         optional = self._optional
         return {n: v for n, v in ordered.items() if not (v is None and n in optional)}
-
-    def _signature(self, call: dict[str, Any]) -> tuple[Any, ...]:
-        model, first = self.original, _first_tensor(call)
-        state = next(model.parameters(), None)
-        batch = 0 if first is None else first.shape[0]
-        return (
-            # A part may be in another mode than the whole: a frozen backbone in eval.
-            tuple(module.training for module in model.modules()),
-            None if state is None else (state.dtype, _device(state)),
-            tuple((name, _shape_of(value, batch)) for name, value in call.items()),
-        )
 
     # ---- being the model -------------------------------------------------------------------
 
@@ -388,13 +372,17 @@ def make_applied(
     call: dict[str, Any],
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
+    forward: str = "forward",
 ) -> Applied:
     """Captures, plans and rewrites a model for keyword inputs like ``call``.
+
+    Args:
+        forward: the name of the model's method that takes them.
 
     Raises:
         TomeError: if it cannot be captured, or is refused and ``on_unmatched`` is ``"raise"``.
     """
-    applied = _analyse(model, method, call, outputs)
+    applied = _analyse(model, method, call, outputs, forward)
     if applied.graph is None:
         refusal = applied.report.refusal()
         if on_unmatched == "raise":
@@ -403,8 +391,21 @@ def make_applied(
     return applied
 
 
-def _analyse(model: nn.Module, method: Method, call: dict[str, Any], outputs: Outputs) -> Applied:
-    return apply_capture(model, capture_module(model, call), method, outputs)
+def _maker(method: Method, on_unmatched: OnUnmatched, outputs: Outputs) -> Make:
+    def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        return make_applied(model, method, call, on_unmatched, outputs, forward)
+
+    return make
+
+
+def _analyse(
+    model: nn.Module,
+    method: Method,
+    call: dict[str, Any],
+    outputs: Outputs,
+    forward: str = "forward",
+) -> Applied:
+    return apply_capture(model, capture_module(model, call, forward), method, outputs)
 
 
 def apply_capture(
@@ -491,23 +492,6 @@ def _first_tensor(call: dict[str, Any]) -> Tensor | None:
     return next((v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim), None)
 
 
-def _shape_of(value: Any, batch: int) -> Any:
-    """What a capture depends on in an input: all but the batch size and the tensor's values."""
-    if isinstance(value, Tensor):
-        batched = value.ndim > 0 and value.shape[0] == batch
-        sizes = value.shape[1:] if batched else value.shape
-        return (batched, tuple(int(s) for s in sizes), value.dtype, _device(value))
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *(_shape_of(v, batch) for v in value))
-    if isinstance(value, dict):
-        return ("dict", *((name, _shape_of(v, batch)) for name, v in value.items()))
-    return repr(value)
-
-
-def _device(tensor: Tensor) -> tuple[str, int | None]:
-    return (tensor.device.type, tensor.device.index)
-
-
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
     if isinstance(inputs, Tensor):
         return (inputs,), {}
@@ -560,17 +544,3 @@ def check_choices(on_unmatched: object, outputs: object) -> None:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-class _NotPreparedError(TomeError, AssertionError):
-    """Dynamo raises an AssertionError as it is and wraps every other error."""
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _refuse_to_capture() -> None:
-    """Raises while Dynamo traces, not when what it traced runs."""
-    raise _NotPreparedError(
-        "this call signature was not captured before compiling, and a capture inside a "
-        "compiled region is impossible",
-        advice="call merged.prepare(inputs) with inputs like these first",
-    )
