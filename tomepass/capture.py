@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tomepass.calls import call_with
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
 from tomepass.masks import drop_idle_masks
@@ -284,7 +285,7 @@ class _ByKeyword(nn.Module):
     def forward(self, call: dict[str, Any]) -> Any:
         # A forward is called as the module is: with its hooks.
         called = self.model if self.method == "forward" else getattr(self.model, self.method)
-        return called(**call)
+        return call_with(called, call)
 
 
 def _path(target: str) -> str:

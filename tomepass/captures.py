@@ -165,7 +165,7 @@ def _device(tensor: Tensor) -> tuple[str, int | None]:
     return (tensor.device.type, tensor.device.index)
 
 
-class _NotPreparedError(TomeError, AssertionError):
+class NotPreparedError(TomeError, AssertionError):
     """Dynamo raises an AssertionError as it is and wraps every other error."""
 
 
@@ -174,7 +174,7 @@ def _number(captures: Captures, signature: Signature) -> int:
     """Runs while Dynamo traces, not when what it traced runs."""
     number = captures._take_in(signature)
     if number is None:
-        raise _NotPreparedError(
+        raise NotPreparedError(
             "this call signature was not captured before compiling, and a capture inside a "
             "compiled region is impossible",
             advice="call merged.prepare(inputs) with inputs like these first",
