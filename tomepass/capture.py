@@ -23,6 +23,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tomepass.alone import Untraced, one_at_a_time
+from tomepass.calls import call_with
 from tomepass.clone import Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
@@ -305,7 +306,7 @@ class _ByKeyword(nn.Module):
         # A forward is called as the module is: with its hooks.
         called = self.model if self.method == "forward" else getattr(self.model, self.method)
         with self.untraced.elsewhere(), self.twin.noting():
-            return called(**call)
+            return call_with(called, call)
 
 
 def _has_fused_layer(module: fx.GraphModule) -> bool:

@@ -120,6 +120,7 @@ class Captures:
         applied = None if signature is None else self.find(signature)
         if applied is None:
             return None
+        _recompile_unless(applied.capture.guards.hold)
         for number, taken in self._compiled.items():
             if taken is applied:
                 return number
@@ -128,15 +129,13 @@ class Captures:
 
 
 def signature_of(model: nn.Module, call: dict[str, Any], method: str) -> Signature:
-    """What tells captures apart: the method, the inputs, and the model's mode and type."""
+    """What tells captures apart before the model is asked: the method, the inputs, its type."""
     leaves = pytree.tree_leaves(call)
     first = next((v for v in leaves if isinstance(v, Tensor) and v.ndim), None)
     batch = 0 if first is None else first.shape[0]
     state = next(model.parameters(), None)
     return (
         method,
-        # A part may be in another mode than the whole: a frozen backbone in eval.
-        tuple(module.training for module in model.modules()),
         None if state is None else (state.dtype, _device(state)),
         tuple((name, _shape_of(value, batch)) for name, value in call.items()),
     )
@@ -159,7 +158,7 @@ def _device(tensor: Tensor) -> tuple[str, int | None]:
     return (tensor.device.type, tensor.device.index)
 
 
-class _NotPreparedError(TomeError, AssertionError):
+class NotPreparedError(TomeError, AssertionError):
     """Dynamo raises an AssertionError as it is and wraps every other error."""
 
 
@@ -168,9 +167,22 @@ def _taken_in(captures: Captures, known: int) -> int:
     """Runs while Dynamo traces, not when what it traced runs."""
     number = captures._take_in(known)
     if number is None:
-        raise _NotPreparedError(
-            "this call signature was not captured before compiling, and a capture inside a "
-            "compiled region is impossible",
+        raise NotPreparedError(
+            "this call signature was not captured before compiling, or the model has changed "
+            "since, and a capture inside a compiled region is impossible",
             advice="call merged.prepare(inputs) with inputs like these first",
         )
     return number
+
+
+def _recompile_unless(holds: Callable[[], bool]) -> None:
+    """Has Dynamo ask at each call of what it compiles now, and trace again on a no."""
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard
+
+    def tome_capture(builder: Any, guard: Any) -> None:
+        words = ["the model is as tomepass captured it"]
+        builder.guard_manager.root.add_lambda_guard(lambda _: holds(), words, guard.user_stack)
+
+    install_guard(Guard(GlobalStateSource(), tome_capture))
