@@ -15,10 +15,11 @@ from torch import Tensor, fx, nn
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.bypass import captured_another, merging
 from tomepass.calls import Inputs, as_call, call_with, check_call
-from tomepass.capture import Capture, capture_module
-from tomepass.captures import Captures, Make
+from tomepass.capture import Capture, capture_module, describe_inputs
+from tomepass.captures import Captures, Check, Make
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
+from tomepass.fidelity import NotCapturedError, hold_against
 from tomepass.graphs import copied, only_outputs
 from tomepass.kept import Counting, KeptReport
 from tomepass.kernels.choose import on_cuda, take_kernels
@@ -27,6 +28,7 @@ from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
 from tomepass.standin import StandIn, Tome, gives_way, shadowed, stand_in
+from tomepass.structure import Mismatch
 
 if TYPE_CHECKING:
     from tomepass.adaptive import Router
@@ -139,7 +141,7 @@ class MergedModel(StandIn):
     def __init__(
         self, model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
     ) -> None:
-        captures = Captures(_maker(method, on_unmatched, outputs))
+        captures = Captures(_maker(method, on_unmatched, outputs), _checker(method, on_unmatched))
         super().__init__(Tome(model, method, on_unmatched, outputs, captures))
 
     # ---- running ---------------------------------------------------------------------------
@@ -323,7 +325,12 @@ def make_applied(
     Raises:
         TomeError: if it cannot be captured, or is refused and ``on_unmatched`` is ``"raise"``.
     """
-    applied = _analyse(model, method, call, outputs, forward)
+    try:
+        applied = _analyse(model, method, call, outputs, forward)
+    except NotCapturedError as error:
+        if on_unmatched == "raise":
+            raise
+        applied = _not_captured(model, method, call, error)
     if applied.graph is None:
         refusal = applied.report.refusal()
         if on_unmatched == "raise":
@@ -332,12 +339,38 @@ def make_applied(
     return applied
 
 
+def _not_captured(
+    model: nn.Module, method: Method, call: dict[str, Any], error: NotCapturedError
+) -> Applied:
+    """A model that is left as it is, since no graph can stand for it."""
+    reason = Mismatch(error.reason, error.block, error.node, error.source, error.advice)
+    inputs = describe_inputs(call)
+    report = Report(type(model).__name__, inputs, method, (), (reason,), (), 0, 0, 0)
+    return Applied(Capture.of_nothing(error.guards), None, None, report)
+
+
 def _maker(method: Method, on_unmatched: OnUnmatched, outputs: Outputs) -> Make:
     def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
         captured_another()
         return make_applied(model, method, call, on_unmatched, outputs, forward)
 
     return make
+
+
+def _checker(method: Method, on_unmatched: OnUnmatched) -> Check:
+    def check(applied: Applied, model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        if applied.graph is None:
+            return applied  # then the model itself runs
+        try:
+            hold_against(model, applied.capture, call, forward)
+        except NotCapturedError as error:
+            if on_unmatched == "raise":
+                raise
+            warnings.warn(f"left unmerged: {error}", stacklevel=4)
+            return _not_captured(model, method, call, error)
+        return applied
+
+    return check
 
 
 def _analyse(
