@@ -21,6 +21,7 @@ from tomepass.calls import call_with
 from tomepass.clone import Twin
 from tomepass.errors import TomeError
 from tomepass.guards import Guards
+from tomepass.ops.library import autocasts
 
 if TYPE_CHECKING:
     from tomepass.capture import Capture
@@ -152,7 +153,7 @@ def _relative_error(ours: Tensor, theirs: Tensor) -> float:
 
 
 def _tolerance(value: Tensor) -> float:
-    if not value.is_floating_point() or torch.is_autocast_enabled(value.device.type):
+    if not value.is_floating_point() or autocasts(value.device):
         return _COARSE
     return _TOLERANCES.get(value.dtype, _COARSE)
 
