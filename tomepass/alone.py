@@ -8,7 +8,9 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 _lock = threading.RLock()
 # A tracer puts its own in their place, for all threads.
@@ -24,6 +26,15 @@ def one_at_a_time() -> AbstractContextManager[Any]:
 
     lock: AbstractContextManager[Any] = getattr(convert_frame, "compile_lock", _lock)
     return lock
+
+
+def exporting() -> bool:
+    """Is this thread being exported? Flags of torch tell of any thread."""
+    compiler: Any = torch.compiler
+    # Dynamo of torch 2.11 takes `is_exporting()` for true whatever it compiles for.
+    if not compiler._is_exporting_flag:
+        return False
+    return compiler.is_dynamo_compiling() or bool(_get_current_dispatch_mode_stack())
 
 
 @dataclass(frozen=True)

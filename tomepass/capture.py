@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tomepass.alone import Untraced, one_at_a_time
 from tomepass.batches import ANY, Form, forms
 from tomepass.calls import call_with
-from tomepass.clone import Twin
+from tomepass.clone import Reads, Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
 from tomepass.fidelity import NotCapturedError, can_be_held, hold_against
@@ -136,17 +136,19 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
             example, dynamic = form.remade(kwargs)
             twin = Twin(model)
             try:
-                program = torch.export.export(
-                    _ByKeyword(twin, forward), (example,), dynamic_shapes=(dynamic,), strict=False
-                )
+                program = _exported(twin, forward, example, dynamic)
             except Exception as error:
                 failed.append((error, twin))
-            else:
-                leaves = tuple(pytree.tree_leaves(example))
-                captured = _captured(model, program, twin, leaves, form)
-                if can_be_held(kwargs):
-                    hold_against(model, captured, kwargs, forward)
-                return captured
+                continue
+            if kept := [(reads, reads.kept) for reads in twin.reads if reads.kept]:
+                later = Twin(model)
+                for reads, values in kept:
+                    vars(later.of(reads.original)).update(values)
+                _check_state(model, program, _exported(later, forward, example, dynamic), kept)
+            captured = _captured(model, program, twin, tuple(pytree.tree_leaves(example)), form)
+            if can_be_held(kwargs):
+                hold_against(model, captured, kwargs, forward)
+            return captured
     first, twin = failed[0]
     if isinstance(first, TomeError):
         raise first
@@ -155,8 +157,36 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         f"{describe_inputs(kwargs)}: {type(first).__name__}: {_first_lines(first)}",
         advice="call the model itself with these inputs first; if that works, the model "
         "branches on tensor values, which no graph can hold",
-        guards=Guards(model, twin.reads),
+        guards=Guards(model, twin.reads, twin.edited),
     ) from first
+
+
+def _exported(
+    twin: Twin, method: str, example: dict[str, Any], dynamic: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    return torch.export.export(
+        _ByKeyword(twin, method), (example,), dynamic_shapes=(dynamic,), strict=False
+    )
+
+
+def _check_state(
+    model: nn.Module,
+    first: torch.export.ExportedProgram,
+    second: torch.export.ExportedProgram,
+    kept: list[tuple[Reads, dict[str, Any]]],
+) -> None:
+    """Refuses a model whose second call is another than its first; a mere counter is forgotten."""
+    if first.graph_module.code != second.graph_module.code:
+        names = sorted(name for _, values in kept for name in values)
+        raise NotCapturedError(
+            f"the model keeps state from call to call in {', '.join(names)}, on which what it "
+            "computes depends",
+            advice="keep it in an input, or call the model so that it computes the same each time",
+            guards=Guards(model, [reads for reads, _ in kept]),
+        )
+    for reads, values in kept:
+        for name in values:
+            del reads.names[name]
 
 
 def _captured(
@@ -169,7 +199,7 @@ def _captured(
     """An exported program in the dialect, with its state named after the model's."""
     module, signature = program.graph_module, program.graph_signature
     _to_dialect(module)
-    guards = Guards(model, twin.reads, fused=_has_fused_layer(module))
+    guards = Guards(model, twin.reads, twin.edited, _has_fused_layer(module))
     if (written := _written_input(module)) is not None:
         raise NotCapturedError(
             "the model writes to its inputs or its own state in its forward",

@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import is_not
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Reads:
         names: the attributes read before they were written.
         whole: nothing could be noted, so anything may have been read.
         before: what was written, as it was before.
+        after: the same, as it was written last.
     """
 
     original: Any
@@ -50,6 +52,28 @@ class Reads:
     names: dict[str, None] = field(default_factory=dict)
     whole: bool = False
     before: dict[str, Any] = field(default_factory=dict)
+    after: dict[str, Any] = field(default_factory=dict)
+
+    def take_tensors_back(self) -> None:
+        """Undoes what was written and holds values of this run, as a cache of a table does."""
+        held = object.__getattribute__(self.twin, "__dict__")
+        for name, value in self.before.items():
+            if isinstance(held.get(name), torch.Tensor):
+                if value is MISSING:
+                    del held[name]
+                else:
+                    held[name] = value
+
+    @property
+    def kept(self) -> dict[str, Any]:
+        """What the forward keeps from call to call: read, and then written otherwise."""
+        return {
+            name: value
+            for name, value in self.after.items()
+            if name in self.names
+            and isinstance(value, (bool, int, float, str, tuple))
+            and value != self.before[name]
+        }
 
 
 class Twin:
@@ -68,6 +92,7 @@ class Twin:
         self._keep: list[Any] = []  # ids stay unique while it lives
         self._classes: dict[type, type] = {}
         self._reads: dict[int, Reads] = {}
+        self.edited: set[int] = set()
         self._thread: int | None = None
         self._mixin = _recording(self) if noting else None
         self.model: nn.Module = self.copy(model)
@@ -77,6 +102,10 @@ class Twin:
         """What was read of each object, in the order of the copies."""
         return [reads for reads in self._reads.values() if reads.names or reads.whole]
 
+    def of(self, original: Any) -> Any:
+        """The twin of an object."""
+        return self._memo[id(original)]
+
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Notes what this thread reads of the twin in the block."""
@@ -85,13 +114,29 @@ class Twin:
             yield
         finally:
             self._thread = before
+            self.edited |= self._edited()
+            for reads in self._reads.values():
+                reads.take_tensors_back()
+
+    def _edited(self) -> set[int]:
+        """The containers of the model, by id, whose copies hold something else than they."""
+        found = set()
+        for value in self._keep:
+            if isinstance(value, _CONTAINERS):
+                then = [self._memo.get(id(item), item) for item in items_of(value)]
+                now = items_of(self._memo[id(value)])
+                if len(now) != len(then) or any(map(is_not, now, then)):
+                    found.add(id(value))
+        return found
 
     def copy(self, value: Any) -> Any:
         """The twin's counterpart of anything that hangs on the model."""
         if id(value) in self._memo:
             return self._memo[id(value)]
         copier = self._copier(value)
-        return value if copier is None else copier(value)
+        if copier is None or (copied := copier(value)) is value:
+            return value
+        return self._remember(value, copied)
 
     def _copier(self, value: Any) -> Callable[[Any], Any] | None:
         if isinstance(value, (torch.Tensor, torch.jit.ScriptModule, type)):
@@ -261,6 +306,7 @@ def _recording(twin: Twin) -> type:
                 reads = twin._reads.get(id(held))
                 if reads is not None:
                     reads.before.setdefault(name, held.get(name, MISSING))
+                    reads.after[name] = value
             super().__setattr__(name, value)
 
     return Recording
@@ -275,6 +321,13 @@ def _is_plain(value: Any) -> bool:
     # All bases are Python's: nothing is kept where it could not be copied from.
     written = all(base is object or base.__flags__ & _HEAP_TYPE for base in cls.__mro__)
     return written and package not in _SHARED_PACKAGES and not issubclass(cls, enum.Enum)
+
+
+def items_of(container: Any) -> tuple[Any, ...]:
+    """Everything in a container, keys among it."""
+    if isinstance(container, dict):
+        return (*container, *container.values())
+    return tuple(container)
 
 
 def _slots(cls: type) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tomepass.clone import Reads
+from tomepass.clone import Reads, items_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _NOT_READ = ("__dict__", "__class__")
@@ -36,11 +36,13 @@ class Guards:
     Args:
         model: the model that was captured.
         reads: what was read of its objects.
+        edited: containers by id that the forward itself edits, which say nothing.
         fused: the graph holds a layer that PyTorch fuses only where nothing needs gradients.
     """
 
     model: nn.Module
     reads: Iterable[Reads]
+    edited: Iterable[int] = ()
     fused: bool = False
     # Dictionaries, what takes some values out of each, and the values that must come out.
     _values: list[tuple[Any, itemgetter[Any], tuple[Any, ...]]] = field(default_factory=list)
@@ -80,13 +82,13 @@ class Guards:
                     for held, get, then in self._values
                 )
                 and not any(name in held for held, name in self._absent)
-                and all(_alike(_items(held), then) for held, then in self._contents)
+                and all(_alike(items_of(held), then) for held, then in self._contents)
                 and all(_alike((cell.cell_contents,), (then,)) for cell, then in self._cells)
                 and _forms(self._read_tensors()) == self._forms
                 and self._toggles() == self._mode
             )
-        except (KeyError, ValueError):
-            return False  # something read is gone
+        except (KeyError, ValueError, AttributeError):
+            return False  # something read is gone, or is no tensor any more
 
     def _read_tensors(self) -> list[Any]:
         return [held[name] for held, name in self._tensors]
@@ -148,13 +150,15 @@ class Guards:
         if isinstance(value, _PLAIN) or id(value) in self._watched:
             return
         self._watched[id(value)] = value
+        if id(value) in self.edited:
+            return
         if isinstance(value, (list, dict, set, collections.deque)):
             if not value:
                 self._empty.append(value)
                 return
-            self._contents.append((value, _items(value)))
+            self._contents.append((value, items_of(value)))
         if isinstance(value, (list, dict, set, collections.deque, tuple)):
-            for item in _items(value):
+            for item in items_of(value):
                 self._watch(item)
         elif isinstance(value, types.SimpleNamespace):
             self._watch(vars(value))
@@ -185,13 +189,6 @@ class Guards:
             if name in known and isinstance(known[name], _PLAIN)
         }
         self._expect(known, numbers)
-
-
-def _items(container: Any) -> tuple[Any, ...]:
-    """Everything in a container, keys among it."""
-    if isinstance(container, dict):
-        return (*container, *container.values())
-    return tuple(container)
 
 
 def _alike(now: tuple[Any, ...], then: tuple[Any, ...]) -> bool:

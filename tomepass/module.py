@@ -12,6 +12,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from tomepass.alone import exporting
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.bypass import captured_another, merging
 from tomepass.calls import Inputs, as_call, call_with, check_call
@@ -302,8 +303,7 @@ class Applied:
         if graph is not None:
             return graph(*values)
         own = self.graph
-        # Dynamo of torch 2.11 takes `is_exporting()` for true whatever it compiles for.
-        if self.on_device is not None and not torch.compiler._is_exporting_flag:
+        if self.on_device is not None and not exporting():
             own = self.on_device
         assert own is not None
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
