@@ -128,7 +128,9 @@ def check_call(call: Mapping[str, Any], method: str = "forward") -> None:
         TomeError: if ``torch.jit.trace`` or ``torch.fx`` traces, or an input is an object whose
             state may change, such as a cache.
     """
-    if torch._C._get_tracing_state() is not None or any(isinstance(v, fx.Proxy) for v in pytree.tree_leaves(call)):
+    if torch._C._get_tracing_state() is not None or any(
+        isinstance(v, fx.Proxy) for v in pytree.tree_leaves(call)
+    ):
         raise TomeError(
             "a merged model cannot be traced by torch.jit.trace or torch.fx.symbolic_trace, which "
             "would fix the batch size and record choices of tokens as constants (tracers stand "

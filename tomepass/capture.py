@@ -23,6 +23,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tomepass.calls import call_with
+from tomepass.checkpointing import is_reentrant, marking
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
 from tomepass.masks import drop_idle_masks
@@ -107,9 +108,10 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
     """
     example, dynamic = batch_of_two(kwargs)
     try:
-        program = torch.export.export(
-            _ByKeyword(model, forward), (example,), dynamic_shapes=(dynamic,), strict=False
-        )
+        with marking(model):
+            program = torch.export.export(
+                _ByKeyword(model, forward), (example,), dynamic_shapes=(dynamic,), strict=False
+            )
     except TomeError:
         raise
     except Exception as error:
@@ -340,8 +342,9 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
     arguments: list[Any] = list(region.args)
     at = _REGIONS[region.target]
     body, *operands = arguments[at:]
-    without_gradients = at == 1 and arguments[0] is False
     inner = cast(fx.GraphModule, module.get_submodule(body.target)).graph
+    # Reentrant checkpoints run without gradients, and again with them in the backward.
+    without_gradients = at == 1 and arguments[0] is False and not is_reentrant(inner.nodes)
     placed = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
     results: Any = ()
     with module.graph.inserting_before(region):

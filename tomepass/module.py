@@ -17,6 +17,7 @@ from tomepass.bypass import captured_another, merging
 from tomepass.calls import Inputs, as_call, call_with, check_call
 from tomepass.capture import Capture, capture_module
 from tomepass.captures import Captures, Make
+from tomepass.checkpointing import recomputing
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import copied, only_outputs
@@ -261,6 +262,8 @@ class Applied:
         report: what was found and done.
         on_device: the graph with kernels for its device, where there are some that run anywhere
             but in an exported program.
+        recomputed: the graph that runs where gradients are wanted, where the model recomputes
+            parts of itself in its backward (gradient checkpointing).
     """
 
     capture: Capture
@@ -268,6 +271,7 @@ class Applied:
     source_graph: fx.GraphModule | None
     report: Report
     on_device: fx.GraphModule | None = None
+    recomputed: fx.GraphModule | None = None
 
     @property
     def graph(self) -> fx.GraphModule | None:
@@ -303,6 +307,8 @@ class Applied:
         # Dynamo of torch 2.11 takes `is_exporting()` for true whatever it compiles for.
         if self.on_device is not None and not torch.compiler._is_exporting_flag:
             own = self.on_device
+        if self.recomputed is not None and torch.is_grad_enabled():
+            own = self.recomputed
         assert own is not None
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 
@@ -373,7 +379,8 @@ def apply_capture(
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_outputs(rewritten.module, [rewritten.source])
-    return Applied(capture, rewritten, source_graph, report, on_device)
+    recomputed = None if rewritten is None else recomputing(on_device or rewritten.module)
+    return Applied(capture, rewritten, source_graph, report, on_device, recomputed)
 
 
 def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
