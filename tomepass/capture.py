@@ -22,10 +22,13 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tomepass.alone import Untraced, one_at_a_time
 from tomepass.calls import call_with
 from tomepass.checkpointing import is_reentrant, marking
+from tomepass.clone import Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
+from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
 
 aten = torch.ops.aten
@@ -45,6 +48,10 @@ _REGIONS: dict[Any, int] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
     torch.ops.higher_order.wrap_with_autocast: 4,
 }
+_FUSED = (
+    aten._transformer_encoder_layer_fwd.default,
+    aten._native_multi_head_attention.default,
+)
 # Cuts a constant off autograd: in place, but no values change.
 _DETACH = torch.ops.aten.detach_.default
 
@@ -89,12 +96,14 @@ class Capture:
             (a constant the model does not own).
         out_spec: rebuilds the model's output class from the graph's flat outputs.
         example: the flat example inputs the capture was made with.
+        guards: whether the model still is what was captured.
     """
 
     graph: CanonicalGraph
     state: tuple[str | Tensor, ...]
     out_spec: pytree.TreeSpec
     example: tuple[Any, ...]
+    guards: Guards
 
 
 def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "forward") -> Capture:
@@ -107,21 +116,30 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         TomeError: if ``torch.export`` cannot capture the model.
     """
     example, dynamic = batch_of_two(kwargs)
-    try:
-        with marking(model):
-            program = torch.export.export(
-                _ByKeyword(model, forward), (example,), dynamic_shapes=(dynamic,), strict=False
-            )
-    except TomeError:
-        raise
-    except Exception as error:
-        raise TomeError(
-            f"torch.export could not capture {type(model).__name__} for inputs "
-            f"{describe_inputs(kwargs)}: {type(error).__name__}: {_first_lines(error)}",
-            advice="call the model itself with these inputs first; if that works, the model "
-            "branches on tensor values, which no graph can hold, or reads the batch size as a "
-            "Python number: x.shape[0] stays symbolic where len(x) does not",
-        ) from error
+    with one_at_a_time():
+        twin = Twin(model)
+        try:
+            with marking(model):
+                program = torch.export.export(
+                    _ByKeyword(twin, forward), (example,), dynamic_shapes=(dynamic,), strict=False
+                )
+        except TomeError:
+            raise
+        except Exception as error:
+            raise TomeError(
+                f"torch.export could not capture {type(model).__name__} for inputs "
+                f"{describe_inputs(kwargs)}: {type(error).__name__}: {_first_lines(error)}",
+                advice="call the model itself with these inputs first; if that works, the model "
+                "branches on tensor values, which no graph can hold, or reads the batch size as a "
+                "Python number: x.shape[0] stays symbolic where len(x) does not",
+            ) from error
+        return _captured(model, program, twin, tuple(pytree.tree_leaves(example)))
+
+
+def _captured(
+    model: nn.Module, program: torch.export.ExportedProgram, twin: Twin, example: tuple[Any, ...]
+) -> Capture:
+    """An exported program in the dialect, with its state named after the model's."""
     module, signature = program.graph_module, program.graph_signature
     _to_dialect(module)
     if (written := _written_input(module)) is not None:
@@ -151,8 +169,8 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
     module.recompile()
     graph = CanonicalGraph(module, frozenset(data), False, frozenset(learned))
     assert program.call_spec.out_spec is not None
-    leaves = tuple(pytree.tree_leaves(example))
-    return Capture(graph, tuple(state), program.call_spec.out_spec, leaves)
+    guards = Guards(model, twin.reads, fused=_has_fused_layer(module))
+    return Capture(graph, tuple(state), program.call_spec.out_spec, example, guards)
 
 
 def capture_dynamo(
@@ -279,15 +297,23 @@ class _ByKeyword(nn.Module):
     torch.export cannot tell shapes apart from inputs that fall into a forward's ``**kwargs``.
     """
 
-    def __init__(self, model: nn.Module, method: str) -> None:
+    def __init__(self, twin: Twin, method: str) -> None:
         super().__init__()
-        self.model = model
+        self.model = twin.model
         self.method = method
+        self.twin = twin
+        self.untraced = Untraced.now()
 
     def forward(self, call: dict[str, Any]) -> Any:
         # A forward is called as the module is: with its hooks.
         called = self.model if self.method == "forward" else getattr(self.model, self.method)
-        return call_with(called, call)
+        with self.untraced.elsewhere(), self.twin.noting():
+            return call_with(called, call)
+
+
+def _has_fused_layer(module: fx.GraphModule) -> bool:
+    """PyTorch fuses encoder layers and attention only where nothing needs gradients."""
+    return any(node.target in _FUSED for node in module.graph.nodes)
 
 
 def _path(target: str) -> str:

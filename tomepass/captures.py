@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +11,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from tomepass.alone import one_at_a_time
 from tomepass.errors import TomeError
 
 if TYPE_CHECKING:
@@ -25,17 +24,6 @@ Make = Callable[[nn.Module, dict[str, Any], str], "Applied"]
 Signature = tuple[Any, ...]
 
 _clock = itertools.count(1)
-_lock = threading.RLock()
-
-
-def one_at_a_time() -> AbstractContextManager[Any]:
-    """The lock to hold while capturing: torch.export changes the whole process while it works.
-
-    It is Dynamo's own, where it has one: compiling in another thread changes the same things.
-    """
-    from torch._dynamo import convert_frame
-
-    return getattr(convert_frame, "compile_lock", _lock)
 
 
 @dataclass(eq=False)
@@ -65,6 +53,7 @@ class Captures:
     _kept: dict[Signature, tuple[_Kept, ...]] = field(default_factory=dict)
     # What compiled code has taken in stays, by number.
     _compiled: dict[int, Applied] = field(default_factory=dict)
+    _signatures: dict[Signature, int] = field(default_factory=dict)
 
     def get(self, model: nn.Module, call: dict[str, Any], method: str = "forward") -> Applied:
         """The capture of a method of the model, made if there is none.
@@ -79,7 +68,9 @@ class Captures:
         """
         signature = signature_of(model, call, method)
         if torch.compiler.is_dynamo_compiling():
-            return self._compiled[_number(self, signature)]
+            # Looking the signature up is what makes Dynamo guard on the sizes in it.
+            known = self._signatures.get(signature, -1)
+            return self._compiled[_taken_in(self, known)]
         if (found := self.find(signature)) is not None:
             return found
         with one_at_a_time():
@@ -90,10 +81,11 @@ class Captures:
             return applied
 
     def find(self, signature: Signature) -> Applied | None:
-        """The capture for a signature, if there is one."""
+        """The capture for a signature of the model as it is now, if there is one."""
         for kept in self._kept.get(signature, ()):
-            kept.used = next(_clock)
-            return kept.applied
+            if kept.applied.capture.guards.hold():
+                kept.used = next(_clock)
+                return kept.applied
         return None
 
     def change(self, change: Callable[[Applied], Applied]) -> None:
@@ -120,29 +112,30 @@ class Captures:
         for kept in used[: max(self.limit, 1)]:
             groups[kept.signature] = (*groups.get(kept.signature, ()), kept)
         self._kept = groups
+        self._signatures.setdefault(new.signature, len(self._signatures))
 
-    def _take_in(self, signature: Signature) -> int | None:
-        """The number of a capture that compiled code keeps."""
-        applied = self.find(signature)
+    def _take_in(self, known: int) -> int | None:
+        """The number of a capture that compiled code keeps, by the number of its signature."""
+        signature = next((s for s, number in self._signatures.items() if number == known), None)
+        applied = None if signature is None else self.find(signature)
         if applied is None:
             return None
-        for number, known in self._compiled.items():
-            if known is applied:
+        _recompile_unless(applied.capture.guards.hold)
+        for number, taken in self._compiled.items():
+            if taken is applied:
                 return number
         self._compiled[len(self._compiled)] = applied
         return len(self._compiled) - 1
 
 
 def signature_of(model: nn.Module, call: dict[str, Any], method: str) -> Signature:
-    """What tells captures apart: the method, the inputs, and the model's mode and type."""
+    """What tells captures apart before the model is asked: the method, the inputs, its type."""
     leaves = pytree.tree_leaves(call)
     first = next((v for v in leaves if isinstance(v, Tensor) and v.ndim), None)
     batch = 0 if first is None else first.shape[0]
     state = next(model.parameters(), None)
     return (
         method,
-        # A part may be in another mode than the whole: a frozen backbone in eval.
-        tuple(module.training for module in model.modules()),
         None if state is None else (state.dtype, _device(state)),
         tuple((name, _shape_of(value, batch)) for name, value in call.items()),
     )
@@ -170,13 +163,26 @@ class NotPreparedError(TomeError, AssertionError):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _number(captures: Captures, signature: Signature) -> int:
+def _taken_in(captures: Captures, known: int) -> int:
     """Runs while Dynamo traces, not when what it traced runs."""
-    number = captures._take_in(signature)
+    number = captures._take_in(known)
     if number is None:
         raise NotPreparedError(
-            "this call signature was not captured before compiling, and a capture inside a "
-            "compiled region is impossible",
+            "this call signature was not captured before compiling, or the model has changed "
+            "since, and a capture inside a compiled region is impossible",
             advice="call merged.prepare(inputs) with inputs like these first",
         )
     return number
+
+
+def _recompile_unless(holds: Callable[[], bool]) -> None:
+    """Has Dynamo ask at each call of what it compiles now, and trace again on a no."""
+    from torch._dynamo.guards import install_guard
+    from torch._dynamo.source import GlobalStateSource
+    from torch._guards import Guard
+
+    def tome_capture(builder: Any, guard: Any) -> None:
+        words = ["the model is as tomepass captured it"]
+        builder.guard_manager.root.add_lambda_guard(lambda _: holds(), words, guard.user_stack)
+
+    install_guard(Guard(GlobalStateSource(), tome_capture))

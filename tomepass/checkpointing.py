@@ -60,12 +60,12 @@ class _Marking(TorchFunctionMode):
 
     def __enter__(self) -> Any:
         self._preserved = fx_traceback.preserve_node_meta()
-        self._preserved.__enter__()
+        self._preserved.__enter__()  # type: ignore[no-untyped-call]
         return super().__enter__()
 
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
-        self._preserved.__exit__(*exception)  # type: ignore[no-untyped-call]
+        self._preserved.__exit__(*exception)
         self.calls.clear()
 
 
