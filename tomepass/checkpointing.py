@@ -7,11 +7,10 @@ under ``torch.utils.checkpoint`` itself.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any, cast
 
@@ -33,10 +32,18 @@ def _code_of(function: Any) -> CodeType:
 _CHECKPOINT = _code_of(torch.utils.checkpoint.checkpoint)
 
 
-def marking(model: nn.Module) -> AbstractContextManager[Any]:
+@contextmanager
+def marking(model: nn.Module) -> Iterator[None]:
     """While a model is captured: marks what it runs under ``torch.utils.checkpoint``."""
-    training = any(module.training for module in model.modules())
-    return _Marking() if training else contextlib.nullcontext()
+    if not any(module.training for module in model.modules()):
+        yield
+        return
+    mode = _Marking()
+    try:
+        with fx_traceback.preserve_node_meta(), mode:
+            yield
+    finally:
+        mode.calls.clear()
 
 
 class _Marking(TorchFunctionMode):
@@ -57,16 +64,6 @@ class _Marking(TorchFunctionMode):
             marks[_REENTRANT] = 1
         with fx_traceback.annotate(marks):
             return func(*args, **kwargs)
-
-    def __enter__(self) -> Any:
-        self._preserved = fx_traceback.preserve_node_meta()
-        self._preserved.__enter__()  # type: ignore[no-untyped-call]
-        return super().__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        super().__exit__(*exception)
-        self._preserved.__exit__(*exception)
-        self.calls.clear()
 
 
 def _checkpointing() -> FrameType | None:

@@ -82,7 +82,7 @@ def apply(
         return make_adaptive(model, method, example_inputs, on_unmatched, outputs)
     merged = _rebuild(model, method, on_unmatched, outputs)
     if names := shadowed(merged):
-        _warn_of_names(model, names)
+        warn_of_names(merged, names)
     if example_inputs is not None:
         captured(merged, example_inputs)
     else:
@@ -138,9 +138,14 @@ class MergedModel(StandIn):
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
+        self,
+        model: nn.Module,
+        method: Method,
+        on_unmatched: OnUnmatched,
+        outputs: Outputs,
+        captures: Captures | None = None,
     ) -> None:
-        captures = Captures(_maker(method, on_unmatched, outputs))
+        captures = captures or Captures(_maker(method, on_unmatched, outputs))
         super().__init__(Tome(model, method, on_unmatched, outputs, captures))
 
     # ---- running ---------------------------------------------------------------------------
@@ -329,12 +334,20 @@ def make_applied(
     Raises:
         TomeError: if it cannot be captured, or is refused and ``on_unmatched`` is ``"raise"``.
     """
-    applied = _analyse(model, method, call, outputs, forward)
+    return accepted(_analyse(model, method, call, outputs, forward), on_unmatched)
+
+
+def accepted(applied: Applied, on_unmatched: OnUnmatched) -> Applied:
+    """What was made of a model, unless it is refused.
+
+    Raises:
+        TomeError: if it is refused and ``on_unmatched`` is ``"raise"``; ``"warn"`` warns.
+    """
     if applied.graph is None:
         refusal = applied.report.refusal()
         if on_unmatched == "raise":
             raise refusal
-        warnings.warn(f"left unmerged: {refusal}", stacklevel=4)
+        warnings.warn(f"left unmerged: {refusal}", stacklevel=5)
     return applied
 
 
@@ -417,12 +430,13 @@ def _rebuild(
     return made
 
 
-def _warn_of_names(model: nn.Module, names: list[str]) -> None:
-    listed, name = ", ".join(names), names[0]
+def warn_of_names(merged: StandIn, names: list[str]) -> None:
+    """Says which names of ours are the model's."""
+    model, kind = type(merged._tome.model).__name__, type(merged).__mro__[1]
     warnings.warn(
-        f"{type(model).__name__} has attributes of its own that are named as some of a merged "
-        f"model's: {listed}. merged.{name} is the model's; tomepass's is "
-        f"tomepass.MergedModel.{name}(merged)",
+        f"{model} has attributes of its own that are named as some of a merged model's: "
+        f"{', '.join(names)}. merged.{names[0]} is the model's; tomepass's is "
+        f"{kind.__module__}.{kind.__name__}.{names[0]}(merged)",
         stacklevel=3,
     )
 
