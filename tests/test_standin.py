@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from encoders import Encoder, make, pixels
+from encoders import Attention, Encoder, make, near, pixels
 from torch import Tensor, nn
 from zoo import make_inputs, make_model, relative_error
 
@@ -179,8 +179,19 @@ def test_copies_stand_on_their_own(
 
 
 @torch.no_grad()
-def test_no_image_gives_no_result(merged: Any) -> None:
-    assert merged(pixels(4)[:0]).shape == (0, 5)
+def test_no_image_gives_no_result(method: Method) -> None:
+    class Plain(Attention):
+        def heads(self, x: Tensor) -> Any:
+            return tuple(
+                part(x).view(*x.shape[:2], 2, x.shape[2] // 2).transpose(1, 2)
+                for part in (self.q, self.k, self.v)
+            )
+
+    model, x = make(blocks=[near(Plain)]), pixels(4)
+    assert model(x[:0]).shape == (0, 5)
+    merged = tomepass.apply(model, method, example_inputs=x)
+    assert merged(x[:0]).shape == (0, 5)
+    assert merged(x).shape == (4, 5)
 
 
 def test_hooks_of_the_merged_model_run(merged: Any, encoder: Any) -> None:
@@ -391,7 +402,7 @@ def test_tracing_is_refused_by_its_name(trace: Callable[..., Any], merged: Any) 
 
 
 def test_an_object_among_the_inputs_is_refused(merged: Any) -> None:
-    with pytest.raises(TomeError, match="holds a object"):
+    with pytest.raises(TomeError, match="holds an instance of object"):
         merged(pixels(4), cache=object())
 
 

@@ -26,6 +26,7 @@ from tomepass.module import (
     apply_capture,
     call_of,
     captured,
+    checker,
     make_applied,
     read_state,
     warn_of_names,
@@ -82,10 +83,9 @@ class AdaptiveModel(StandIn):
         ready: Applied | None = None,
     ) -> None:
         # The model is captured once: budgets differ in their counts alone.
-        plain = Captures(_capturing(ready))
+        plain = Captures(_capturing(ready), checker(ToMe(0), "raise"))
         self.__dict__["_tome_parts"] = tuple(
-            MergedModel(model, each, on_unmatched, "original", Captures(_reducing(plain, each)))
-            for each in budgets
+            MergedModel(model, each, "raise", "original", _reduced(plain, each)) for each in budgets
         )
         super().__init__(Tome(model, method, on_unmatched, "original", plain))
 
@@ -96,6 +96,14 @@ class AdaptiveModel(StandIn):
         return self._tome_answer(self._tome.bind(args, kwargs), "forward")
 
     def _tome_answer(self, call: dict[str, Any], method: str) -> Any:
+        tome = self._tome
+        form = tome.captures.get(tome.model, call, method).capture.form
+        if form.size is not None:
+            raise TomeError(
+                f"{type(tome.model).__name__}.{method} can be captured for a fixed batch size "
+                "alone, so its images cannot be split over budgets",
+                advice="apply the method without adaptive=",
+            )
         routes = self._tome_routes(call, method)
         images = routes.shape[0]
         parts, places = [], []
@@ -103,8 +111,7 @@ class AdaptiveModel(StandIn):
             mine = (routes == number).nonzero()[:, 0]
             if len(mine) or (not images and number == 0):
                 places.append(mine)
-                part = {name: _rows(value, mine, images) for name, value in call.items()}
-                parts.append(budget._tome_called(part, method))
+                parts.append(budget._tome_called(form.rows(call, mine), method))
         return _together(parts, torch.cat(places).argsort(), [len(p) for p in places])
 
     def _tome_routes(self, call: dict[str, Any], method: str) -> Tensor:
@@ -223,14 +230,15 @@ def _capturing(ready: Applied | None) -> Make:
     return make
 
 
-def _reducing(plain: Captures, method: Method) -> Make:
-    """Reduces what was captured once for all budgets."""
+def _reduced(plain: Captures, method: Method) -> Captures:
+    """What was captured once for all budgets, reduced for one."""
 
     def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
         capture = plain.get(model, call, forward).capture
         return accepted(apply_capture(model, capture, method), "raise")
 
-    return make
+    # The capture has been held against the model: that a router ran on it is enough.
+    return Captures(make, lambda applied, *_: applied)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -281,16 +289,6 @@ def _scaled(method: Method, share: float, stream: PlannedStream) -> Method:
         return method.replace(macs=max(1 - (1 - method.schedule.macs) * share, 0.01))
     counts = method.counts(len(stream.plan.blocks))
     return method.replace(r=[round(count * share) for count in counts], blocks=None)
-
-
-def _rows(value: Any, places: Tensor, images: int) -> Any:
-    """An input, for some of the images."""
-
-    def chosen(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == images
-        return leaf[places] if batched else leaf
-
-    return pytree.tree_map(chosen, value)
 
 
 def _together(parts: list[Any], order: Tensor, lengths: list[int]) -> Any:

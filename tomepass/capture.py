@@ -23,11 +23,13 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tomepass.alone import Untraced, one_at_a_time
+from tomepass.batches import ANY, Form, forms
 from tomepass.calls import call_with
 from tomepass.checkpointing import is_reentrant, marking
 from tomepass.clone import Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
+from tomepass.fidelity import NotCapturedError, can_be_held, hold_against
 from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
 
@@ -97,6 +99,8 @@ class Capture:
         out_spec: rebuilds the model's output class from the graph's flat outputs.
         example: the flat example inputs the capture was made with.
         guards: whether the model still is what was captured.
+        form: how it takes the batch.
+        grad: whether gradients were enabled.
     """
 
     graph: CanonicalGraph
@@ -104,50 +108,80 @@ class Capture:
     out_spec: pytree.TreeSpec
     example: tuple[Any, ...]
     guards: Guards
+    form: Form = ANY
+    grad: bool = True
+
+    @classmethod
+    def of_nothing(cls, guards: Guards) -> Capture:
+        """What stands in the place of a capture where none can be made: a graph of nothing."""
+        graph = fx.Graph()
+        graph.output(())
+        empty = CanonicalGraph(fx.GraphModule(nn.Module(), graph), frozenset(), fragment=False)
+        return cls(empty, (), pytree.tree_structure(()), (), guards)
 
 
 def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "forward") -> Capture:
     """Exports a method of ``model`` for keyword inputs like ``kwargs``, with a dynamic batch.
 
     Tensors whose first dimension equals that of the first tensor are batched; the example is
-    remade with a batch of 2, since a batch of 1 would be baked into the graph.
+    remade with a batch of 2, since a batch of 1 would be baked into the graph. Where that cannot
+    be done, the first tensor alone is batched, or the graph is made for this batch size alone.
 
     Raises:
-        TomeError: if ``torch.export`` cannot capture the model.
+        NotCapturedError: if ``torch.export`` cannot capture the model.
+        TomeError: if there is no tensor, or if the model writes to its own state.
     """
-    example, dynamic = batch_of_two(kwargs)
+    failed: list[tuple[Exception, Twin]] = []
     with one_at_a_time():
-        twin = Twin(model)
-        try:
-            with marking(model):
-                program = torch.export.export(
-                    _ByKeyword(twin, forward), (example,), dynamic_shapes=(dynamic,), strict=False
-                )
-        except TomeError:
-            raise
-        except Exception as error:
-            raise TomeError(
-                f"torch.export could not capture {type(model).__name__} for inputs "
-                f"{describe_inputs(kwargs)}: {type(error).__name__}: {_first_lines(error)}",
-                advice="call the model itself with these inputs first; if that works, the model "
-                "branches on tensor values, which no graph can hold, or reads the batch size as a "
-                "Python number: x.shape[0] stays symbolic where len(x) does not",
-            ) from error
-        return _captured(model, program, twin, tuple(pytree.tree_leaves(example)))
+        for form in forms(kwargs):
+            example, dynamic = form.remade(kwargs)
+            twin = Twin(model)
+            try:
+                with marking(model):
+                    program = torch.export.export(
+                        _ByKeyword(twin, forward),
+                        (example,),
+                        dynamic_shapes=(dynamic,),
+                        strict=False,
+                    )
+            except Exception as error:
+                failed.append((error, twin))
+            else:
+                leaves = tuple(pytree.tree_leaves(example))
+                captured = _captured(model, program, twin, leaves, form)
+                if can_be_held(kwargs):
+                    hold_against(model, captured, kwargs, forward)
+                return captured
+    first, twin = failed[0]
+    if isinstance(first, TomeError):
+        raise first
+    raise NotCapturedError(
+        f"torch.export could not capture {type(model).__name__} for inputs "
+        f"{describe_inputs(kwargs)}: {type(first).__name__}: {_first_lines(first)}",
+        advice="call the model itself with these inputs first; if that works, the model "
+        "branches on tensor values, which no graph can hold",
+        guards=Guards(model, twin.reads),
+    ) from first
 
 
 def _captured(
-    model: nn.Module, program: torch.export.ExportedProgram, twin: Twin, example: tuple[Any, ...]
+    model: nn.Module,
+    program: torch.export.ExportedProgram,
+    twin: Twin,
+    example: tuple[Any, ...],
+    form: Form,
 ) -> Capture:
     """An exported program in the dialect, with its state named after the model's."""
     module, signature = program.graph_module, program.graph_signature
     _to_dialect(module)
+    guards = Guards(model, twin.reads, fused=_has_fused_layer(module))
     if (written := _written_input(module)) is not None:
-        raise TomeError(
+        raise NotCapturedError(
             "the model writes to its inputs or its own state in its forward",
             node=written.name,
             source=source_line(written),
             advice="switch it to eval mode",
+            guards=guards,
         )
     constants = program.constants
     state: list[str | Tensor] = []
@@ -169,8 +203,8 @@ def _captured(
     module.recompile()
     graph = CanonicalGraph(module, frozenset(data), False, frozenset(learned))
     assert program.call_spec.out_spec is not None
-    guards = Guards(model, twin.reads, fused=_has_fused_layer(module))
-    return Capture(graph, tuple(state), program.call_spec.out_spec, example, guards)
+    grad = torch.is_grad_enabled()
+    return Capture(graph, tuple(state), program.call_spec.out_spec, example, guards, form, grad)
 
 
 def capture_dynamo(
@@ -323,25 +357,7 @@ def _path(target: str) -> str:
 
 def batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs remade with a batch of 2, and their dynamic shapes for ``torch.export``."""
-    tensors = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor) and v.ndim]
-    if not tensors:
-        raise TomeError("no tensor among the inputs, so there is no batch to capture with")
-    batch = tensors[0].shape[0]
-    dimension = torch.export.Dim("batch", min=1)
-
-    def two(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != batch:
-            return value
-        if batch == 0:
-            return value.new_zeros((2, *value.shape[1:]))
-        return torch.cat([value[:1], value[-1:]]).detach()
-
-    def batched(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {0: dimension} if value.ndim and value.shape[0] == batch else {}
-        return None
-
-    return pytree.tree_map(two, kwargs), pytree.tree_map(batched, kwargs)
+    return ANY.remade(kwargs)
 
 
 def _to_dialect(module: fx.GraphModule) -> None:
@@ -392,7 +408,7 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
 
 def _spell_out(literal: fx.Node, value: Tensor) -> None:
     """Makes a number written ``torch.tensor(0.0)`` a number in the graph, for masks to be read."""
-    if value.ndim or not isinstance(number := value.item(), (bool, int, float)):
+    if value.ndim or value.is_meta or not isinstance(number := value.item(), (bool, int, float)):
         return
     for copy in [n for n in literal.users if n.target is aten.lift_fresh_copy.default]:
         with copy.graph.inserting_before(copy):

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.alone import one_at_a_time
+from tomepass.batches import Form, first_of, forms
 from tomepass.errors import TomeError
+from tomepass.fidelity import can_be_held
 
 if TYPE_CHECKING:
     from tomepass.module import Applied
@@ -21,6 +22,7 @@ CAPTURES = 64
 """How many captures of a model are kept; the one longest out of use goes first."""
 
 Make = Callable[[nn.Module, dict[str, Any], str], "Applied"]
+Check = Callable[["Applied", nn.Module, dict[str, Any], str], "Applied"]
 Signature = tuple[Any, ...]
 
 _clock = itertools.count(1)
@@ -28,11 +30,12 @@ _clock = itertools.count(1)
 
 @dataclass(eq=False)
 class _Kept:
-    """A capture, and when it was last used."""
+    """A capture, when it was last used, and how often it is still to be held against the model."""
 
     signature: Signature
     applied: Applied
     used: int
+    checks: int = 1
 
 
 @dataclass(eq=False)
@@ -40,53 +43,46 @@ class Captures:
     """The captures of one model, by call signature.
 
     Any number of threads may ask. One captures; those that need the same capture wait for it, the
-    others go on with theirs.
+    others go on with theirs. An answer is always about the model as it is now.
 
     Args:
         make: captures a model for a call of one of its methods, and rewrites it.
+        check: raises, or gives what to run instead, where a capture is not the model for a call.
         limit: how many are kept; may be changed at any time.
     """
 
     make: Make
+    check: Check
     limit: int = CAPTURES
     # Replaced, never changed: threads look things up without a lock.
     _kept: dict[Signature, tuple[_Kept, ...]] = field(default_factory=dict)
-    # What compiled code has taken in stays, by number.
+    # What compiled code has taken in stays, by number, and so do the signatures it looks up.
     _compiled: dict[int, Applied] = field(default_factory=dict)
-    _signatures: dict[Signature, int] = field(default_factory=dict)
+    _numbers: dict[Signature, int] = field(default_factory=dict)
 
     def get(self, model: nn.Module, call: dict[str, Any], method: str = "forward") -> Applied:
-        """The capture of a method of the model, made if there is none.
+        """The capture of a method of the model as it is now, made if there is none.
 
         Args:
-            model: whose method it is, as it is now.
+            model: whose method it is.
             call: keyword inputs of the method.
             method: its name.
 
         Raises:
-            TomeError: if it cannot be captured, or if it would have to be while Dynamo traces.
+            TomeError: if it cannot be captured, if the capture is another function than the model,
+                or if it would have to be made while Dynamo traces.
         """
-        signature = signature_of(model, call, method)
         if torch.compiler.is_dynamo_compiling():
-            # Looking the signature up is what makes Dynamo guard on the sizes in it.
-            known = self._signatures.get(signature, -1)
-            return self._compiled[_taken_in(self, known)]
-        if (found := self.find(signature)) is not None:
-            return found
-        with one_at_a_time():
-            if (found := self.find(signature)) is not None:
-                return found  # made by another thread meanwhile
-            applied = self.make(model, call, method)
-            self._add(_Kept(signature, applied, next(_clock)))
-            return applied
-
-    def find(self, signature: Signature) -> Applied | None:
-        """The capture for a signature of the model as it is now, if there is one."""
-        for kept in self._kept.get(signature, ()):
-            if kept.applied.capture.guards.hold():
-                kept.used = next(_clock)
-                return kept.applied
-        return None
+            return self._compiled[_taken_in(self, self._number(model, call, method))]
+        if (kept := self._find(model, call, method)) is None:
+            with one_at_a_time():
+                if (kept := self._find(model, call, method)) is None:
+                    return self._new(model, call, method).applied
+                # Another thread has made it meanwhile.
+        if kept.checks and can_be_held(call):
+            with one_at_a_time():
+                self._hold(kept, model, call, method)
+        return kept.applied
 
     def change(self, change: Callable[[Applied], Applied]) -> None:
         """Puts something else in the place of each."""
@@ -106,18 +102,47 @@ class Captures:
     def _all(self) -> list[_Kept]:
         return [kept for group in self._kept.values() for kept in group]
 
-    def _add(self, new: _Kept) -> None:
+    def _find(self, model: nn.Module, call: dict[str, Any], method: str) -> _Kept | None:
+        # A capture for which the first tensor alone is batched was made knowing the others' sizes.
+        for form in reversed(forms(call)):
+            for kept in self._kept.get(signature_of(model, call, method, form), ()):
+                if kept.applied.capture.guards.hold():
+                    kept.used = next(_clock)
+                    return kept
+        return None
+
+    def _new(self, model: nn.Module, call: dict[str, Any], method: str) -> _Kept:
+        applied = self.make(model, call, method)
+        signature = signature_of(model, call, method, applied.capture.form)
+        new = _Kept(signature, applied, next(_clock))
         used = sorted((*self._all(), new), key=lambda kept: kept.used, reverse=True)
         groups: dict[Signature, tuple[_Kept, ...]] = {}
         for kept in used[: max(self.limit, 1)]:
             groups[kept.signature] = (*groups.get(kept.signature, ()), kept)
         self._kept = groups
-        self._signatures.setdefault(new.signature, len(self._signatures))
+        self._numbers.setdefault(signature, len(self._numbers))
+        return new
+
+    def _hold(self, kept: _Kept, model: nn.Module, call: dict[str, Any], method: str) -> None:
+        """Holds a capture against the model on inputs it was not made with: the first real ones."""
+        if kept.checks:
+            kept.applied = self.check(kept.applied, model, call, method)
+            kept.checks -= 1
+
+    def _number(self, model: nn.Module, call: dict[str, Any], method: str) -> int:
+        """The number of a call's signature, -1 if there is none."""
+        # Looking a signature up makes Dynamo guard on the sizes in it: the batch comes last.
+        for form in forms(call):
+            signature = signature_of(model, call, method, form)
+            if signature in self._numbers:
+                return self._numbers[signature]
+        return -1
 
     def _take_in(self, known: int) -> int | None:
         """The number of a capture that compiled code keeps, by the number of its signature."""
-        signature = next((s for s, number in self._signatures.items() if number == known), None)
-        applied = None if signature is None else self.find(signature)
+        signature = next((s for s, number in self._numbers.items() if number == known), None)
+        group = () if signature is None else self._kept.get(signature, ())
+        applied = next((k.applied for k in group if k.applied.capture.guards.hold()), None)
         if applied is None:
             return None
         _recompile_unless(applied.capture.guards.hold)
@@ -128,29 +153,26 @@ class Captures:
         return len(self._compiled) - 1
 
 
-def signature_of(model: nn.Module, call: dict[str, Any], method: str) -> Signature:
+def signature_of(model: nn.Module, call: dict[str, Any], method: str, form: Form) -> Signature:
     """What tells captures apart before the model is asked: the method, the inputs, its type."""
-    leaves = pytree.tree_leaves(call)
-    first = next((v for v in leaves if isinstance(v, Tensor) and v.ndim), None)
-    batch = 0 if first is None else first.shape[0]
-    state = next(model.parameters(), None)
+    state, first = next(model.parameters(), None), first_of(call)
     return (
         method,
         None if state is None else (state.dtype, _device(state)),
-        tuple((name, _shape_of(value, batch)) for name, value in call.items()),
+        tuple((name, _shape_of(value, first, form)) for name, value in call.items()),
     )
 
 
-def _shape_of(value: Any, batch: int) -> Any:
+def _shape_of(value: Any, first: Tensor | None, form: Form) -> Any:
     """What a capture depends on in an input: all but the batch size and the tensor's values."""
     if isinstance(value, Tensor):
-        batched = value.ndim > 0 and value.shape[0] == batch
+        batched = form.batched(value, first)
         sizes = value.shape[1:] if batched else value.shape
         return (batched, tuple(int(s) for s in sizes), value.dtype, _device(value))
     if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *(_shape_of(v, batch) for v in value))
+        return (type(value).__name__, *(_shape_of(v, first, form) for v in value))
     if isinstance(value, dict):
-        return ("dict", *((name, _shape_of(v, batch)) for name, v in value.items()))
+        return ("dict", *((name, _shape_of(v, first, form)) for name, v in value.items()))
     return repr(value)
 
 

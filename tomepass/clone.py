@@ -60,15 +60,16 @@ class Twin:
 
     Args:
         model: stays as it is.
+        noting: whether what is read can be noted: then classes are others of the same name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, noting: bool = True) -> None:
         self._memo: dict[int, Any] = {}
         self._keep: list[Any] = []  # ids stay unique while it lives
         self._classes: dict[type, type] = {}
         self._reads: dict[int, Reads] = {}
         self._thread: int | None = None
-        self._mixin = _recording(self)
+        self._mixin = _recording(self) if noting else None
         self.model: nn.Module = self.copy(model)
 
     @property
@@ -219,6 +220,8 @@ class Twin:
 
     def _class(self, cls: type) -> tuple[type, bool]:
         """A class of the same name that notes what is read, if it can be made."""
+        if self._mixin is None:
+            return cls, False
         if cls not in self._classes:
             self._classes[cls] = _noting_class(self._mixin, cls)
         made = self._classes[cls]

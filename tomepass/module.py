@@ -15,11 +15,12 @@ from torch import Tensor, fx, nn
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.bypass import captured_another, merging
 from tomepass.calls import Inputs, as_call, call_with, check_call
-from tomepass.capture import Capture, capture_module
-from tomepass.captures import Captures, Make
+from tomepass.capture import Capture, capture_module, describe_inputs
+from tomepass.captures import Captures, Check, Make
 from tomepass.checkpointing import recomputing
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
+from tomepass.fidelity import NotCapturedError, hold_against
 from tomepass.graphs import copied, only_outputs
 from tomepass.kept import Counting, KeptReport
 from tomepass.kernels.choose import on_cuda, take_kernels
@@ -28,6 +29,7 @@ from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
 from tomepass.standin import StandIn, Tome, gives_way, shadowed, stand_in
+from tomepass.structure import Mismatch
 
 if TYPE_CHECKING:
     from tomepass.adaptive import Router
@@ -145,7 +147,9 @@ class MergedModel(StandIn):
         outputs: Outputs,
         captures: Captures | None = None,
     ) -> None:
-        captures = captures or Captures(_maker(method, on_unmatched, outputs))
+        captures = captures or Captures(
+            _maker(method, on_unmatched, outputs), checker(method, on_unmatched)
+        )
         super().__init__(Tome(model, method, on_unmatched, outputs, captures))
 
     # ---- running ---------------------------------------------------------------------------
@@ -334,7 +338,13 @@ def make_applied(
     Raises:
         TomeError: if it cannot be captured, or is refused and ``on_unmatched`` is ``"raise"``.
     """
-    return accepted(_analyse(model, method, call, outputs, forward), on_unmatched)
+    try:
+        applied = _analyse(model, method, call, outputs, forward)
+    except NotCapturedError as error:
+        if on_unmatched == "raise":
+            raise
+        applied = _not_captured(model, method, call, error)
+    return accepted(applied, on_unmatched)
 
 
 def accepted(applied: Applied, on_unmatched: OnUnmatched) -> Applied:
@@ -351,12 +361,38 @@ def accepted(applied: Applied, on_unmatched: OnUnmatched) -> Applied:
     return applied
 
 
+def _not_captured(
+    model: nn.Module, method: Method, call: dict[str, Any], error: NotCapturedError
+) -> Applied:
+    """A model that is left as it is, since no graph can stand for it."""
+    reason = Mismatch(error.reason, error.block, error.node, error.source, error.advice)
+    inputs = describe_inputs(call)
+    report = Report(type(model).__name__, inputs, method, (), (reason,), (), 0, 0, 0)
+    return Applied(Capture.of_nothing(error.guards), None, None, report)
+
+
 def _maker(method: Method, on_unmatched: OnUnmatched, outputs: Outputs) -> Make:
     def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
         captured_another()
         return make_applied(model, method, call, on_unmatched, outputs, forward)
 
     return make
+
+
+def checker(method: Method, on_unmatched: OnUnmatched) -> Check:
+    def check(applied: Applied, model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        if applied.graph is None:
+            return applied  # then the model itself runs
+        try:
+            hold_against(model, applied.capture, call, forward)
+        except NotCapturedError as error:
+            if on_unmatched == "raise":
+                raise
+            warnings.warn(f"left unmerged: {error}", stacklevel=4)
+            return _not_captured(model, method, call, error)
+        return applied
+
+    return check
 
 
 def _analyse(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32
+from tomepass.ops.library import at_least_float32, autocasts
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
@@ -42,7 +42,7 @@ def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tens
 
 def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     plain = x.is_contiguous() and x.dtype is weight.dtype and x.shape[-1] == weight.shape[-1]
-    if not plain or torch.is_autocast_enabled(x.device.type):
+    if not plain or autocasts(x.device):
         result: Tensor = torch.ops.aten.linear.default(x, weight, bias)
         return result
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -50,7 +50,7 @@ def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def _layer_norm_result(x: Tensor, shape: list[int], *rest: Any) -> Tensor:
     plain = x.is_contiguous() and x.shape[-len(shape) :] == tuple(shape)
-    if not plain or torch.is_autocast_enabled(x.device.type):
+    if not plain or autocasts(x.device):
         result: Tensor = torch.ops.aten.layer_norm.default(x, shape, *rest)
         return result
     return x.new_empty(x.shape)
