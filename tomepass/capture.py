@@ -131,6 +131,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         NotCapturedError: if ``torch.export`` cannot capture the model.
         TomeError: if there is no tensor, or if the model writes to its own state.
     """
+    _check_place(model, kwargs)
     failed: list[tuple[Exception, Twin]] = []
     with one_at_a_time():
         for form in forms(kwargs):
@@ -162,6 +163,20 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         "branches on tensor values, which no graph can hold",
         guards=Guards(model, twin.reads),
     ) from first
+
+
+def _check_place(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuses a model whose parameters are brought from elsewhere while it runs."""
+    given = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor)]
+    held = [name for name, value in model.named_parameters() if value.is_meta]
+    if held and not all(value.is_meta for value in given):
+        raise TomeError(
+            f"parameters of {type(model).__name__} are on the meta device ({held[0]} is the first "
+            f"of {len(held)}) and its inputs are not: their values are elsewhere, and hooks bring "
+            "them while its parts run, as accelerate does when it offloads; a graph reads all at "
+            "once",
+            advice="load the model whole, without device_map= or offloading, then apply",
+        )
 
 
 def _captured(
