@@ -10,22 +10,29 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from tomepass.bypass import captured_another
 from tomepass.capture import Capture
+from tomepass.captures import Captures, Make
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import only_outputs
 from tomepass.methods import Method, ToMe
 from tomepass.module import (
+    Applied,
     MergedModel,
     OnUnmatched,
     Outputs,
+    accepted,
+    apply_capture,
     call_of,
     captured,
+    checker,
+    make_applied,
     read_state,
-    read_streams,
+    warn_of_names,
 )
 from tomepass.planning import PlannedStream, plan_graph
-from tomepass.standin import StandIn, Tome, gives_way, stand_in, value_gives_way
+from tomepass.standin import StandIn, Tome, gives_way, shadowed, stand_in, value_gives_way
 
 BUDGETS = (0.85, 1.0, 1.15)
 """Shares of the method's counts, from the least redundant images to the most.
@@ -64,6 +71,7 @@ class AdaptiveModel(StandIn):
         method: with ``adaptive`` thresholds, as many as lie between the budgets.
         on_unmatched: as for :func:`tomepass.apply`.
         budgets: the methods, from the least redundant images to the most.
+        ready: the model as captured already, nothing reduced.
     """
 
     def __init__(
@@ -72,12 +80,14 @@ class AdaptiveModel(StandIn):
         method: Method,
         on_unmatched: OnUnmatched,
         budgets: Sequence[Method],
+        ready: Applied | None = None,
     ) -> None:
+        # The model is captured once: budgets differ in their counts alone.
+        plain = Captures(_capturing(ready), checker(ToMe(0), "raise"))
         self.__dict__["_tome_parts"] = tuple(
-            MergedModel(model, each, on_unmatched, "original") for each in budgets
+            MergedModel(model, each, "raise", "original", _reduced(plain, each)) for each in budgets
         )
-        captures = self._tome_parts[0]._tome.captures
-        super().__init__(Tome(model, method, on_unmatched, "original", captures))
+        super().__init__(Tome(model, method, on_unmatched, "original", plain))
 
     _tome_parts: tuple[MergedModel, ...]
 
@@ -86,6 +96,14 @@ class AdaptiveModel(StandIn):
         return self._tome_answer(self._tome.bind(args, kwargs), "forward")
 
     def _tome_answer(self, call: dict[str, Any], method: str) -> Any:
+        tome = self._tome
+        form = tome.captures.get(tome.model, call, method).capture.form
+        if form.size is not None:
+            raise TomeError(
+                f"{type(tome.model).__name__}.{method} can be captured for a fixed batch size "
+                "alone, so its images cannot be split over budgets",
+                advice="apply the method without adaptive=",
+            )
         routes = self._tome_routes(call, method)
         images = routes.shape[0]
         parts, places = [], []
@@ -93,15 +111,12 @@ class AdaptiveModel(StandIn):
             mine = (routes == number).nonzero()[:, 0]
             if len(mine) or (not images and number == 0):
                 places.append(mine)
-                part = {name: _rows(value, mine, images) for name, value in call.items()}
-                parts.append(budget._tome_called(part, method))
+                parts.append(budget._tome_called(form.rows(call, mine), method))
         return _together(parts, torch.cat(places).argsort(), [len(p) for p in places])
 
     def _tome_routes(self, call: dict[str, Any], method: str) -> Tensor:
         tome = self._tome
         applied = tome.captures.get(tome.model, call, method)
-        if applied.graph is None:
-            raise TomeError(f"{method} is left unmerged, so images have no budgets")
         found = applied.router(tome.model, applied.capture, call)
         limits = torch.tensor(tome.method.adaptive, dtype=torch.float32)
         return torch.bucketize(found, limits.to(found.device), right=True)
@@ -177,21 +192,53 @@ def make_adaptive(
             advice="give example_inputs=: a batch of real images, 32 or more",
         )
     call = call_of(model, example_inputs)
-    capture, (stream, *_) = read_streams(model, call)
+    ready = make_applied(model, ToMe(0), call)
+    stream = plan_graph(ready.capture.graph, ToMe(0)).streams[0]
     if method.adaptive is True:
-        router = Router.of(capture, stream)
-        method = method.replace(adaptive=_thresholds(router(model, capture, call)))
+        found = ready.router(model, ready.capture, call)
+        method = method.replace(adaptive=_thresholds(found))
     plain = method.replace(adaptive=False)
     budgets = [_scaled(plain, share, stream) for share in BUDGETS]
-    made = _rebuild(model, method, on_unmatched, budgets)
+    made = _rebuild(model, method, on_unmatched, budgets, ready)
+    if names := shadowed(made):
+        warn_of_names(made, names)
     return AdaptiveModel.prepare(made, example_inputs)
 
 
 def _rebuild(
-    model: nn.Module, method: Method, on_unmatched: OnUnmatched, budgets: Sequence[Method]
+    model: nn.Module,
+    method: Method,
+    on_unmatched: OnUnmatched,
+    budgets: Sequence[Method],
+    ready: Applied | None = None,
 ) -> AdaptiveModel:
-    made: AdaptiveModel = stand_in(AdaptiveModel, model)(model, method, on_unmatched, budgets)
+    cls = stand_in(AdaptiveModel, model)
+    made: AdaptiveModel = cls(model, method, on_unmatched, budgets, ready)
     return made
+
+
+def _capturing(ready: Applied | None) -> Make:
+    """Captures a model, nothing reduced; the first time there may be one."""
+    waiting = [] if ready is None else [ready]
+
+    def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        if waiting:
+            return waiting.pop()
+        captured_another()
+        return make_applied(model, ToMe(0), call, forward=forward)
+
+    return make
+
+
+def _reduced(plain: Captures, method: Method) -> Captures:
+    """What was captured once for all budgets, reduced for one."""
+
+    def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        capture = plain.get(model, call, forward).capture
+        return accepted(apply_capture(model, capture, method), "raise")
+
+    # The capture has been held against the model: that a router ran on it is enough.
+    return Captures(make, lambda applied, *_: applied)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -207,9 +254,9 @@ class Router:
     protected: tuple[int, ...]
 
     @classmethod
-    def of(cls, capture: Capture, stream: PlannedStream | None = None) -> Router:
+    def of(cls, capture: Capture) -> Router:
         """Of a captured model that can be merged."""
-        stream = stream or plan_graph(capture.graph, ToMe(0)).streams[0]
+        stream = plan_graph(capture.graph, ToMe(0)).streams[0]
         graph = only_outputs(capture.graph.module, [stream.stream.entry.name])
         return cls(graph, stream.plan.protected)
 
@@ -242,16 +289,6 @@ def _scaled(method: Method, share: float, stream: PlannedStream) -> Method:
         return method.replace(macs=max(1 - (1 - method.schedule.macs) * share, 0.01))
     counts = method.counts(len(stream.plan.blocks))
     return method.replace(r=[round(count * share) for count in counts], blocks=None)
-
-
-def _rows(value: Any, places: Tensor, images: int) -> Any:
-    """An input, for some of the images."""
-
-    def chosen(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == images
-        return leaf[places] if batched else leaf
-
-    return pytree.tree_map(chosen, value)
 
 
 def _together(parts: list[Any], order: Tensor, lengths: list[int]) -> Any:

@@ -51,6 +51,17 @@ class Form:
 
         return pytree.tree_map(two, call), pytree.tree_map(shape, call)
 
+    def rows(self, call: dict[str, Any], places: Any) -> dict[str, Any]:
+        """A call for some of its images: their places, or a slice."""
+        first = first_of(call)
+
+        def chosen(leaf: Any) -> Any:
+            batched = isinstance(leaf, Tensor) and self.batched(leaf, first)
+            return leaf[places] if batched else leaf
+
+        found: dict[str, Any] = pytree.tree_map(chosen, call)
+        return found
+
     def few(self, call: dict[str, Any]) -> dict[str, Any]:
         """The first and the last of a call's inputs; all where the size is fixed."""
         return self.remade(call)[0]

@@ -150,8 +150,6 @@ def called_through(merged: StandIn, name: str, function: Callable[..., Any]) -> 
         name: of the method.
         function: it, as the model has it.
     """
-    if torch.compiler.is_compiling():
-        return functools.partial(_compiled, merged, name, function)
 
     @functools.wraps(function)
     def method(self: StandIn, *args: Any, **kwargs: Any) -> Any:
@@ -163,6 +161,8 @@ def called_through(merged: StandIn, name: str, function: Callable[..., Any]) -> 
 def _call(
     merged: StandIn, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return _compiled(merged, name, function, args, kwargs)
     tome = merged._tome
     way = tome.ways.get(name)
     if way == _CAPTURED:
@@ -223,7 +223,9 @@ def _tell(merged: StandIn, name: str, reason: str) -> None:
     )
 
 
-def _compiled(merged: StandIn, name: str, function: Any, *args: Any, **kwargs: Any) -> Any:
+def _compiled(
+    merged: StandIn, name: str, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
     """A method called while Dynamo traces: what was captured before, or as it was seen to run."""
     if _way(merged._tome, name) == _CAPTURED:
         return merged._tome_answer(merged._tome.bind(args, kwargs, name), name)

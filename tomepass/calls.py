@@ -142,8 +142,8 @@ def check_call(call: Mapping[str, Any], method: str = "forward") -> None:
     for name, value in call.items():
         if (strange := _strange(value)) is not None:
             raise TomeError(
-                f"input {name!r} of {method} holds a {type(strange).__name__}, which a capture "
-                "cannot tell from another one",
+                f"input {name!r} of {method} holds an instance of {type(strange).__name__}, which "
+                "a capture cannot tell from another one",
                 advice="give tensors, numbers and strings, in tuples, lists or dicts",
             )
 

@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tomepass.alone import Untraced, one_at_a_time
 from tomepass.batches import ANY, Form, forms
 from tomepass.calls import call_with
+from tomepass.checkpointing import is_reentrant, marking
 from tomepass.clone import Reads, Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
@@ -130,13 +131,14 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         NotCapturedError: if ``torch.export`` cannot capture the model.
         TomeError: if there is no tensor, or if the model writes to its own state.
     """
+    _check_place(model, kwargs)
     failed: list[tuple[Exception, Twin]] = []
     with one_at_a_time():
         for form in forms(kwargs):
             example, dynamic = form.remade(kwargs)
             twin = Twin(model)
             try:
-                program = _exported(twin, forward, example, dynamic)
+                program = _exported(model, twin, forward, example, dynamic)
             except Exception as error:
                 failed.append((error, twin))
                 continue
@@ -144,7 +146,9 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
                 later = Twin(model)
                 for reads, values in kept:
                     vars(later.of(reads.original)).update(values)
-                _check_state(model, program, _exported(later, forward, example, dynamic), kept)
+                _check_state(
+                    model, program, _exported(model, later, forward, example, dynamic), kept
+                )
             captured = _captured(model, program, twin, tuple(pytree.tree_leaves(example)), form)
             if can_be_held(kwargs):
                 hold_against(model, captured, kwargs, forward)
@@ -162,11 +166,12 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
 
 
 def _exported(
-    twin: Twin, method: str, example: dict[str, Any], dynamic: dict[str, Any]
+    model: nn.Module, twin: Twin, method: str, example: dict[str, Any], dynamic: dict[str, Any]
 ) -> torch.export.ExportedProgram:
-    return torch.export.export(
-        _ByKeyword(twin, method), (example,), dynamic_shapes=(dynamic,), strict=False
-    )
+    with marking(model):
+        return torch.export.export(
+            _ByKeyword(twin, method), (example,), dynamic_shapes=(dynamic,), strict=False
+        )
 
 
 def _check_state(
@@ -187,6 +192,20 @@ def _check_state(
     for reads, values in kept:
         for name in values:
             del reads.names[name]
+
+
+def _check_place(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuses a model whose parameters are brought from elsewhere while it runs."""
+    given = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor)]
+    held = [name for name, value in model.named_parameters() if value.is_meta]
+    if held and not all(value.is_meta for value in given):
+        raise TomeError(
+            f"parameters of {type(model).__name__} are on the meta device ({held[0]} is the first "
+            f"of {len(held)}) and its inputs are not: their values are elsewhere, and hooks bring "
+            "them while its parts run, as accelerate does when it offloads; a graph reads all at "
+            "once",
+            advice="load the model whole, without device_map= or offloading, then apply",
+        )
 
 
 def _captured(
@@ -409,8 +428,9 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
     arguments: list[Any] = list(region.args)
     at = _REGIONS[region.target]
     body, *operands = arguments[at:]
-    without_gradients = at == 1 and arguments[0] is False
     inner = cast(fx.GraphModule, module.get_submodule(body.target)).graph
+    # Reentrant checkpoints run without gradients, and again with them in the backward.
+    without_gradients = at == 1 and arguments[0] is False and not is_reentrant(inner.nodes)
     placed = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
     results: Any = ()
     with module.graph.inserting_before(region):

@@ -18,6 +18,7 @@ from tomepass.bypass import captured_another, merging
 from tomepass.calls import Inputs, as_call, call_with, check_call
 from tomepass.capture import Capture, capture_module, describe_inputs
 from tomepass.captures import Captures, Check, Make
+from tomepass.checkpointing import recomputing
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.fidelity import NotCapturedError, hold_against
@@ -84,7 +85,7 @@ def apply(
         return make_adaptive(model, method, example_inputs, on_unmatched, outputs)
     merged = _rebuild(model, method, on_unmatched, outputs)
     if names := shadowed(merged):
-        _warn_of_names(model, names)
+        warn_of_names(merged, names)
     if example_inputs is not None:
         captured(merged, example_inputs)
     else:
@@ -140,9 +141,16 @@ class MergedModel(StandIn):
     """
 
     def __init__(
-        self, model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
+        self,
+        model: nn.Module,
+        method: Method,
+        on_unmatched: OnUnmatched,
+        outputs: Outputs,
+        captures: Captures | None = None,
     ) -> None:
-        captures = Captures(_maker(method, on_unmatched, outputs), _checker(method, on_unmatched))
+        captures = captures or Captures(
+            _maker(method, on_unmatched, outputs), checker(method, on_unmatched)
+        )
         super().__init__(Tome(model, method, on_unmatched, outputs, captures))
 
     # ---- running ---------------------------------------------------------------------------
@@ -264,6 +272,8 @@ class Applied:
         report: what was found and done.
         on_device: the graph with kernels for its device, where there are some that run anywhere
             but in an exported program.
+        recomputed: the graph that runs where gradients are wanted, where the model recomputes
+            parts of itself in its backward (gradient checkpointing).
     """
 
     capture: Capture
@@ -271,6 +281,7 @@ class Applied:
     source_graph: fx.GraphModule | None
     report: Report
     on_device: fx.GraphModule | None = None
+    recomputed: fx.GraphModule | None = None
 
     @property
     def graph(self) -> fx.GraphModule | None:
@@ -305,6 +316,8 @@ class Applied:
         own = self.graph
         if self.on_device is not None and not exporting():
             own = self.on_device
+        if self.recomputed is not None and torch.is_grad_enabled():
+            own = self.recomputed
         assert own is not None
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 
@@ -331,11 +344,20 @@ def make_applied(
         if on_unmatched == "raise":
             raise
         applied = _not_captured(model, method, call, error)
+    return accepted(applied, on_unmatched)
+
+
+def accepted(applied: Applied, on_unmatched: OnUnmatched) -> Applied:
+    """What was made of a model, unless it is refused.
+
+    Raises:
+        TomeError: if it is refused and ``on_unmatched`` is ``"raise"``; ``"warn"`` warns.
+    """
     if applied.graph is None:
         refusal = applied.report.refusal()
         if on_unmatched == "raise":
             raise refusal
-        warnings.warn(f"left unmerged: {refusal}", stacklevel=4)
+        warnings.warn(f"left unmerged: {refusal}", stacklevel=5)
     return applied
 
 
@@ -357,7 +379,7 @@ def _maker(method: Method, on_unmatched: OnUnmatched, outputs: Outputs) -> Make:
     return make
 
 
-def _checker(method: Method, on_unmatched: OnUnmatched) -> Check:
+def checker(method: Method, on_unmatched: OnUnmatched) -> Check:
     def check(applied: Applied, model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
         if applied.graph is None:
             return applied  # then the model itself runs
@@ -406,7 +428,8 @@ def apply_capture(
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_outputs(rewritten.module, [rewritten.source])
-    return Applied(capture, rewritten, source_graph, report, on_device)
+    recomputed = None if rewritten is None else recomputing(on_device or rewritten.module)
+    return Applied(capture, rewritten, source_graph, report, on_device, recomputed)
 
 
 def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
@@ -443,12 +466,13 @@ def _rebuild(
     return made
 
 
-def _warn_of_names(model: nn.Module, names: list[str]) -> None:
-    listed, name = ", ".join(names), names[0]
+def warn_of_names(merged: StandIn, names: list[str]) -> None:
+    """Says which names of ours are the model's."""
+    model, kind = type(merged._tome.model).__name__, type(merged).__mro__[1]
     warnings.warn(
-        f"{type(model).__name__} has attributes of its own that are named as some of a merged "
-        f"model's: {listed}. merged.{name} is the model's; tomepass's is "
-        f"tomepass.MergedModel.{name}(merged)",
+        f"{model} has attributes of its own that are named as some of a merged model's: "
+        f"{', '.join(names)}. merged.{names[0]} is the model's; tomepass's is "
+        f"{kind.__module__}.{kind.__name__}.{names[0]}(merged)",
         stacklevel=3,
     )
 
