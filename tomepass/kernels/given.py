@@ -1,0 +1,82 @@
+"""What kernels are given, checked before they touch memory: they read by address.
+
+Where a graph is put on kernels (``choose.py``, ``choose_gpu.py``) the same checks run on what its
+nodes carry: what one would refuse keeps its composite operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tomepass.ops.arguments import each_image
+
+# Kernels keep positions in 32 bits.
+_MOST_TOKENS = 2**31 - 1
+
+
+class Operand(NamedTuple):
+    """A tensor, and what it has to be.
+
+    Args:
+        name: for the error.
+        tensor: None where there is none.
+        shape: the lengths of its dimensions, None for any.
+        dtypes: those that will do; None for any numbers, which are converted.
+    """
+
+    name: str
+    tensor: Tensor | None
+    shape: tuple[Any, ...]
+    dtypes: Collection[torch.dtype] | None = None
+
+
+def check_operands(kernel: str, device: torch.device, *operands: Operand) -> None:
+    """Checks rank, lengths, dtype and device of all that a kernel reads.
+
+    Raises:
+        ValueError: which says what was expected of which operand, and what came.
+    """
+    for operand in operands:
+        if operand.tensor is not None and (wrong := _wrong(operand.tensor, operand, device)):
+            raise ValueError(f"tome::{kernel}: expected {operand.name} {wrong}")
+
+
+def _wrong(x: Tensor, operand: Operand, device: torch.device) -> str:
+    lengths = ["any" if length is None else length for length in operand.shape]
+    if x.ndim != len(lengths) or any(
+        length is not None and given != length
+        for given, length in zip(x.shape, operand.shape, strict=True)
+    ):
+        return f"[{', '.join(map(str, lengths))}], got {list(x.shape)}"
+    if operand.dtypes is None and x.dtype.is_complex:
+        return f"of real numbers, got {x.dtype}"
+    if operand.dtypes is not None and x.dtype not in operand.dtypes:
+        return f"of {' or '.join(map(str, operand.dtypes))}, got {x.dtype}"
+    if x.device.type != device.type or x.device.index not in (device.index, None):
+        return f"on {device}, got {x.device}"
+    if any(length > _MOST_TOKENS for length in x.shape):
+        return f"of at most {_MOST_TOKENS} a dimension, got {list(x.shape)}"
+    return ""
+
+
+def check_left(kernel: str, tokens: int) -> None:
+    """Raises ValueError if there is no such number of tokens to be left."""
+    if not 0 <= tokens <= _MOST_TOKENS:
+        raise ValueError(f"tome::{kernel}: expected a number of tokens, got {tokens}")
+
+
+def size_operand(size: Tensor | None, batch: int, tokens: int, name: str = "size") -> Operand:
+    """Sizes of every image, or one row for all of them."""
+    shared = size is not None and size.ndim == 2 and size.shape[0] == 1
+    return Operand(name, size, (1 if shared else batch, tokens))
+
+
+def sizes_of(size: Tensor | None, batch: int, tokens: int) -> Tensor | None:
+    """Sizes as kernels read them: float32, a row an image, one after the other."""
+    if size is None:
+        return None
+    return each_image(size, batch, tokens).to(torch.float32).contiguous()
