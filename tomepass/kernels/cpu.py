@@ -1,8 +1,9 @@
 """``tome::match_cpu``, ``merge_cpu``, ``merge_bias_cpu`` and ``pad_keys_cpu``: one pass each.
 
 Compiled once, by the compiler that Inductor found, into Inductor's cache. They have no gradients
-and cannot be exported: the composite operators of :mod:`tomepass.ops` stay what they compute. The
-compiled code is given addresses: each operator checks what it was handed first, on fake tensors too.
+and cannot be exported: the composite operators of :mod:`tomepass.ops` stay what they compute.
+The compiled code is given addresses: each operator checks what it was handed first, on fake tensors
+as well.
 """
 
 from __future__ import annotations
@@ -184,9 +185,7 @@ def _pad_keys_result(
     check_pad_keys(keys, values, size, missing)
     batch, heads, tokens, _ = keys.shape
     padded = tokens + missing
-    made = (
-        x.new_empty(batch, padded, heads, x.shape[3]).transpose(1, 2) for x in (keys, values)
-    )
+    made = (x.new_empty(batch, padded, heads, x.shape[3]).transpose(1, 2) for x in (keys, values))
     return (*made, keys.new_empty(batch, 1, 1, padded))  # type: ignore[return-value]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.arguments import check_map
+from tomepass.ops.arguments import check_map, check_tokens
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.merge import Means
 
@@ -25,7 +25,8 @@ def merge_max(x: Tensor, assign: Tensor, tokens: int) -> Tensor:
     Raises:
         ValueError: if indices are not one a token.
     """
-    check_map(assign, *x.shape[:2])
+    check_tokens(x)
+    check_map(assign, x.shape[:2])
     index = assign.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     blank = x.new_zeros(x.shape[0], tokens, x.shape[-1])
     return blank.scatter_reduce(1, index, x, "amax", include_self=False)

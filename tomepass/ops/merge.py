@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.arguments import check_map, each_image
+from tomepass.ops.arguments import check_map, check_tokens, each_image
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.positions import gather, sent
 
@@ -49,7 +49,8 @@ class Means:
     """
 
     def __init__(self, x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> None:
-        check_map(assign, *x.shape[:2])
+        check_tokens(x)
+        check_map(assign, x.shape[:2])
         with torch.no_grad():
             sizes = _sizes(size, assign, tokens, x.dtype)
             total = sizes.sum(-1, keepdim=True)
@@ -69,7 +70,7 @@ class Means:
 @register("merge_size(Tensor? size, Tensor assign, SymInt tokens) -> Tensor")
 def merge_size(size: Tensor | None, assign: Tensor, tokens: int) -> Tensor:
     """``size_out = sum(size)``: ``[B, N]``, ``[1, N]`` or None to ``[B, N']``, float32."""
-    check_map(assign, *assign.shape[:2])
+    check_map(assign)
     with torch.no_grad(), without_autocast(assign.device):
         return _sizes(size, assign, tokens, torch.float32).sum(-1)
 

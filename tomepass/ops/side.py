@@ -90,7 +90,7 @@ def merge_bias(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
     Raises:
         ValueError: if there is not one index a token, for every image of the bias.
     """
-    check_map(source, *source.shape[:2], "source")
+    check_map(source, name="source")
     batch, before = source.shape
     lengths = [1] * (4 - bias.ndim) + list(bias.shape)
     wrong = any(length not in (1, before) for length in lengths[2:])
