@@ -6,12 +6,13 @@ nodes carry: what one would refuse keeps its composite operator.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
+from tomepass.capture import value_of
 from tomepass.ops.arguments import each_image
 
 # Kernels keep positions in 32 bits.
@@ -58,14 +59,32 @@ def _wrong(x: Tensor, operand: Operand, device: torch.device) -> str:
         return f"of {' or '.join(map(str, operand.dtypes))}, got {x.dtype}"
     if x.device.type != device.type or x.device.index not in (device.index, None):
         return f"on {device}, got {x.device}"
-    if any(length > _MOST_TOKENS for length in x.shape):
+    if any(isinstance(length, int) and length > _MOST_TOKENS for length in x.shape):
         return f"of at most {_MOST_TOKENS} a dimension, got {list(x.shape)}"
+    return ""
+
+
+def why_not(check: Callable[..., None], node: fx.Node, args: Sequence[Any] = ()) -> str:
+    """Why a kernel does not take what a node gives its operator; empty if it does.
+
+    Args:
+        check: raises a ValueError at the operands that the kernel does not take.
+        node: of a graph.
+        args: operands to check instead of its own.
+    """
+    if node.kwargs and not args:
+        return "operands by name"
+    given = [value_of(a) if isinstance(a, fx.Node) else a for a in args or node.args]
+    try:
+        check(*given)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
 def check_left(kernel: str, tokens: int) -> None:
     """Raises ValueError if there is no such number of tokens to be left."""
-    if not 0 <= tokens <= _MOST_TOKENS:
+    if isinstance(tokens, int) and not 0 <= tokens <= _MOST_TOKENS:
         raise ValueError(f"tome::{kernel}: expected a number of tokens, got {tokens}")
 
 
