@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.kernels.given import Operand, check_left, check_operands, size_operand, sizes_of
+from tomepass.kernels.given import (
+    Operand,
+    check_left,
+    check_operands,
+    lengths_of,
+    size_operand,
+    sizes_of,
+)
 from tomepass.ops.library import register_for
 from tomepass.ops.match import check_r, free_positions
 
@@ -29,9 +36,8 @@ _ROWS, _LANES = 4, 16
 
 def check_match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> None:
     """Raises ValueError if ``match_cpu`` does not take these."""
-    check_operands("match_cpu", keys.device, Operand("keys", keys, (None,) * 4, DTYPES))
-    batch, _, tokens, _ = keys.shape
-    check_operands("match_cpu", keys.device, size_operand(size, batch, tokens))
+    batch, _, tokens, _ = lengths_of("match_cpu", "keys", keys, 4, DTYPES)
+    check_operands("match_cpu", keys, size_operand(size, batch, tokens))
     check_r(r, tokens, protected)
 
 
@@ -75,10 +81,9 @@ def match_cpu(keys: Tensor, r: int, protected: list[int], size: Tensor | None = 
 
 def check_merge(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> None:
     """Raises ValueError if ``merge_cpu`` does not take these."""
-    check_operands("merge_cpu", x.device, Operand("x", x, (None,) * 3, DTYPES))
-    batch, before, _ = x.shape
+    batch, before, _ = lengths_of("merge_cpu", "x", x, 3, DTYPES)
     index = Operand("assign", assign, (batch, before), (torch.int64,))
-    check_operands("merge_cpu", x.device, size_operand(size, batch, before), index)
+    check_operands("merge_cpu", x, size_operand(size, batch, before), index)
     check_left("merge_cpu", tokens)
 
 
@@ -124,11 +129,16 @@ def merge_cpu(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> tu
 
 def check_merge_bias(bias: Tensor, source: Tensor, tokens: int) -> None:
     """Raises ValueError if ``merge_bias_cpu`` does not take these."""
-    name, before = "merge_bias_cpu", bias.shape[-1] if bias.ndim else 0
-    leading = (None,) if bias.ndim == 3 else (1, None)
-    index = Operand("source", source, (None, before), (torch.int64,))
-    check_operands(name, bias.device, Operand("bias", bias, (*leading, before, before), DTYPES))
-    check_operands(name, bias.device, index)
+    name = "merge_bias_cpu"
+    rank = 3 if bias is not None and bias.ndim == 3 else 4
+    *leading, _, before = lengths_of(name, "bias", bias, rank, DTYPES)
+    square = (*[1, None][-len(leading) :], before, before)
+    check_operands(
+        name,
+        bias,
+        Operand("bias", bias, square, DTYPES),
+        Operand("source", source, (None, before), (torch.int64,)),
+    )
     if before < 2:  # an axis of length 1 is one to broadcast
         raise ValueError(f"tome::{name}: expected a bias of two tokens or more, got {before}")
     check_left(name, tokens)
@@ -170,10 +180,10 @@ def merge_bias_cpu(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
 def check_pad_keys(keys: Tensor, values: Tensor, size: Tensor, missing: int) -> None:
     """Raises ValueError if ``pad_keys_cpu`` does not take these."""
     name = "pad_keys_cpu"
-    check_operands(name, keys.device, Operand("keys", keys, (None,) * 4, DTYPES))
-    batch, heads, tokens, _ = keys.shape
+    batch, heads, tokens, _ = lengths_of(name, "keys", keys, 4, DTYPES)
     like = Operand("values", values, (batch, heads, tokens, None), (keys.dtype,))
-    check_operands(name, keys.device, like, size_operand(size, batch, tokens))
+    sizes = size_operand(size, batch, tokens)._replace(optional=False)
+    check_operands(name, keys, like, sizes)
     if missing < 0:
         raise ValueError(f"tome::{name}: expected a number of tokens to add, got {missing}")
     check_left(name, tokens + missing)
@@ -217,7 +227,6 @@ def pad_keys_cpu(
     batch, heads, tokens, width = keys.shape
     keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (keys, values))
     sizes = sizes_of(size, batch, tokens)
-    assert sizes is not None
     getattr(_library(), f"pad_keys_{DTYPES[keys.dtype]}")(
         *(keys.data_ptr(), (ctypes.c_int64 * 4)(*keys.stride())),
         *(values.data_ptr(), (ctypes.c_int64 * 4)(*values.stride())),
@@ -245,7 +254,11 @@ def _library() -> ctypes.CDLL:
 
     # Inductor vectorises its loops itself, and tells the compiler not to.
     source, flags = Path(__file__).with_suffix(".cpp").read_text(), ("-ftree-loop-vectorize",)
-    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=flags)
+    return prototyped(CppCodeCache.load(source, extra_flags=flags))
+
+
+def prototyped(library: ctypes.CDLL) -> ctypes.CDLL:
+    """A library made of ``cpu.cpp``, told what its functions take."""
     number, pointer, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     sequence = [pointer, number] * 3
     for dtype in DTYPES.values():

@@ -7,7 +7,7 @@ nodes carry: what one would refuse keeps its composite operator.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor, fx
@@ -27,22 +27,45 @@ class Operand(NamedTuple):
         tensor: None where there is none.
         shape: the lengths of its dimensions, None for any.
         dtypes: those that will do; None for any numbers, which are converted.
+        optional: whether there may be none.
     """
 
     name: str
     tensor: Tensor | None
     shape: tuple[Any, ...]
     dtypes: Collection[torch.dtype] | None = None
+    optional: bool = False
 
 
-def check_operands(kernel: str, device: torch.device, *operands: Operand) -> None:
-    """Checks rank, lengths, dtype and device of all that a kernel reads.
+def lengths_of(
+    kernel: str, name: str, x: Tensor, rank: int, dtypes: Collection[torch.dtype]
+) -> torch.Size:
+    """The lengths of the operand that a kernel's others go by.
+
+    Raises:
+        ValueError: if it has another rank or dtype.
+    """
+    check_operands(kernel, x, Operand(name, x, (None,) * rank, dtypes))
+    return x.shape
+
+
+def check_operands(kernel: str, like: Tensor, *operands: Operand) -> None:
+    """Checks rank, lengths, dtype and device of what a kernel reads.
+
+    Args:
+        kernel: its name, for the error.
+        like: a tensor on the kernel's device.
+        operands: all others, and what each has to be.
 
     Raises:
         ValueError: which says what was expected of which operand, and what came.
     """
     for operand in operands:
-        if operand.tensor is not None and (wrong := _wrong(operand.tensor, operand, device)):
+        if operand.tensor is None and not operand.optional:
+            raise ValueError(f"tome::{kernel}: expected {operand.name}, got None")
+        if operand.tensor is None:
+            continue
+        if wrong := _wrong(operand.tensor, operand, like.device):
             raise ValueError(f"tome::{kernel}: expected {operand.name} {wrong}")
 
 
@@ -84,14 +107,22 @@ def why_not(check: Callable[..., None], node: fx.Node, args: Sequence[Any] = ())
 
 def check_left(kernel: str, tokens: int) -> None:
     """Raises ValueError if there is no such number of tokens to be left."""
-    if isinstance(tokens, int) and not 0 <= tokens <= _MOST_TOKENS:
-        raise ValueError(f"tome::{kernel}: expected a number of tokens, got {tokens}")
+    if isinstance(tokens, int) and not 1 <= tokens <= _MOST_TOKENS:
+        raise ValueError(f"tome::{kernel}: expected tokens to be left, got {tokens}")
 
 
 def size_operand(size: Tensor | None, batch: int, tokens: int, name: str = "size") -> Operand:
-    """Sizes of every image, or one row for all of them."""
+    """Sizes of every image, or one row for all of them, or none."""
     shared = size is not None and size.ndim == 2 and size.shape[0] == 1
-    return Operand(name, size, (1 if shared else batch, tokens))
+    return Operand(name, size, (1 if shared else batch, tokens), optional=True)
+
+
+@overload
+def sizes_of(size: Tensor, batch: int, tokens: int) -> Tensor: ...
+
+
+@overload
+def sizes_of(size: None, batch: int, tokens: int) -> None: ...
 
 
 def sizes_of(size: Tensor | None, batch: int, tokens: int) -> Tensor | None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.kernels.given import Operand, check_operands, size_operand, sizes_of
+from tomepass.kernels.given import check_operands, lengths_of, size_operand, sizes_of
 from tomepass.kernels.gpu import DTYPES, need_triton, on_device, power, shared_memory
 from tomepass.kernels.tuning import Configuration, run_fastest
 from tomepass.ops.library import register_differentiable
@@ -28,9 +28,11 @@ _ONE_PROGRAM = 128 * 64
 def check_match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> None:
     """Raises ValueError if ``match_triton`` does not take these, but for how large they are."""
     name = "match_triton"
-    check_operands(name, keys.device, Operand("keys", keys, (None,) * 4, DTYPES))
-    check_operands(name, keys.device, size_operand(size, *keys.shape[::2]))
-    check_r(r, keys.shape[2], protected)
+    batch, heads, tokens, _ = lengths_of(name, "keys", keys, 4, DTYPES)
+    if heads == 0:
+        raise ValueError(f"tome::{name}: expected keys of some heads, got {list(keys.shape)}")
+    check_operands(name, keys, size_operand(size, batch, tokens))
+    check_r(r, tokens, protected)
 
 
 def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.kernels.given import Operand, check_left, check_operands, size_operand, sizes_of
+from tomepass.kernels.given import (
+    Operand,
+    check_left,
+    check_operands,
+    lengths_of,
+    size_operand,
+    sizes_of,
+)
 from tomepass.kernels.gpu import DTYPES, need_triton, power, wide, with_rows
 from tomepass.kernels.tuning import Configuration, run_fastest
 from tomepass.ops.arguments import each_image
@@ -27,7 +34,7 @@ _WIDE = (*DTYPES, torch.float64)
 
 
 def _sources_result(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    check_operands("sources_triton", assign.device, Operand("assign", assign, (None, None), _INDEX))
+    lengths_of("sources_triton", "assign", assign, 2, _INDEX)
     check_left("sources_triton", tokens)
     return (
         assign.new_empty(assign.shape, dtype=torch.int32),
@@ -51,8 +58,8 @@ def sources_triton(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """
     from tomepass.kernels.triton_merge import sources_kernel
 
-    need_triton(assign)
     order, start = _sources_result(assign, tokens)
+    need_triton(assign)
     assign = assign.contiguous()
     batch, before = assign.shape
     most = max(before, tokens + 1)
@@ -72,18 +79,17 @@ def sources_triton(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 def check_merge(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> None:
     """Raises ValueError if ``merge_triton`` does not take what ``tome::merge`` is given."""
-    check_operands("merge_triton", x.device, Operand("x", x, (None,) * 3, _WIDE))
-    batch, before, _ = x.shape
+    batch, before, _ = lengths_of("merge_triton", "x", x, 3, _WIDE)
     index = Operand("assign", assign, (batch, before), _INDEX)
-    check_operands("merge_triton", x.device, size_operand(size, batch, before), index)
+    check_operands("merge_triton", x, size_operand(size, batch, before), index)
     check_left("merge_triton", tokens)
 
 
 def check_unmerge(x: Tensor, source: Tensor, dim: int) -> None:
     """Raises ValueError if ``unmerge_triton`` does not take what ``tome::unmerge`` is given."""
-    check_operands("unmerge_triton", x.device, Operand("x", x, (None,) * 3, _WIDE))
-    index = Operand("source", source, (x.shape[0], None), _INDEX)
-    check_operands("unmerge_triton", x.device, index)
+    batch, *_ = lengths_of("unmerge_triton", "x", x, 3, _WIDE)
+    index = Operand("source", source, (batch, None), _INDEX)
+    check_operands("unmerge_triton", x, index)
 
 
 def _check_sums(
@@ -96,14 +102,13 @@ def _check_sums(
     start: Tensor,
 ) -> None:
     """Raises ValueError if :func:`_sum_up` does not take these."""
-    check_operands(kernel, x.device, Operand("x", x, (None,) * 3, _WIDE))
-    batch, before, width = x.shape
+    batch, before, width = lengths_of(kernel, "x", x, 3, _WIDE)
     if width > MOST_CHANNELS:
         raise ValueError(f"tome::{kernel}: expected at most {MOST_CHANNELS} channels, got {width}")
     check_operands(
         kernel,
-        x.device,
-        Operand("added", added, (batch, before, width), _WIDE),
+        x,
+        Operand("added", added, (batch, before, width), _WIDE, optional=True),
         size_operand(size, batch, before),
         Operand("assign", assign, (batch, before), _INDEX),
         Operand("order", order, (batch, before), _PLACE),
@@ -198,8 +203,11 @@ def _merge_norm_result(
     eps: float,
 ) -> tuple[Tensor, ...]:
     merged, total = _merge_result(x, added, size, assign, order, start)
-    affine = [Operand(n, v, (x.shape[2],), _WIDE) for n, v in (("weight", weight), ("bias", bias))]
-    check_operands("merge_norm_triton", x.device, *affine)
+    # What is summed in float32 makes no float64 of it.
+    dtypes = _WIDE if merged.dtype is torch.float64 else DTYPES
+    lengths = (x.shape[2],)
+    affine = Operand("weight", weight, lengths, dtypes), Operand("bias", bias, lengths, dtypes)
+    check_operands("merge_norm_triton", x, *affine)
     moment = total.new_empty((*total.shape, 1), dtype=at_least_float32(merged.dtype))
     normed = torch.empty_like(merged, dtype=torch.promote_types(merged.dtype, weight.dtype))
     return merged, total, normed, moment, torch.empty_like(moment)
@@ -370,7 +378,7 @@ def row_configurations(width: int, *, norm: bool = False) -> list[Configuration]
 def _unmerge_result(x: Tensor, source: Tensor, weight: Tensor | None = None) -> Tensor:
     check_unmerge(x, source, 1)
     name, (batch, _, width) = "unmerge_triton", x.shape
-    check_operands(name, x.device, size_operand(weight, batch, source.shape[1], "weight"))
+    check_operands(name, x, size_operand(weight, batch, source.shape[1], "weight"))
     if width > MOST_CHANNELS:
         raise ValueError(f"tome::{name}: expected at most {MOST_CHANNELS} channels, got {width}")
     return x.new_empty((x.shape[0], source.shape[1], x.shape[2]))
@@ -407,8 +415,8 @@ def unmerge_triton(x: Tensor, source: Tensor, weight: Tensor | None = None) -> T
     """
     from tomepass.kernels.triton_merge import gather_kernel
 
-    need_triton(x)
     made = _unmerge_result(x, source, weight)
+    need_triton(x)
     x, source = with_rows(x), source.contiguous()
     batch, tokens, width = made.shape
     weight = None if weight is None else each_image(weight, batch, tokens).contiguous()

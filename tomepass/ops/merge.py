@@ -51,6 +51,8 @@ class Means:
     def __init__(self, x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> None:
         check_tokens(x)
         check_map(assign, x.shape[:2])
+        if tokens < 1:
+            raise ValueError(f"expected tokens to be left, got {tokens}")
         with torch.no_grad():
             sizes = _sizes(size, assign, tokens, x.dtype)
             total = sizes.sum(-1, keepdim=True)

@@ -151,7 +151,7 @@ def gather_size(size: Tensor | None, stands: Tensor) -> Tensor:
     if size is None:
         return torch.ones_like(stands, dtype=torch.float32)
     size = each_image(size, stands.shape[0], size.shape[-1])
-    return size.to(torch.float32).gather(1, stands)
+    return gather(size.to(torch.float32), stands, 1)
 
 
 @register("random_score(Tensor like, SymInt tokens, int seed) -> Tensor")

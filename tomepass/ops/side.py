@@ -97,6 +97,8 @@ def merge_bias(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
     if len(lengths) != 4 or wrong or lengths[0] not in (1, batch):
         wanted = f"[{batch}, H, {before}, {before}]"
         raise ValueError(f"expected a bias that broadcasts to {wanted}, got {list(bias.shape)}")
+    if tokens < 1:
+        raise ValueError(f"expected tokens to be left, got {tokens}")
     with without_autocast(bias.device):
         wide = bias.to(at_least_float32(bias.dtype))
         wide = wide.reshape(lengths).expand(batch, -1, -1, -1)
