@@ -125,7 +125,8 @@ def test_a_cuda_kernel_refuses_what_its_result_is_not_known_of(name: str) -> Non
         meta = tree_map_only(Tensor, lambda a: a.to("meta"), arguments)
         if mixed or isinstance(answer(kernel.operator, meta), Exception):
             refused += 1
-            assert isinstance(answer(kernel.operator, arguments), REFUSED), wrong
+            error = answer(kernel.operator, arguments)
+            assert isinstance(error, (*REFUSED, NotImplementedError)), wrong
     assert refused > 12
 
 
@@ -202,9 +203,9 @@ def test_an_address_sanitizer_finds_nothing_but_what_is_planted(
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no g++")
-    asked = [compiler, "-print-file-name=libasan.so"]
-    runtime = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    if not Path(runtime).is_absolute():
+    # The second or errors cannot be thrown.
+    runtime = [_library_of(compiler, name) for name in ("libasan.so", "libstdc++.so")]
+    if not all(map(os.path.isabs, runtime)):
         pytest.skip("g++ has no libasan.so")
     source, library = tmp_path / "cpu.cpp", tmp_path / "cpu.so"
     code = Path(cpu.__file__).with_suffix(".cpp").read_text()
@@ -216,7 +217,7 @@ def test_an_address_sanitizer_finds_nothing_but_what_is_planted(
     options = ["-O1", "-g", "-fsanitize=address", "-fopenmp", "-shared", "-fPIC", "-std=c++17"]
     subprocess.run([compiler, *options, str(source), "-o", str(library)], check=True)
     environment = os.environ | {
-        "LD_PRELOAD": runtime,
+        "LD_PRELOAD": " ".join(runtime),
         "ASAN_OPTIONS": "detect_leaks=0:verify_asan_link_order=0",
         "SANITIZED": str(library),
         "PYTHONPATH": os.pathsep.join(map(str, (ROOT, ROOT / "tests"))),
@@ -225,3 +226,9 @@ def test_an_address_sanitizer_finds_nothing_but_what_is_planted(
     run = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ("heap-buffer-overflow" in run.stderr) == planted, run.stderr[-3000:]
     assert (run.returncode == 0) == ("all calls made" in run.stdout) == (not planted)
+
+
+def _library_of(compiler: str, name: str) -> str:
+    asked = [compiler, f"-print-file-name={name}"]
+    found = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    return os.path.realpath(found) if os.path.isabs(found) else found

@@ -156,8 +156,7 @@ def fault(kernel: Kernel, place: int, arguments: tuple[Any, ...]) -> str:
     got = answer(kernel.operator, arguments)
     if isinstance(got, Exception):
         # The dispatcher refuses what is no tensor, or on no such device, before a kernel is asked.
-        known = isinstance(got, (*REFUSED, NotImplementedError)) or "schema" in str(got)
-        known = known or "Expected a value of type" in str(got) or "missing value" in str(got)
+        known = isinstance(got, (*REFUSED, NotImplementedError))
         return "" if known else f"raises {type(got).__name__}: {got}"
     if place in kernel.loose:
         return ""
@@ -176,10 +175,9 @@ def _difference(got: Tensor, expected: Tensor) -> str:
     # A product spreads what is not a number to all tokens of an image: a kernel need not.
     known = ~expected.isnan()
     rounding = 4 * torch.finfo(got.dtype).eps
-    finite = expected[expected.isfinite()].double()
+    # The bias of padding is the lowest number there is.
+    finite = expected[expected.abs() < torch.finfo(got.dtype).max].double()
     largest = float(finite.abs().max()) if len(finite) else 0.0
-    if largest == torch.finfo(got.dtype).max:  # log(size) of padding
-        largest = float(finite[finite.abs() < largest].abs().max())
     near = torch.isclose(got[known], expected[known], rtol=0, atol=rounding * largest)
     return "" if bool(near.all()) else f"answers {got}, not {expected}"
 

@@ -332,7 +332,7 @@ void merge_bias(const T* bias, const int64_t* source, int64_t batch, int64_t hea
         for (int64_t h = 0; h < heads; ++h)
             turn(bias + h * square, tokens, plain + h * square, exponential + h * square,
                  largest + h * tokens);
-        std::vector<float> sum(tokens), columns(tokens * left);
+        std::vector<float> sum(std::max(tokens, left)), columns(tokens * left);
 #pragma omp for collapse(2)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t h = 0; h < heads; ++h)
