@@ -28,7 +28,8 @@ def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -
 def _log_size_result(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
     at_least_float32(like.dtype)  # raises where nothing wider is known, as the operator would
     shape: list[Any] = [1] * like.ndim
-    shape[0], shape[dim] = size.shape[0] * fold, size.shape[1]
+    images = size.shape[0] * fold if size.shape[0] != 1 else 1
+    shape[0], shape[dim] = images, size.shape[1]
     return like.new_empty(shape)
 
 
