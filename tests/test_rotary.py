@@ -20,7 +20,12 @@ import tomepass
 from tomepass import ToMe
 from tomepass.duplicates import DuplicatesResult, check_duplicates
 
-TURNED = [name for name, family in FAMILIES.items() if family.rotary]
+# V-JEPA 2's classifier holds its encoder.
+TURNED = [
+    pytest.param(name, marks=[pytest.mark.deep] if name == "vjepa2" else [])
+    for name, family in FAMILIES.items()
+    if family.rotary
+]
 
 
 def duplicates_result(model: nn.Module, r: Any, inputs: dict[str, Any]) -> DuplicatesResult:
