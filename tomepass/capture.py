@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
-from torch._guards import detect_fake_mode
+from torch._dynamo.source import ConstantSource, LocalSource
+from torch._guards import Source, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx import traceback as fx_traceback
@@ -24,7 +24,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
+from tomepass.fast_paths import refuse_skipped_modules
 from tomepass.masks import drop_idle_masks
+from tomepass.regions import Inlining
 
 aten = torch.ops.aten
 
@@ -104,6 +106,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     Raises:
         TomeError: if ``torch.export`` cannot capture the model.
     """
+    refuse_skipped_modules(model)
     example, dynamic = batch_of_two(kwargs)
     try:
         program = torch.export.export(
@@ -162,6 +165,14 @@ def capture_dynamo(
     Args:
         decompositions: what is written out: operators, and functions that are traced instead.
     """
+    if (replaced := _replaced_data(gm)) is not None:
+        raise TomeError(
+            "the model replaces the data of its own parameters in its forward",
+            node=replaced.name,
+            source=source_line(replaced),
+            advice="fold what it adds to its weights into them first, as merge_and_unload() of a "
+            "model with adapters does",
+        )
     mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_as_fake(mode, value) for value in example_inputs]
     allowed = mode.allow_non_fake_inputs
@@ -170,7 +181,7 @@ def capture_dynamo(
     try:
         with mode, fx_traceback.preserve_node_meta():
             traced = make_fx(
-                fx.Interpreter(gm).run,
+                Inlining(gm).run,
                 decomposition_table=dict(decompositions),
                 pre_dispatch=True,
                 _allow_non_fake_inputs=True,
@@ -180,9 +191,10 @@ def capture_dynamo(
     data, learned = set(), set()
     for old, new, value in zip(*_placeholders(gm, traced), example_inputs, strict=True):
         new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
-        if isinstance(value, Tensor) and value.ndim and not _is_state(value):
+        state = isinstance(value, Tensor) and _is_state(value, old)
+        if isinstance(value, Tensor) and value.ndim and not state:
             data.add(new.name)
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) and state:
             learned.add(new.name)
     _to_dialect(traced)
     return CanonicalGraph(traced, frozenset(data), True, frozenset(learned))
@@ -294,6 +306,13 @@ def batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]
     tensors = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor) and v.ndim]
     if not tensors:
         raise TomeError("no tensor among the inputs, so there is no batch to capture with")
+    for value in tensors:
+        if value.layout is not torch.strided or value.is_nested:
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise TomeError(
+                f"expected dense tensors as inputs, got a {kind} one of {value.dtype}",
+                advice="call to_dense() on it first; a nested tensor must be padded",
+            )
     batch = tensors[0].shape[0]
     dimension = torch.export.Dim("batch", min=1)
 
@@ -422,9 +441,26 @@ def _as_fake(mode: FakeTensorMode, value: Any) -> Any:
     return value
 
 
-def _is_state(value: Tensor) -> bool:
-    # Dynamo marks a module's parameters and buffers as static inputs.
-    return isinstance(value, nn.Parameter) or hasattr(value, "_dynamo_static_input_type")
+def _is_state(value: Tensor, placeholder: fx.Node) -> bool:
+    """Is it the model's, and not one of the inputs it is called with?"""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if isinstance(value, nn.Parameter):
+        return not (isinstance(source, LocalSource) and source.is_input)
+    # Dynamo marks a module's buffers as static inputs; users mark inputs of theirs too.
+    marked = hasattr(value, "_dynamo_static_input_type")
+    return marked and (source is None or _in_a_module(source))
+
+
+def _replaced_data(gm: fx.GraphModule) -> fx.Node | None:
+    """Where a Dynamo graph assigns to a tensor's ``data``."""
+    return next((n for n in gm.graph.nodes if n.target is Tensor.set_), None)
+
+
+def _in_a_module(source: Source) -> bool:
+    """Does Dynamo read it off a module?"""
+    kind: Any = source.guard_source
+    kind = kind() if callable(kind) else kind  # a method in some versions
+    return "MODULE" in kind.name
 
 
 def _first_lines(error: Exception) -> str:

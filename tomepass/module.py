@@ -15,12 +15,13 @@ from torch import Tensor, fx, nn
 
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import Capture, capture_module
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import copied, only_outputs
 from tomepass.kept import Counting, KeptReport
 from tomepass.kernels.choose import on_cuda, take_kernels
 from tomepass.methods import Method, RLike, ToMe, resolve_method
+from tomepass.parallel import refuse_sharded
 from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
@@ -34,6 +35,7 @@ _SETTINGS = ("original", "method", "on_unmatched", "outputs")
 _REMADE = {*SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
 
 
+@no_foreign_errors("apply itself to the model")
 def apply(
     model: nn.Module,
     method: Method | None = None,
@@ -90,6 +92,7 @@ def apply(
     return merged
 
 
+@no_foreign_errors("explain the model")
 def explain(
     model: nn.Module,
     method: Method | None = None,
@@ -382,6 +385,7 @@ class Applied:
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 
 
+@no_foreign_errors("merge the model for these inputs")
 def make_applied(
     model: nn.Module,
     method: Method,
@@ -539,6 +543,7 @@ def check_model(model: object) -> None:
             "graphs",
             advice="give its .original, or one of its .budgets, which is a graph of its own",
         )
+    refuse_sharded(model)
 
 
 def check_one_graph(method: Method, door: str) -> None:
