@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
@@ -19,6 +20,7 @@ from tomepass.decompositions import FOR_TENSORRT
 from tomepass.dynamo import CompiledCall, compiled_call, is_bucket, limit_reached, subject_of
 from tomepass.errors import DYNAMO_CONTROL, TomeError, no_foreign_errors
 from tomepass.extras import import_extra
+from tomepass.graphs import CHOICES
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
 from tomepass.methods import Method, ToMe
@@ -216,6 +218,7 @@ class TomeBackend(_Settings):
             _SEEN.setdefault(call.subject, []).append(_Seen(self, report))
         if rewritten is not None:
             take_fastest_attention(rewritten.module, captured.fake_mode)
+            _decide_once(rewritten.module.graph)
             if (limit := limit_reached()) is not None:
                 warnings.warn(_LAST.format(limit=limit), stacklevel=2)
             return rewritten.module
@@ -249,6 +252,13 @@ _LAST = (
     "torch._dynamo.config.recompile_limit before the first call; or tomepass.apply(model), which "
     "merges inputs of any number of sizes; or fullgraph=True, under which Dynamo raises instead"
 )
+
+
+def _decide_once(graph: fx.Graph) -> None:
+    """Has checkpointed regions keep which tokens they chose: chosen again, ties might flip."""
+    for node in graph.nodes:
+        if node.target in CHOICES and "recompute" in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
 
 
 def _warn_of_nothing(call: CompiledCall) -> None:

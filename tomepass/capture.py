@@ -32,6 +32,8 @@ aten = torch.ops.aten
 
 # Where a node comes from.
 _ORIGIN = ("stack_trace", "nn_module_stack")
+# What says to AOTAutograd that a node may be computed again in the backward.
+_CHECKPOINTED = ("recompute", "ac_graph_id")
 _VALUES = ("val", "example_value")  # ours, and Dynamo's
 # What Dynamo leaves on a placeholder and Inductor needs: static inputs, CUDA graphs, names.
 _CARRIED_META = ("tensor_dict", "grapharg", *_ORIGIN)
@@ -248,7 +250,8 @@ def _described(value: Any) -> str:
 
 def carry_origin(new: fx.Node, like: fx.Node) -> None:
     """Marks a node as coming from where another does: its source line and its module."""
-    new.meta.update({name: like.meta[name] for name in _ORIGIN if name in like.meta})
+    carried = (*_ORIGIN, *_CHECKPOINTED)
+    new.meta.update({name: like.meta[name] for name in carried if name in like.meta})
 
 
 def value_of(node: Any) -> Any:

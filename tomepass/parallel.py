@@ -36,8 +36,8 @@ def sharded_inside(model: Any) -> TomeError | None:
         return None
     return TomeError(
         f"parts of {type(model).__name__} are sharded one by one by {parts[0]}, which gathers "
-        "their parameters between graphs: no graph holds more than one of them, and tokens merged in one "
-        "would be unmerged at its end",
+        "their parameters between graphs: no graph holds more than one of them, and tokens merged "
+        "in one would be unmerged at its end",
         advice=_BEFORE,
     )
 
