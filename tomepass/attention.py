@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from tomepass.axis import is_pointwise
 from tomepass.decompositions import FUSED_LAYERS
+from tomepass.regions import bodies
 
 aten = torch.ops.aten
 
 FUSED = aten.scaled_dot_product_attention.default
 SOFTMAXES = (aten.softmax.int, aten._softmax.default, aten._safe_softmax.default)
 PRODUCTS = (aten.matmul.default, aten.bmm.default, aten.baddbmm.default, aten.einsum.default)
+_OPERATORS = (torch._ops.OpOverload, torch._ops.HigherOrderOperator)
+# As PyTorch and libraries of kernels name operators that attend.
+_ATTENTION_NAMES = re.compile("attention|attn", re.IGNORECASE)
 # What may stand between the products besides pointwise operators: other views of the scores.
 VIEWS = (
     aten.view.default,
@@ -61,7 +67,7 @@ class Attention:
 def find_attentions(graph: fx.Graph) -> tuple[list[Attention], list[fx.Node]]:
     """The attentions in order of their results; what may be one but cannot be read as such."""
     found = [_fused(node) for node in graph.find_nodes(op="call_function", target=FUSED)]
-    unread = [n for n in graph.nodes if n.target in FUSED_LAYERS]
+    unread = [n for n in graph.nodes if n.target in FUSED_LAYERS or hides_attention(n)]
     for target in SOFTMAXES:
         for softmax in graph.find_nodes(op="call_function", target=target):
             written = _written_out(softmax)
@@ -75,6 +81,19 @@ def find_attentions(graph: fx.Graph) -> tuple[list[Attention], list[fx.Node]]:
 def has_attention(graph: fx.Graph) -> bool:
     """Does the graph hold anything that looks like an attention?"""
     return any(find_attentions(graph))
+
+
+def hides_attention(node: fx.Node) -> bool:
+    """Is this an operator that attends inside, by its name or by the graphs it runs?
+
+    FlexAttention is one, kernels of other libraries and the branches of ``torch.cond`` are others.
+    """
+    operator: Any = node.target
+    if operator is FUSED or not isinstance(operator, _OPERATORS):
+        return False
+    name = str(operator.name())
+    named = _ATTENTION_NAMES.search(name) is not None and not name.startswith("tome::")
+    return named or any(has_attention(body.graph) for body in bodies(node))
 
 
 def operands(product: fx.Node) -> tuple[fx.Node, fx.Node] | None:

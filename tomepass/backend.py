@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
 from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
 from tomepass.decompositions import FOR_TENSORRT
-from tomepass.errors import TomeError
+from tomepass.dynamo import CompiledCall, compiled_call, is_bucket, limit_reached, subject_of
+from tomepass.errors import DYNAMO_CONTROL, TomeError, no_foreign_errors
 from tomepass.extras import import_extra
+from tomepass.graphs import CHOICES
 from tomepass.kernels.choose import take_kernels
 from tomepass.macs import is_overhead
 from tomepass.methods import Method, ToMe
 from tomepass.module import OnUnmatched, Outputs, check_choices
 from tomepass.ops.library import COMPOSITES
+from tomepass.parallel import sharded_inside
 from tomepass.planning import plan_graph
-from tomepass.report import make_report
+from tomepass.report import Report, make_report
 from tomepass.rewrite import rewrite
 from tomepass.schedule import TARGETS
 
@@ -127,6 +132,35 @@ class TomeBackend(_Settings):
         compile_graph = resolve_inner(self.inner, _as_options(self.inner_options), mode)
         if self.method is None:
             return compile_graph(gm, example_inputs)
+        with no_foreign_errors("read a graph of Dynamo's", passing=DYNAMO_CONTROL):
+            merged = self._merged(gm, example_inputs, self.method)
+        if merged is None:
+            return compile_graph(gm, example_inputs)
+        with no_foreign_errors(
+            f"have {self.inner!r} compile the merged graph",
+            passing=DYNAMO_CONTROL,
+            advice="compile the model itself with that backend first; if that works, this is a "
+            "fault of tomepass: please report it with the whole traceback",
+        ):
+            return compile_graph(carry_marks(gm, merged), example_inputs)
+
+    def reports(self, compiled: Any) -> tuple[Report, ...]:
+        """What was found in the graphs with attention that were compiled for a model so far.
+
+        Empty where none was: nothing is merged. ``any(report.ok for report in reports)`` tells
+        whether anything is. Dynamo compiles when it is called, so call the model first.
+
+        Args:
+            compiled: what was given to ``torch.compile`` with this backend or an equal one, or what
+                that returned.
+        """
+        seen = _SEEN.get(subject_of(compiled), [])
+        return tuple(found.report for found in seen if found.backend == self)
+
+    def _merged(
+        self, gm: fx.GraphModule, example_inputs: Sequence[Any], method: Method
+    ) -> fx.GraphModule | None:
+        """The graph with tokens merged; None where it is left as it is."""
         captured = capture_dynamo(gm, example_inputs)
         if any(is_overhead(node) for node in captured.graph.nodes):
             raise TomeError(
@@ -134,10 +168,12 @@ class TomeBackend(_Settings):
                 advice="compile the applied module with TomeBackend(None), or with another "
                 'backend: torch.compile(merged, backend="inductor")',
             )
-        if not has_attention(captured.graph):  # a fragment around a graph break
-            return compile_graph(gm, example_inputs)
-        merged = self._rewritten(fix_sizes(captured, gm, example_inputs), self.method)
-        return compile_graph(gm if merged is None else carry_marks(gm, merged), example_inputs)
+        call = compiled_call()
+        if not has_attention(captured.graph):  # a fragment around a graph break, or all there is
+            if call is not None:
+                _warn_of_nothing(call)
+            return None
+        return self._rewritten(fix_sizes(captured, gm, example_inputs), method, gm, call)
 
     def with_options(self, options: dict[str, Any]) -> TomeBackend:
         """A copy with fields of the backend or of its method changed, by name.
@@ -161,22 +197,87 @@ class TomeBackend(_Settings):
             return mine
         return dataclasses.replace(mine, method=mine.method.replace(**others))
 
-    def _rewritten(self, captured: CanonicalGraph, method: Method) -> fx.GraphModule | None:
+    def _rewritten(
+        self,
+        captured: CanonicalGraph,
+        method: Method,
+        gm: fx.GraphModule,
+        call: CompiledCall | None,
+    ) -> fx.GraphModule | None:
         planned = plan_graph(captured, method)
-        rewritten, refused = None, None
-        if planned.streams:
+        rewritten, refused = None, _BUCKET if is_bucket(gm) else None
+        if planned.streams and refused is None:
             try:
                 rewritten = rewrite(captured, planned, outputs=self.outputs)
             except TomeError as error:
                 refused = error
+        if rewritten is None and refused is None and call is not None:
+            refused = sharded_inside(call.subject)
+        report = make_report("the compiled graph", captured, planned, rewritten, refused)
+        if call is not None:
+            _SEEN.setdefault(call.subject, []).append(_Seen(self, report))
         if rewritten is not None:
             take_fastest_attention(rewritten.module, captured.fake_mode)
+            _decide_once(rewritten.module.graph)
+            if (limit := limit_reached()) is not None:
+                warnings.warn(_LAST.format(limit=limit), stacklevel=2)
             return rewritten.module
-        report = make_report("the compiled graph", captured, planned, None, refused)
         if self.on_unmatched == "raise":
             raise report.refusal()
         warnings.warn(f"left unmerged: {report.refusal()}", stacklevel=2)
         return None
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a backend found in one graph."""
+
+    backend: TomeBackend
+    report: Report
+
+
+# Graphs with attention by what was compiled. Dynamo's own caches live as long as that, too.
+_SEEN: weakref.WeakKeyDictionary[Any, list[_Seen]] = weakref.WeakKeyDictionary()
+_WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
+_BUCKET = TomeError(
+    "this graph is one of the buckets that Dynamo cuts a model in DistributedDataParallel into, so "
+    "that gradients are reduced while others are computed; tokens merged in a bucket would be "
+    "unmerged at its end",
+    advice="set torch._dynamo.config.optimize_ddp = False before the first call: Dynamo then gives "
+    "the model in one piece",
+)
+_LAST = (
+    "this is graph {limit} of {limit} that Dynamo compiles for one function: inputs of yet another "
+    "size or kind run the model itself, unmerged. What to do: raise "
+    "torch._dynamo.config.recompile_limit before the first call; or tomepass.apply(model), which "
+    "merges inputs of any number of sizes; or fullgraph=True, under which Dynamo raises instead"
+)
+
+
+def _decide_once(graph: fx.Graph) -> None:
+    """Has checkpointed regions keep which tokens they chose: chosen again, ties might flip."""
+    for node in graph.nodes:
+        if node.target in CHOICES and "recompute" in node.meta:
+            node.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+
+
+def _warn_of_nothing(call: CompiledCall) -> None:
+    """Warns at the end of a call, once for what is compiled, if no graph of it holds attention."""
+
+    def say() -> None:
+        if call.subject in _SEEN or call.subject in _WARNED:
+            return
+        _WARNED.add(call.subject)
+        name = getattr(call.subject, "__name__", type(call.subject).__name__)
+        warnings.warn(
+            f"nothing is merged in {name}: no graph that Dynamo compiled for it holds attention. "
+            "What to do: tomepass.explain(model) shows the whole model; where attention is in a "
+            "kernel of another library, switch that off; where TORCH_LOGS=graph_breaks names "
+            "breaks inside the attention, remove them",
+            stacklevel=2,
+        )
+
+    call.at_its_end(say)
 
 
 tome_backend = TomeBackend()

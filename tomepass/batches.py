@@ -37,6 +37,7 @@ class Form:
         """
         if (first := first_of(call)) is None:
             raise TomeError("no tensor among the inputs, so there is no batch to capture with")
+        _check_dense(call)
         dimension = torch.export.Dim("batch", min=1)
 
         def two(value: Any) -> Any:
@@ -89,6 +90,17 @@ def forms(call: dict[str, Any]) -> list[Form]:
 def first_of(call: dict[str, Any]) -> Tensor | None:
     """The first tensor that has dimensions: its first one is the batch."""
     return next((v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim), None)
+
+
+def _check_dense(call: dict[str, Any]) -> None:
+    """Refuses inputs that no graph of dense operators can take."""
+    for value in pytree.tree_leaves(call):
+        if isinstance(value, Tensor) and (value.is_nested or value.layout is not torch.strided):
+            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+            raise TomeError(
+                f"expected dense tensors as inputs, got a {kind} one of {value.dtype}",
+                advice="call to_dense() on it first; a nested tensor must be padded",
+            )
 
 
 def _two(value: Tensor) -> Tensor:

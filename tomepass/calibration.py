@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from tomepass.benchmarking import environment, inner_name, measure
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.files import write_whole
 from tomepass.judging import Judge, Outputs, Score
 from tomepass.linearity import block_linearity
@@ -100,6 +100,7 @@ class Calibration:
         profile_plot(self.linearity, self.sensitivity, self.alone, path)
 
 
+@no_foreign_errors("calibrate for the model")
 def calibrate(
     model: nn.Module,
     batches: Iterable[Any],

@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
-from torch._dynamo.source import ConstantSource
-from torch._guards import detect_fake_mode
+from torch._dynamo.source import ConstantSource, LocalSource
+from torch._guards import Source, detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx import traceback as fx_traceback
@@ -29,14 +29,18 @@ from tomepass.checkpointing import is_reentrant, marking
 from tomepass.clone import Reads, Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
+from tomepass.fast_paths import refuse_skipped_modules
 from tomepass.fidelity import NotCapturedError, can_be_held, hold_against
 from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
+from tomepass.regions import Inlining
 
 aten = torch.ops.aten
 
 # Where a node comes from.
 _ORIGIN = ("stack_trace", "nn_module_stack")
+# What says to AOTAutograd that a node may be computed again in the backward.
+_CHECKPOINTED = ("recompute", "ac_graph_id")
 _VALUES = ("val", "example_value")  # ours, and Dynamo's
 # What Dynamo leaves on a placeholder and Inductor needs: static inputs, CUDA graphs, names.
 _CARRIED_META = ("tensor_dict", "grapharg", *_ORIGIN)
@@ -132,6 +136,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         TomeError: if there is no tensor, or if the model writes to its own state.
     """
     _check_place(model, kwargs)
+    refuse_skipped_modules(model)
     failed: list[tuple[Exception, Twin]] = []
     with one_at_a_time():
         for form in forms(kwargs):
@@ -261,6 +266,14 @@ def capture_dynamo(
     Args:
         decompositions: what is written out: operators, and functions that are traced instead.
     """
+    if (replaced := _replaced_data(gm)) is not None:
+        raise TomeError(
+            "the model replaces the data of its own parameters in its forward",
+            node=replaced.name,
+            source=source_line(replaced),
+            advice="fold what it adds to its weights into them first, as merge_and_unload() of a "
+            "model with adapters does",
+        )
     mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [_as_fake(mode, value) for value in example_inputs]
     allowed = mode.allow_non_fake_inputs
@@ -269,7 +282,7 @@ def capture_dynamo(
     try:
         with mode, fx_traceback.preserve_node_meta():
             traced = make_fx(
-                fx.Interpreter(gm).run,
+                Inlining(gm).run,
                 decomposition_table=dict(decompositions),
                 pre_dispatch=True,
                 _allow_non_fake_inputs=True,
@@ -279,9 +292,10 @@ def capture_dynamo(
     data, learned = set(), set()
     for old, new, value in zip(*_placeholders(gm, traced), example_inputs, strict=True):
         new.meta.update({k: old.meta[k] for k in _CARRIED_META if k in old.meta})
-        if isinstance(value, Tensor) and value.ndim and not _is_state(value):
+        state = isinstance(value, Tensor) and _is_state(value, old)
+        if isinstance(value, Tensor) and value.ndim and not state:
             data.add(new.name)
-        if isinstance(value, nn.Parameter):
+        if isinstance(value, nn.Parameter) and state:
             learned.add(new.name)
     _to_dialect(traced)
     return CanonicalGraph(traced, frozenset(data), True, frozenset(learned))
@@ -335,7 +349,8 @@ def _described(value: Any) -> str:
 
 def carry_origin(new: fx.Node, like: fx.Node) -> None:
     """Marks a node as coming from where another does: its source line and its module."""
-    new.meta.update({name: like.meta[name] for name in _ORIGIN if name in like.meta})
+    carried = (*_ORIGIN, *_CHECKPOINTED)
+    new.meta.update({name: like.meta[name] for name in carried if name in like.meta})
 
 
 def value_of(node: Any) -> Any:
@@ -515,9 +530,26 @@ def _as_fake(mode: FakeTensorMode, value: Any) -> Any:
     return value
 
 
-def _is_state(value: Tensor) -> bool:
-    # Dynamo marks a module's parameters and buffers as static inputs.
-    return isinstance(value, nn.Parameter) or hasattr(value, "_dynamo_static_input_type")
+def _is_state(value: Tensor, placeholder: fx.Node) -> bool:
+    """Is it the model's, and not one of the inputs it is called with?"""
+    source = getattr(placeholder, "_dynamo_source", None)
+    if isinstance(value, nn.Parameter):
+        return not (isinstance(source, LocalSource) and source.is_input)
+    # Dynamo marks a module's buffers as static inputs; users mark inputs of theirs too.
+    marked = hasattr(value, "_dynamo_static_input_type")
+    return marked and (source is None or _in_a_module(source))
+
+
+def _replaced_data(gm: fx.GraphModule) -> fx.Node | None:
+    """Where a Dynamo graph assigns to a tensor's ``data``."""
+    return next((n for n in gm.graph.nodes if n.target is Tensor.set_), None)
+
+
+def _in_a_module(source: Source) -> bool:
+    """Does Dynamo read it off a module?"""
+    kind: Any = source.guard_source
+    kind = kind() if callable(kind) else kind  # a method in some versions
+    return "MODULE" in kind.name
 
 
 def _first_lines(error: Exception) -> str:

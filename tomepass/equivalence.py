@@ -23,7 +23,7 @@ from tomepass.backend import Inner, resolve_inner
 from tomepass.calls import call_with
 from tomepass.capture import describe_inputs
 from tomepass.duplicates import check_duplicates
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, no_foreign_errors, the_models_own
 from tomepass.graphs import CHOICES, MATCHES, relative_error, replayed
 from tomepass.kernels.check_gpu import kernel_lines
 from tomepass.methods import Method, RLike, resolve_method
@@ -83,6 +83,7 @@ class CheckReport:
         yield from check_table(self)
 
 
+@no_foreign_errors("check the model")
 def check(
     model: nn.Module,
     inputs: Any,
@@ -229,7 +230,7 @@ def _identity_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     plain = subject.merged._tome.method.replace(r=0, trace_source=False)
     rewritten = rewrite(captured, plan_graph(captured, plain)).module
     ours = tensors(rewritten(*subject.values))
-    with _fast_path_off():
+    with _fast_path_off(), the_models_own():
         theirs = tensors(subject.model(**subject.call))
     yield _bits(name, ours, theirs, "bits differ from the original's")
 

@@ -1,6 +1,23 @@
-"""The one error class of the pass."""
+"""The one error class of the pass, and the place where errors nobody foresaw become one."""
 
 from __future__ import annotations
+
+import dis
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+_PACKAGE = str(Path(__file__).parent)
+_RAISE = dis.opmap["RAISE_VARARGS"]
+# By name, since torch need not be there to raise a TomeError.
+_OUT_OF_MEMORY = {"MemoryError", "OutOfMemoryError"}
+# What Dynamo steers by: it begins again, or leaves a frame alone.
+DYNAMO_CONTROL = frozenset({"RestartAnalysis", "SkipFrame", "Unsupported"})
+_REPORT = (
+    "this is a fault of tomepass, not of the call: please report it with the whole traceback, "
+    "which begins with its cause"
+)
 
 
 class TomeError(RuntimeError):
@@ -55,3 +72,63 @@ class TomeError(RuntimeError):
 
 def _rebuild(reason: str, fields: dict[str, object]) -> TomeError:
     return TomeError(reason, **fields)  # type: ignore[arg-type]
+
+
+@contextmanager
+def no_foreign_errors(
+    doing: str, *, passing: frozenset[str] = frozenset(), advice: str = _REPORT
+) -> Iterator[None]:
+    """Makes a TomeError of an error that nobody foresaw; that error is its cause.
+
+    These pass as they are: a TomeError; a TypeError or ValueError about an argument, which tomepass
+    raises on purpose; what a model raised under :func:`the_models_own`; what says that memory ran
+    out; and all that is no ``Exception``, such as a keyboard interrupt. Serves as a decorator too.
+
+    Args:
+        doing: what could not be done, after "tomepass could not".
+        passing: names of further classes that pass.
+        advice: what the user can do about it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (inside := getattr(error, "inner_exception", None)) and isinstance(inside, TomeError):
+            raise inside from error  # Dynamo wraps what a backend raises
+        if _passes(error, passing):
+            raise
+        told = f"tomepass could not {doing}: {type(error).__name__}: {first_lines(error)}"
+        raise TomeError(told, advice=advice) from error
+
+
+@contextmanager
+def the_models_own() -> Iterator[None]:
+    """Around a call of the user's model: what it raises is the user's to see as it is."""
+    try:
+        yield
+    except Exception as error:
+        error.__dict__["_of_the_model"] = True
+        raise
+
+
+def first_lines(error: BaseException) -> str:
+    """The beginning of an error's message, on one line."""
+    return " ".join(str(error).strip().splitlines()[:3])[:500]
+
+
+def _passes(error: Exception, passing: frozenset[str]) -> bool:
+    classes = {cls.__name__ for cls in type(error).__mro__}
+    if isinstance(error, TomeError) or classes & (_OUT_OF_MEMORY | passing):
+        return True
+    if isinstance(error, (TypeError, ValueError)) and _on_purpose(error.__traceback__):
+        return True
+    return getattr(error, "_of_the_model", False) or "DefaultCPUAllocator" in str(error)
+
+
+def _on_purpose(traceback: TracebackType | None) -> bool:
+    """Did a ``raise`` of this package raise it, and no line that went wrong?"""
+    if traceback is None:
+        return False
+    while traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    return code.co_filename.startswith(_PACKAGE) and code.co_code[traceback.tb_lasti] == _RAISE

@@ -15,7 +15,7 @@ from tomepass.adaptive import AdaptiveModel
 from tomepass.calls import call_with
 from tomepass.capture import batch_of_two
 from tomepass.decompositions import FOR_RUNTIMES
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.methods import Method, RLike, resolve_method
 from tomepass.module import (
@@ -36,6 +36,7 @@ _WITHOUT_CONVERTER = ("aten::scatter_reduce", "aten::index_reduce")
 _TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 
 
+@no_foreign_errors("export the model")
 def export(
     model: nn.Module,
     method: Method | None = None,
@@ -82,6 +83,7 @@ def export(
     return _program(model, call, dynamic_batch, lambda call: applied.run(model, _leaves(call)))
 
 
+@no_foreign_errors("export the model")
 def export_unmerged(
     model: nn.Module, *, example_inputs: Any = None, dynamic_batch: bool = True
 ) -> ExportedProgram:

@@ -19,13 +19,14 @@ from tomepass.calls import Inputs, as_call, call_with, check_call
 from tomepass.capture import Capture, capture_module, describe_inputs
 from tomepass.captures import Captures, Check, Make
 from tomepass.checkpointing import recomputing
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.fidelity import NotCapturedError, hold_against
 from tomepass.graphs import copied, only_outputs
 from tomepass.kept import Counting, KeptReport
 from tomepass.kernels.choose import on_cuda, take_kernels
 from tomepass.methods import Method, RLike, ToMe, resolve_method
+from tomepass.parallel import refuse_sharded
 from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
@@ -39,6 +40,7 @@ OnUnmatched = Literal["raise", "warn"]
 Outputs = Literal["original", "merged"]
 
 
+@no_foreign_errors("apply itself to the model")
 def apply(
     model: nn.Module,
     method: Method | None = None,
@@ -97,6 +99,7 @@ def apply(
     return merged
 
 
+@no_foreign_errors("explain the model")
 def explain(
     model: nn.Module,
     method: Method | None = None,
@@ -322,6 +325,7 @@ class Applied:
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 
 
+@no_foreign_errors("merge the model for these inputs")
 def make_applied(
     model: nn.Module,
     method: Method,
@@ -507,6 +511,7 @@ def check_model(model: object) -> None:
             "several graphs",
             advice="give its .original, or one of its .budgets, which is a graph of its own",
         )
+    refuse_sharded(model)
 
 
 def check_one_graph(method: Method, door: str) -> None:

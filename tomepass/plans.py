@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tomepass.attention_paths import padded_to
 from tomepass.benchmarking import Measurement, environment, inner_name, measure, steps
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.methods import Method, RLike, ToMe, method_from_dict
 from tomepass.module import MergedModel, explain
 from tomepass.tables import progress_bar
@@ -146,6 +146,7 @@ class Plan:
         yield from plan_tables(self)
 
 
+@no_foreign_errors("plan for the model")
 def plan(
     model: nn.Module,
     inputs: Any,

@@ -16,8 +16,8 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from tomepass.attention import FUSED, Attention, find_attentions
-from tomepass.axis import same_shape
+from tomepass.attention import FUSED, Attention, find_attentions, hides_attention
+from tomepass.axis import same_shape, target_name
 from tomepass.capture import CanonicalGraph, source_line
 from tomepass.decompositions import FUSED_LAYERS
 
@@ -38,6 +38,12 @@ _INSIDE = (
 _UNREAD = (
     "expected attention as product, softmax, product; around this softmax there is more than one "
     "product to choose from (decomposed position biases are written so)"
+)
+
+_IN_SIGHT = (
+    'load the model with attn_implementation="sdpa" where it has that (or call '
+    'model.set_attn_implementation("sdpa")), or call scaled_dot_product_attention, outside of '
+    "torch.cond and of loops that torch traces"
 )
 
 
@@ -121,9 +127,9 @@ def find_structure(captured: CanonicalGraph) -> Structure:
     others: dict[fx.Node, Mismatch] = {}
     places = sorted([*unread, *(attention.result for attention in attentions)])
     for node in unread:
-        reason = _INSIDE if node.target in FUSED_LAYERS else _UNREAD
+        reason, advice = _unread(node)
         block = places.index(node)
-        others[node] = Mismatch.at(node, reason, block=block, advice=_OTHER_SPELLING)
+        others[node] = Mismatch.at(node, reason, block=block, advice=advice)
     for attention in attentions:
         above = [
             chain
@@ -140,6 +146,16 @@ def find_structure(captured: CanonicalGraph) -> Structure:
             chains.append(chain)
         chain.append(found)
     return Structure(tuple(Stream(tuple(chain)) for chain in chains), others, ancestry)
+
+
+def _unread(node: fx.Node) -> tuple[str, str]:
+    """Why an attention cannot be read, and what to do about it."""
+    if node.target in FUSED_LAYERS:
+        return _INSIDE, _OTHER_SPELLING
+    if hides_attention(node):
+        name = target_name(node)
+        return f"this attention is computed inside {name}, where it cannot be rewritten", _IN_SIGHT
+    return _UNREAD, _OTHER_SPELLING
 
 
 class Ancestry:

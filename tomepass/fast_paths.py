@@ -1,0 +1,51 @@
+"""Where PyTorch's fused encoder layer computes without modules that stand in it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tomepass.errors import TomeError
+
+
+def refuse_skipped_modules(model: nn.Module) -> None:
+    """Raises a TomeError where the model itself leaves out what its capture would compute.
+
+    In eval mode ``nn.TransformerEncoderLayer`` reads the weights of its linear layers and calls
+    none of them, so that an adapter in their place does nothing; written out it is called.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.TransformerEncoderLayer) and _is_fused(layer):
+            parts = (layer.linear1, layer.linear2, layer.norm1, layer.norm2)
+            strange = [type(m) for m in parts if type(m) not in (nn.Linear, nn.LayerNorm)]
+            if strange:
+                kind = f"{strange[0].__module__.split('.')[0]}.{strange[0].__name__}"
+                raise TomeError(
+                    f"{name or type(layer).__name__} runs as one fused operator, which reads "
+                    f"weights and leaves out the {kind} around them: the model itself ignores it",
+                    advice="call torch.backends.mha.set_fastpath_enabled(False) first, under which "
+                    "the model does what it should; or fold adapters into the weights",
+                )
+
+
+def _is_fused(layer: nn.TransformerEncoderLayer) -> bool:
+    """Does the layer take its fused path, as far as its settings tell?"""
+    attention = layer.self_attn
+    weights = [w for m in layer.modules() if isinstance(w := getattr(m, "weight", None), Tensor)]
+    return (
+        torch.backends.mha.get_fastpath_enabled()
+        and not layer.training
+        and bool(layer.activation_relu_or_gelu)
+        and getattr(attention, "batch_first", False)
+        and getattr(attention, "in_proj_bias", None) is not None
+        and getattr(attention, "num_heads", 1) % 2 == 0
+        and not any(torch.is_autocast_enabled(w.device.type) for w in weights[:1])
+        and not (torch.is_grad_enabled() and any(w.requires_grad for w in _read(layer)))
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+    )
+
+
+def _read(layer: nn.TransformerEncoderLayer) -> list[Tensor]:
+    """The weights that the fused operator reads."""
+    modules = (layer.self_attn.out_proj, layer.linear1, layer.linear2, layer.norm1, layer.norm2)
+    return [m.weight for m in modules if isinstance(m.weight, Tensor)]
