@@ -30,12 +30,18 @@ from tomepass.ops.side import merge_bias, merge_rows
 aten = torch.ops.aten
 
 
+def batch_sizes(captured: CanonicalGraph) -> list[Any]:
+    """The first dimension of each of the user's tensors that has one: ints or SymInts."""
+    inputs = captured.graph.find_nodes(op="placeholder")
+    given = [node.meta["val"] for node in inputs if node.name in captured.data]
+    return [value.shape[0] for value in given if value.ndim]
+
+
 def batch_of(captured: CanonicalGraph) -> int:
-    """The batch the graph's example values have."""
-    for node in captured.graph.find_nodes(op="placeholder"):
-        if node.name in captured.data:
-            return _hint(node.meta["val"].shape[0])
-    return 1
+    """The batch the graph's example values have: the dimension that is not fixed, if one is not."""
+    sizes = batch_sizes(captured)
+    symbolic = [size for size in sizes if not isinstance(size, int)]
+    return _hint((symbolic or sizes or [1])[0])
 
 
 def node_macs(node: fx.Node) -> int:

@@ -13,6 +13,7 @@ from tomepass.axis import Axis, Size, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.costs import ModelCosts
 from tomepass.counts import StreamPlan, plan_counts
+from tomepass.macs import batch_sizes
 from tomepass.methods import Method
 from tomepass.origins import input_dependent, trace_origins
 from tomepass.outcomes import Attended, Carried, Layout, Masked, Positional, Side
@@ -227,9 +228,8 @@ def _obstacle(flow: TokenFlow, block: Block, ancestry: Ancestry) -> Mismatch | N
 
 def _is_batch(size: Size, captured: CanonicalGraph) -> bool:
     """Is it the symbol that stands for the number of images?"""
-    inputs = captured.graph.find_nodes(op="placeholder")
-    first = [shape_of(n)[0] for n in inputs if n.name in captured.data]
-    return not isinstance(size, int) and any(same(size, images) for images in first)
+    images = batch_sizes(captured)
+    return not isinstance(size, int) and any(same(size, count) for count in images)
 
 
 def _count(size: Any) -> int:

@@ -11,7 +11,7 @@ from torch import fx
 
 from tomepass.capture import CanonicalGraph, describe_inputs, source_line
 from tomepass.errors import TomeError
-from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
+from tomepass.macs import batch_of, batch_sizes, is_overhead, macs_by_name, node_macs
 from tomepass.methods import Method
 from tomepass.outcomes import Attended, Averaged, Contracted, Taken
 from tomepass.planning import Planned, PlannedStream
@@ -192,8 +192,7 @@ def _inputs(captured: CanonicalGraph) -> str:
 
 def _readable(text: str, captured: CanonicalGraph) -> str:
     """The symbol of the batch, if it has one, as B."""
-    for node in _data(captured):
-        batch = node.meta["val"].shape[0]
+    for batch in batch_sizes(captured):
         if not isinstance(batch, int) and str(batch).isidentifier():
             return re.sub(rf"\b{batch}\b", "B", text)
     return text
