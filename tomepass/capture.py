@@ -34,6 +34,7 @@ from tomepass.fidelity import NotCapturedError, can_be_held, hold_against
 from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
 from tomepass.regions import Inlining
+from tomepass.subexpressions import merge_duplicates
 
 aten = torch.ops.aten
 
@@ -430,6 +431,7 @@ def _to_dialect(module: fx.GraphModule) -> None:
             node.target, node.args = aten.cat.default, (node.args[0], 1)
         elif node.target in _CONCATENATIONS:
             node.target = aten.cat.default
+    merge_duplicates(module)
     drop_idle_masks(module)
     module.recompile()
 

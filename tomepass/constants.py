@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from tomepass.axis import is_pointwise
+from tomepass.walks import answered
 
 aten = torch.ops.aten
 
@@ -24,68 +25,65 @@ def constant_value(node: fx.Node, *, up_to_broadcast: bool = False) -> Tensor | 
         up_to_broadcast: also where the value is repeated for a batch of any size: with size 1
             in place of each symbolic one.
     """
-    value = _evaluate(node, _Known(up_to_broadcast))
-    return value if isinstance(value, Tensor) else None
+    return Constants(up_to_broadcast).value(node)
 
 
-class _NotConstant(Exception):
-    pass
+# In place of a value that depends on something.
+_OPEN = object()
 
 
 @dataclass
-class _Known:
-    up_to_broadcast: bool
+class Constants:
+    """Values of one graph, each worked out once.
+
+    Args:
+        up_to_broadcast: as :func:`constant_value` takes it.
+    """
+
+    up_to_broadcast: bool = False
     values: dict[fx.Node, Any] = field(default_factory=dict)
     repeated: set[fx.Node] = field(default_factory=set)
 
-
-def _evaluate(node: fx.Node, known: _Known) -> Any:
-    try:
+    def value(self, node: fx.Node) -> Tensor | None:
+        """What :func:`constant_value` answers."""
         with torch.no_grad():
-            return _value(node, known)
-    except _NotConstant:
-        return None
+            value = answered(node, self.values, self._needs, self._answer)
+        return value if isinstance(value, Tensor) else None
 
+    def _needs(self, node: fx.Node) -> list[fx.Node]:
+        if not is_pure(node) or is_written(node):
+            return []
+        return node.all_input_nodes[:1] if self._repeats(node) else node.all_input_nodes
 
-def _value(node: fx.Node, known: _Known) -> Any:
-    if node not in known.values:
-        if not _pure(node) or is_written(node):
-            raise _NotConstant
-        if known.up_to_broadcast and (row := _row(node, known)) is not None:
-            known.values[node] = row
-            return row
-        args, kwargs = fx.node.map_aggregate(
-            (node.args, node.kwargs), lambda argument: _argument(argument, known)
-        )
-        known.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known.values[node]
+    def _repeats(self, node: fx.Node) -> bool:
+        """Is it an expansion to sizes that are computed?"""
+        sized = node.target is aten.expand.default and len(node.all_input_nodes) > 1
+        return self.up_to_broadcast and sized
 
+    def _answer(self, node: fx.Node) -> Any:
+        if not is_pure(node) or is_written(node):
+            return _OPEN
+        first: Any = self.values[node.all_input_nodes[0]] if node.all_input_nodes else None
+        if self._repeats(node):
+            self.repeated.add(node)
+            sizes = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
+            return _OPEN if first is _OPEN else first.expand(sizes)
+        if any(operand in self.repeated for operand in node.all_input_nodes):
+            if not (is_pointwise(node) or node.target in (*_BROADCASTS, _SLICE)):
+                return _OPEN
+            self.repeated.add(node)
+            if node.target is _SLICE and not isinstance(_sliced_size(node), int):
+                return first  # over the batch
+        if any(self.values[operand] is _OPEN for operand in node.all_input_nodes):
+            return _OPEN
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), self._argument)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
-def _argument(argument: Any, known: _Known) -> Any:
-    if isinstance(argument, fx.Node):
-        return _value(argument, known)
-    # A model without values is still computed with where its constants are.
-    return torch.device("cpu") if argument == torch.device("meta") else argument
-
-
-def _row(node: fx.Node, known: _Known) -> Tensor | None:
-    """What is repeated over a batch, if the operator as it stands cannot work it out."""
-    operands = node.all_input_nodes
-    if node.target is aten.expand.default and len(operands) > 1:
-        known.repeated.add(node)
-        sizes = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
-        row: Tensor = _value(operands[0], known).expand(sizes)
-        return row
-    for operand in operands:
-        if _pure(operand):
-            _value(operand, known)
-    if not any(operand in known.repeated for operand in operands):
-        return None
-    if not (is_pointwise(node) or node.target in (*_BROADCASTS, _SLICE)):
-        raise _NotConstant
-    known.repeated.add(node)
-    over_batch = node.target is _SLICE and not isinstance(_sliced_size(node), int)
-    return _value(operands[0], known) if over_batch else None
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, fx.Node):
+            return self.values[argument]
+        # A model without values is still computed with where its constants are.
+        return torch.device("cpu") if argument == torch.device("meta") else argument
 
 
 def _sliced_size(node: fx.Node) -> Any:
@@ -93,7 +91,7 @@ def _sliced_size(node: fx.Node) -> Any:
     return node.all_input_nodes[0].meta["val"].shape[dim]
 
 
-def _pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """Does the operator give the same result each time, from its arguments alone?"""
     return (
         node.op == "call_function"
@@ -107,11 +105,12 @@ def _pure(node: fx.Node) -> bool:
 
 def is_written(node: fx.Node) -> bool:
     """Does an operator write into the node's value, or into a view of it?"""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            return True
-        views = schema is None or any(r.alias_info is not None for r in schema.returns)
-        if views and is_written(user):
-            return True
+    views = [node]
+    for view in views:
+        for user in view.users:
+            schema = getattr(user.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                return True
+            if schema is None or any(r.alias_info is not None for r in schema.returns):
+                views.append(user)
     return False

@@ -9,15 +9,24 @@ import torch
 from torch import fx
 
 from tomepass.attention import find_attentions
-from tomepass.axis import Axis, Size, same, shape_of, target_name
+from tomepass.axis import Axis, Size, is_known, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.costs import ModelCosts
 from tomepass.counts import StreamPlan, plan_counts
+from tomepass.macs import batch_sizes
+from tomepass.masks import comes_from_a_mask
 from tomepass.methods import Method
 from tomepass.origins import input_dependent, trace_origins
 from tomepass.outcomes import Attended, Carried, Layout, Masked, Positional, Side
 from tomepass.shapes import even
-from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
+from tomepass.structure import (
+    Ancestry,
+    Block,
+    Mismatch,
+    Stream,
+    Structure,
+    find_structure,
+)
 from tomepass.tokens import TokenFlow, attends, follow_tokens
 from tomepass.writes import hidden_write
 
@@ -178,7 +187,8 @@ def _plan_stream(
         plan = plan_counts(tokens, protected, (0,) * blocks)
     else:
         plan = method.plan(tokens, protected, blocks)
-    return PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
+    planned = PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
+    return _masked_tokens(planned) or planned
 
 
 def _token_layout(
@@ -190,9 +200,12 @@ def _token_layout(
     """
     block = stream.blocks[0]
     shape = shape_of(block.entry)
-    reason = None
+    reason = open_size = None
     for dim in sorted(range(len(shape)), key=lambda d: (d in (0, len(shape) - 1), d)):
         if _is_batch(shape[dim], captured):  # counting it would fix it
+            continue
+        if not is_known(shape[dim]):
+            open_size = open_size or _uncounted(block.entry, dim)
             continue
         tokens = _count(shape[dim])
         protected = _protected(captured, stream, dim, tokens, method)
@@ -203,10 +216,25 @@ def _token_layout(
             if isinstance(attends(block.attention, flow), (Layout, Masked)):
                 return protected if isinstance(protected, Mismatch) else (layout, protected)
             reason = reason or _obstacle(flow, block, ancestry)
-    return reason or Mismatch.at(
-        block.attention.result,
-        f"attention does not see the residual stream {list(shape)} as one sequence of tokens",
+    return (
+        open_size
+        or reason
+        or Mismatch.at(
+            block.attention.result,
+            f"attention does not see the residual stream {list(shape)} as one sequence of tokens",
+            block=0,
+        )
+    )
+
+
+def _uncounted(entry: fx.Node, dim: int) -> Mismatch:
+    return Mismatch.at(
+        entry,
+        f"the size of dimension {dim} of the residual stream {list(shape_of(entry))} is only "
+        "known when the model runs, and tokens are counted before",
         block=0,
+        advice="give every image the same number of tokens, and hide those not in use with a "
+        "boolean padding mask",
     )
 
 
@@ -227,9 +255,8 @@ def _obstacle(flow: TokenFlow, block: Block, ancestry: Ancestry) -> Mismatch | N
 
 def _is_batch(size: Size, captured: CanonicalGraph) -> bool:
     """Is it the symbol that stands for the number of images?"""
-    inputs = captured.graph.find_nodes(op="placeholder")
-    first = [shape[0] for n in inputs if n.name in captured.data and (shape := shape_of(n))]
-    return not isinstance(size, int) and any(same(size, images) for images in first)
+    images = batch_sizes(captured)
+    return not isinstance(size, int) and any(same(size, count) for count in images)
 
 
 def _count(size: Any) -> int:
@@ -282,6 +309,19 @@ def _padding(stream: Stream, flow: TokenFlow) -> fx.Node | Mismatch | None:
                 block=block.index,
             )
     return masks[0]
+
+
+def _masked_tokens(planned: PlannedStream) -> Mismatch | None:
+    """A mask that multiplies tokens between merges."""
+    for side in planned.sides:
+        if side.how == "kept" and comes_from_a_mask(side.node):
+            return Mismatch.at(
+                side.node,
+                f"{side.node.name} is a mask that multiplies tokens: those that it hides would "
+                "merge with others",
+                advice="hide tokens from attention with a boolean padding mask instead",
+            )
+    return None
 
 
 def _check_block(

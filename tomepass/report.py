@@ -11,7 +11,14 @@ from torch import fx
 
 from tomepass.capture import CanonicalGraph, describe_inputs, source_line
 from tomepass.errors import TomeError
-from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
+from tomepass.macs import (
+    batch_of,
+    batch_sizes,
+    graph_macs,
+    is_overhead,
+    macs_by_name,
+    node_macs,
+)
 from tomepass.methods import Method
 from tomepass.outcomes import Attended, Averaged, Contracted, Taken
 from tomepass.planning import Planned, PlannedStream
@@ -70,7 +77,8 @@ class Report:
         streams: the streams that are merged.
         refused: each stream or attention left alone, with the reason.
         unmerged: readers before which tokens are unmerged, with the reason.
-        macs_original: multiply-accumulates per image as captured.
+        macs_original: multiply-accumulates per image as captured, of what the outputs are made
+            from; a product with a size that only data decide counts nothing.
         macs: the same after merging, without the pass's own operators.
         macs_overhead: matching and merging.
         paths: how proportional attention is computed on the device it was read with.
@@ -161,9 +169,9 @@ def make_report(
     unmerged: tuple[Mismatch, ...] = ()
     if rewritten is not None:
         nodes = list(rewritten.module.graph.nodes)
-        after = {n.name: node_macs(n) // batch for n in nodes}
-        overhead = sum(after[n.name] for n in nodes if is_overhead(n))
-        merged = sum(after.values()) - overhead
+        after = graph_macs(rewritten.module.graph, batch)
+        merged = sum(after[n.name] for n in nodes if not is_overhead(n))
+        overhead = sum(node_macs(n) // batch for n in nodes if is_overhead(n))
         streams = tuple(_stream(s, captured, rewritten, before, after) for s in planned.streams)
         unmerged = rewritten.unmerged
     return Report(
@@ -192,8 +200,7 @@ def _inputs(captured: CanonicalGraph) -> str:
 
 def _readable(text: str, captured: CanonicalGraph) -> str:
     """The symbol of the batch, if it has one, as B."""
-    for node in _data(captured):
-        batch = node.meta["val"].shape[0]
+    for batch in batch_sizes(captured):
         if not isinstance(batch, int) and str(batch).isidentifier():
             return re.sub(rf"\b{batch}\b", "B", text)
     return text
@@ -234,7 +241,8 @@ _HOW = {
     "mean": "added by position: the mean of the rows of the merged tokens",
     "kept": "multiplied by position (rotary): the row of the token merged into; tokens alike but "
     "for their places merge approximately",
-    "bias": "position bias of the attention: log-mean-exp over merged keys, mean over queries",
+    "bias": "position bias of the attention: log-mean-exp over merged keys, which is exact, "
+    "and the mean over merged queries, which is not",
 }
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor, fx
@@ -36,7 +37,7 @@ from tomepass.axis import (
     target_name,
 )
 from tomepass.capture import CanonicalGraph
-from tomepass.masks import hides_all, hides_nothing, is_padding, is_position_bias
+from tomepass.masks import bias_factor, hides_all, hides_nothing, is_padding, is_position_bias
 from tomepass.outcomes import (
     Attended,
     Averaged,
@@ -317,7 +318,7 @@ class _Analysis:
         query, key, value = (self.flow.layouts.get(n) for n in node.args[:3])  # type: ignore[arg-type]
         if key is None or key != value or query not in (None, key):
             return Positional("this attention is not among the stream's own tokens")
-        if key != Layout(Axis(2), Axis(0), key.positions) or len(shape_of(node.args[1])) != 4:  # type: ignore[arg-type]
+        if not _heads_apart(node, key):
             return Positional(
                 "expected attention over [B, H, N, D] with all tokens on N, "
                 f"got {list(shape_of(node.args[1]))}"  # type: ignore[arg-type]
@@ -327,12 +328,12 @@ class _Analysis:
                 "causal attention: merging would mix a token with later ones",
                 "tomepass merges encoders; a decoder is left alone",
             )
-        mask = argument(node, 3, "attn_mask")
+        mask, ndim = argument(node, 3, "attn_mask"), len(shape_of(node))
         if not isinstance(mask, fx.Node) or hides_nothing(mask):
             return Attended(query, key)
-        if query is not None and is_position_bias(mask, self.captured):
+        if query is not None and _is_of_heads(mask, node) and is_position_bias(mask, self.captured):
             return Attended(query, key, mask)
-        if query is not None and mask not in self.reached and is_padding(mask):
+        if query is not None and key.plain and mask not in self.reached and is_padding(mask, ndim):
             return Attended(query, key, padding=mask)
         return _hidden(mask)
 
@@ -416,9 +417,10 @@ class _Analysis:
                 if node.target is aten.add.Tensor and hides_nothing(operand):
                     found.append(Side(operand, "nothing"))
                     continue
-                if node.target not in _SUMS or not is_position_bias(operand, self.captured):
+                factor = bias_factor(node, operand) if node.target in _SUMS else None
+                if factor is None or not is_position_bias(operand, self.captured):
                     return _hidden(operand)
-                found.append(Side(operand, "bias"))
+                found.append(Side(operand, "bias", factor))
             elif node.target in _SUMS:
                 found.append(Side(operand, "mean"))
             elif node.target in _SCALINGS:
@@ -428,6 +430,44 @@ class _Analysis:
                     f"{target_name(node)} combines the tokens with rows that are not made from them"
                 )
         return tuple(found)
+
+
+def _heads_apart(node: fx.Node, key: Layout) -> bool:
+    """Are the keys of a fused attention ``[B, H, N, D]``, or that with other heads, or none?
+
+    ``[B, N, D]``, ``[B H, N, D]``, ``[B, G, H, N, D]``: what stands before N and is not the batch
+    are heads, the same ones for queries, keys and values.
+    """
+    shapes = [shape_of(operand) for operand in node.args[:3]]  # type: ignore[arg-type]
+    ndim, batch = len(shapes[1]), key.batch
+    if key.columns is not None or key.weights or key.tokens != Axis(ndim - 2):
+        return False
+    if batch.dim != 0 or not same(batch.before, 1) or not isinstance(batch.after, int):
+        return False
+    if ndim == 4 and batch.after == 1:
+        return True
+    heads = [shape[1:-2] for shape in shapes]
+    if not all(isinstance(count, int) for count in heads[1]):
+        return False
+    return all(
+        len(shape) == ndim and all(map(same, other, heads[0]))
+        for shape, other in zip(shapes, heads, strict=True)
+    )
+
+
+def fused_heads(shape: tuple[Size, ...], key: Layout) -> int | None:
+    """How many heads the keys of a fused attention have that are not ``[B, H, N, D]``."""
+    folded: int = key.batch.after
+    if len(shape) == 4 and folded == 1:
+        return None
+    return folded * prod(int(heads) for heads in shape[1:-2])
+
+
+def _is_of_heads(mask: fx.Node, attention: fx.Node) -> bool:
+    """Does a mask stand beside the scores as ``[B, H, N, N]``, or is it one for all heads?"""
+    before = shape_of(mask)[:-2]
+    alike = all(same(size, 1) for size in before)
+    return len(before) <= 2 and (alike or len(shape_of(attention)) == 4)
 
 
 def _softmax(node: fx.Node, layout: Layout) -> Outcome | None:
@@ -485,6 +525,12 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
         return False
     if node.target in (aten.cat.default, aten.stack.default):
         return True
+    if node.target is aten.einsum.default:
+        return _shares_letter(node, operand, layout)
+    if node.target in (aten.matmul.default, aten.bmm.default):
+        # Of a batch of matrices each multiplies what stands beside it.
+        batched = [axis.dim - (len(shape) - value.ndim) for axis in layout.axes]
+        return any(0 <= d < value.ndim - 2 and not same(value.shape[d], 1) for d in batched)
     aligned = node.target is aten.expand_as.default
     if node.target is aten.baddbmm.default:  # the factors do not line up with the result
         aligned = operand is node.args[0] and not ignores_first(node)
@@ -492,6 +538,14 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
         return False
     dims = [value.ndim - (len(shape) - axis.dim) for axis in layout.axes]
     return any(dim >= 0 and not same(value.shape[dim], 1) for dim in dims)
+
+
+def _shares_letter(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
+    """Does an operand of an einsum run along an axis of tokens of its result?"""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    places = [i for i, other in enumerate(node.args[1]) if other is operand]  # type: ignore[arg-type]
+    letters = {result[axis.dim] for axis in layout.axes}
+    return any(letters & set(terms.split(",")[place]) for place in places)
 
 
 def _counts(node: fx.Node, operand: fx.Node, layout: Layout) -> Iterator[tuple[int, Axis]]:
