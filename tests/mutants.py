@@ -82,8 +82,8 @@ def _faults(mutant: Mutant, root: Path) -> Iterator[str]:
     if not mutant.file.startswith("tomepass/"):
         yield f"{mutant.file} is no file of the package."
     words = shlex.split(mutant.tests)
-    if any(word == "-m" or word.startswith("tests/doors") for word in words):
-        yield "its tests are not among those of `make test`."
+    if "-m" in words:  # the project's own leaves out what `make test` does not run
+        yield "its tests are chosen by a marker: they may not be among those of `make test`."
     ids = [word for word in words if word.startswith("tests/")]
     if not ids:
         yield "its tests name no file, so that all of them would run."
