@@ -19,7 +19,6 @@ from pathlib import Path
 
 from mutants import ROOT, Mutant, Tables
 
-
 KILLED, SURVIVED = "killed", "survived"
 OF_THE_TABLE = "fault of the table"
 # A mutation may make a loop endless. Others may take longer than the code as it is, but not so.
