@@ -6,6 +6,7 @@ child puts its copy first on the path, imports tomepass from there and runs the 
 
 from __future__ import annotations
 
+import compileall
 import os
 import shlex
 import shutil
@@ -68,15 +69,20 @@ def run_all(tables: Tables, processes: int) -> int:
     """Tries all, prints a table; 0 if each is killed and its tests pass without it."""
     mutants = [mutant for table in tables.values() for mutant in table]
     preload()
+    with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
+        return _run_all(tables, mutants, Runner(Path(folder), processes))
+
+
+def _run_all(tables: Tables, mutants: list[Mutant], runner: Runner) -> int:
     clean_jobs = [Job(tests) for tests in dict.fromkeys(m.tests for m in mutants)]
     print(f"{len(mutants)} mutations, {len(clean_jobs)} sets of tests", flush=True)
-    clean = {job.tests: result for job, result in run_jobs(clean_jobs, processes)}
+    clean = {job.tests: result for job, result in runner.run(clean_jobs)}
     jobs = [
         Job(m.tests, m, max(LEAST_SECONDS, TIMES * clean[m.tests].seconds))
         for m in mutants
         if clean[m.tests].code == 0
     ]
-    tried = {job.mutant: result for job, result in run_jobs(jobs, processes) if job.mutant}
+    tried = {job.mutant: result for job, result in runner.run(jobs) if job.mutant}
     outcomes = {m.name: outcome(clean[m.tests], tried.get(m)) for m in mutants}
     _print(tables, outcomes, clean, tried)
     return 0 if all(told == KILLED for told in outcomes.values()) else 1
@@ -132,35 +138,51 @@ def preload() -> None:
         raise RuntimeError("tomepass.ops is imported already: children would not read their copy")
 
 
-def run_jobs(jobs: Iterable[Job], processes: int) -> list[tuple[Job, Result]]:
-    """Runs all, some at a time, the results in order of ending."""
-    waiting, running, ended = list(jobs), dict[int, "_Running"](), list[tuple[Job, Result]]()
-    try:
-        while waiting or running:
-            while waiting and len(running) < processes:
-                started = _Running(waiting.pop(0))
-                running[started.pid] = started
-            for pid, run in list(running.items()):
-                if (result := run.ended()) is not None:
-                    del running[pid]
-                    ended.append((run.job, result))
-                    print("." if result.code == 0 else "x", end="", flush=True)
-            time.sleep(0.05)
-    finally:
-        for run in running.values():
-            run.end()
-    print()
-    return ended
+class Runner:
+    """Runs jobs, some at a time, in copies made in a folder.
+
+    Args:
+        folder: an empty one.
+        processes: how many at a time.
+    """
+
+    def __init__(self, folder: Path, processes: int) -> None:
+        self.folder, self.processes = folder, processes
+        # Compiled once: a copy keeps the times of its files, by which Python knows what is.
+        self.template = folder / "template"
+        made = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "site", "*.egg-info")
+        shutil.copytree(ROOT, self.template, ignore=made)
+        compileall.compile_dir(self.template, quiet=2)
+
+    def run(self, jobs: Iterable[Job]) -> list[tuple[Job, Result]]:
+        """The results in order of ending."""
+        waiting, running, ended = list(jobs), dict[int, "_Running"](), list[tuple[Job, Result]]()
+        try:
+            while waiting or running:
+                while waiting and len(running) < self.processes:
+                    started = _Running(waiting.pop(0), self.template, self.folder)
+                    running[started.pid] = started
+                for pid, run in list(running.items()):
+                    if (result := run.ended()) is not None:
+                        del running[pid]
+                        ended.append((run.job, result))
+                        print("." if result.code == 0 else "x", end="", flush=True)
+                time.sleep(0.05)
+        finally:
+            for run in running.values():
+                run.end()
+        print()
+        return ended
 
 
 class _Running:
     """One forked process with its own copy of the repository."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, template: Path, folder: Path) -> None:
         self.job, self.start = job, time.monotonic()
-        self.folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+        self.folder = Path(tempfile.mkdtemp(dir=folder))
         copy = self.folder / "copy"
-        copy_to(copy)
+        shutil.copytree(template, copy)
         if job.mutant is not None:
             apply(job.mutant, copy)
         sys.stdout.flush()
@@ -195,16 +217,12 @@ class _Running:
         return Result(code, seconds, tail)
 
 
-def copy_to(folder: Path, root: Path = ROOT) -> None:
-    """What tests read: everything but what is made from it."""
-    made = shutil.ignore_patterns(".*", "__pycache__", "build", "dist", "site", "*.egg-info")
-    shutil.copytree(root, folder, ignore=made)
-
-
 def apply(mutant: Mutant, root: Path) -> None:
     """Puts the mutation into a copy."""
     path = root / mutant.file
     path.write_text(path.read_text().replace(mutant.old, mutant.new))
+    for compiled in path.parent.glob(f"__pycache__/{path.stem}.*"):
+        compiled.unlink()
 
 
 def _child(copy: Path, folder: Path, tests: str) -> None:

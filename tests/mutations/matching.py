@@ -107,13 +107,6 @@ MUTANTS = [
         tests="tests/ops/test_match_by.py -k 'reference or importance'",
     ),
     Mutant(
-        name="importance_of_destinations",
-        file="tomepass/ops/match_by.py",
-        old="own = importance[:, sources]",
-        new="own = importance[:, destinations[: len(sources)].clamp(min=0)]",
-        tests="tests/ops/test_match_by.py -k 'reference and maps'",
-    ),
-    Mutant(
         name="cosines_are_no_dissimilarities",
         file="tomepass/ops/match_by.py",
         old='nearest = 1.0 if similarity == "cosine" else 0.0',
