@@ -229,7 +229,7 @@ def _child(copy: Path, folder: Path, tests: str) -> None:
     """Runs pytest in a copy and never returns."""
     code = _ELSEWHERE
     try:
-        os.setpgid(0, 0)
+        os.setsid()
         log = os.open(folder / "log", os.O_CREAT | os.O_WRONLY)
         os.dup2(log, 1)
         os.dup2(log, 2)

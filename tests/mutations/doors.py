@@ -137,14 +137,14 @@ MUTANTS = [
         file="tomepass/saving.py",
         old='"method": method.to_dict(), "outputs": outputs}',
         new='"method": method.to_dict(), "outputs": "original"}',
-        tests="tests/doors/test_saving.py -k comes_back_as_it_was",
+        tests="tests/doors/test_saving.py -k comes_back_too",
     ),
     Mutant(
         name="what_was_saved_goes_before_what_is_asked_for",
         file="tomepass/saving.py",
         old='**{"outputs": outputs, **options}',
         new='**{**options, "outputs": outputs}',
-        tests="tests/doors/test_saving.py -k asked_for",
+        tests="tests/doors/test_saving.py -k comes_back_too",
     ),
     Mutant(
         name="a_later_version_is_read",
