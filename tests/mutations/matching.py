@@ -153,37 +153,35 @@ MUTANTS = [
         file="tomepass/ops/match_greedy.py",
         old="used = (position == low) | (position == high)",
         new="used = position == high",
-        tests="tests/ops/test_match_sets.py -k greedy",
+        tests="tests/ops/test_match_loops.py -k greedy",
     ),
     Mutant(
         name="greedy_keeps_the_later_of_a_pair",
         file="tomepass/ops/match_greedy.py",
         old="into = torch.where(position == high, low, into)",
         new="into = torch.where(position == low, high, into)",
-        tests="tests/ops/test_match_sets.py -k greedy",
+        tests="tests/ops/test_match_loops.py -k greedy",
     ),
     Mutant(
         name="a_seed_leaves_its_cluster",
         file="tomepass/ops/match_kmeans.py",
         old="nearest = torch.where(own, member, scores.argmax(-1))",
         new="nearest = scores.argmax(-1)",
-        tests="tests/ops/test_match_sets.py -k clusters",
+        tests="tests/ops/test_match_loops.py -k clusters",
     ),
     Mutant(
-        name="centres_stay",
+        name="centres_stop_moving",
         file="tomepass/ops/match_kmeans.py",
         old="if step + 1 < iterations:",
         new="if step + 2 < iterations:",
-        tests="tests/ops/test_match_sets.py -k centres",
+        tests="tests/ops/test_match_loops.py -k clusters",
     ),
     Mutant(
         name="protected_tokens_move_centres",
         file="tomepass/ops/match_kmeans.py",
         old="goes = (sent(nearest, clusters) & loose)",
         new="goes = (sent(nearest, clusters))",
-        tests=(
-            "tests/methods/test_every_method.py -k 'plain_reference and kmeans and (vit or ast)'"
-        ),
+        tests="tests/ops/test_match_loops.py -k clusters",
     ),
     Mutant(
         name="sets_forget_padding",
@@ -206,7 +204,7 @@ MUTANTS = [
             "sides = gather(metric, sources, 1), gather(metric, "
             "destinations[:1].expand_as(destinations), 1)"
         ),
-        tests="tests/ops/test_match_sets.py -k own_sets",
+        tests="tests/ops/test_match_loops.py -k sets_of",
     ),
     Mutant(
         name="energy_counts_the_token_itself",

@@ -113,9 +113,7 @@ MUTANTS = [
         file="tomepass/ops/unmerge.py",
         old="return torch.where(held < 0, held, assign.gather(1, held.clamp(min=0)))",
         new="return assign.gather(1, held.clamp(min=0))",
-        tests=(
-            "tests/methods/test_every_method.py -k 'plain_reference and prune and dinov2_registers'"
-        ),
+        tests="tests/ops/test_unmerge.py -k dropped",
     ),
     Mutant(
         name="a_narrowed_source_counts_what_is_gone",

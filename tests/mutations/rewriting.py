@@ -8,14 +8,14 @@ MUTANTS = [
         file="tomepass/rewrite.py",
         old="if not epoch or not (self.method.prop_attn or merges.masked):",
         new="if True:",
-        tests="tests/test_property.py -k 'these_are_merged and plain'",
+        tests="tests/test_property.py -k 'these_are_merged and gathered'",
     ),
     Mutant(
         name="sizes_forgotten_in_attention_written_out",
         file="tomepass/rewrite.py",
         old="scores = self.writer.emit(node, aten.add.Tensor, scores, bias)",
         new="pass",
-        tests="tests/test_property.py -k 'these_are_merged and hand'",
+        tests="tests/test_property.py -k 'these_are_merged and folded'",
     ),
     Mutant(
         name="sizes_count_though_nobody_asked",
@@ -45,14 +45,14 @@ MUTANTS = [
             "        bias = self._position_bias(node, outcome, merges, epoch)\n        if not epoch"
         ),
         new="        bias = None\n        if not epoch",
-        tests="tests/test_position_bias.py",
+        tests="tests/test_beside_tokens.py -k bias",
     ),
     Mutant(
         name="a_position_bias_is_that_of_the_first_merge",
         file="tomepass/carrying.py",
         old="merge_bias, table, merges.holds[epoch], length)",
         new="merge_bias, table, merges.holds[1], length)",
-        tests="tests/test_position_bias.py",
+        tests="tests/test_beside_tokens.py -k bias",
     ),
     Mutant(
         name="a_mean_forgets_sizes",
@@ -103,7 +103,7 @@ MUTANTS = [
         new=(
             "made = self.writer.emit(node, rows, table, self._kept(node, merges, epoch), 1, 3, [])"
         ),
-        tests=("tests/test_property.py -k 'these_are_merged and again' tests/test_rewrite.py"),
+        tests="tests/test_beside_tokens.py -k again",
     ),
     Mutant(
         name="joined_parts_stay_as_they_were",

@@ -1,4 +1,4 @@
-"""Position biases of attention, and none of them zero: merged models against a plain reference."""
+"""What lies beside the tokens, and none of it zero: merged models against a plain reference."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from encoders import Encoder, make, pixels
 from module_names import Attention, blocks_of, mlp_of
 from reference_models import weighted_mean
 from torch import Tensor
@@ -32,16 +33,16 @@ class Biases(TorchFunctionMode):
         return function(*args, **kwargs)
 
 
-def plain(model: Any, pixels: Tensor, prop_attn: bool = True) -> tuple[Tensor, Tensor]:
+def plain(model: Any, images: Tensor, prop_attn: bool = True) -> tuple[Tensor, Tensor]:
     """The logits ``[B, classes]`` of BEiT and Data2Vec written out, and each image's margin."""
     base = getattr(model, "beit", None) or model.data2vec_vision
     with Biases() as biases:
-        model(pixels)
-    embedded = base.embeddings(pixels)
+        model(images)
+    embedded = base.embeddings(images)
     x = embedded[0] if isinstance(embedded, tuple) else embedded
-    images, tokens, _ = x.shape
-    size, source = torch.ones(images, tokens), torch.arange(tokens).repeat(images, 1)
-    margin = torch.full((images,), float("inf"), dtype=torch.float64)
+    batch, tokens, _ = x.shape
+    size, source = torch.ones(batch, tokens), torch.arange(tokens).repeat(batch, 1)
+    margin = torch.full((batch,), float("inf"), dtype=torch.float64)
     for block, bias, r in zip(blocks_of(base), biases.seen, R, strict=True):
         a = attention(block)
         y = block.layernorm_before(x)
@@ -80,13 +81,53 @@ def attention(block: Any) -> Attention:
         ("data2vec_vision", True, "sdpa"),
     ],
 )
-def test_merged_logits_are_a_plain_reference_s(name: str, prop_attn: bool, written: str) -> None:
-    model, pixels = make_model(name), make_inputs(name, batch=4)["pixel_values"]
-    expected, margin = plain(model, pixels, prop_attn)
+def test_biases_are_a_plain_reference_s(name: str, prop_attn: bool, written: str) -> None:
+    model, images = make_model(name), make_inputs(name, batch=4)["pixel_values"]
+    expected, margin = plain(model, images, prop_attn)
     clear = margin > 1e-5
     assert int(clear.sum()) >= 3
     model.set_attn_implementation(written)
     method = ToMe(R, prop_attn=prop_attn)
-    merged = tomepass.apply(model, method, example_inputs={"pixel_values": pixels})
-    assert relative_error(merged(pixels).logits[clear], expected[clear]) < 1e-4
-    assert relative_error(model(pixels).logits, expected) > 1e-3
+    merged = tomepass.apply(model, method, example_inputs={"pixel_values": images})
+    assert relative_error(merged(images).logits[clear], expected[clear]) < 1e-4
+    assert relative_error(model(images).logits, expected) > 1e-3
+
+
+class Again(Encoder):
+    """Positions are added to the tokens before each block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x + self.positions)
+        return self.read(self.final(x))
+
+
+@torch.no_grad()
+def test_positions_added_again_are_a_plain_reference_s() -> None:
+    model, x, counts = make(Again, depth=3), pixels(4), [9, 7, 5]
+    merged = tomepass.apply(model, r=counts, example_inputs=x)
+    expected, margin = again(model, x, counts)
+    clear = margin > 1e-5
+    assert int(clear.sum()) >= 3
+    assert relative_error(merged(x)[clear], expected[clear]) < 1e-4
+    assert relative_error(model(x), expected) > 1e-3
+
+
+def again(model: Any, images: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
+    """The same written out, with the mean of the rows of merged tokens."""
+    x = model.embed(images)
+    batch, tokens, _ = x.shape
+    size, source = torch.ones(batch, tokens), torch.arange(tokens).repeat(batch, 1)
+    margin = torch.full((batch,), float("inf"), dtype=torch.float64)
+    for block, r in zip(model.blocks, counts, strict=True):
+        x = x + reference.merged_rows(model.positions, source, x.shape[1])
+        q, k, v = block.attention.heads(block.norm1(x))
+        seen = reference.proportional_attention(q, k, v, size)
+        x = x + block.attention.out(seen.transpose(1, 2).flatten(2))
+        margin = torch.minimum(margin, reference.match_margin(k, r, (0,)))
+        assign = reference.match(k, r, (0,))
+        x, size = reference.merge(x, size, assign, x.shape[1] - r)
+        source = reference.compose(assign, source)
+        x = x + block.mlp(block.norm2(x))
+    return model.read(model.final(x)), margin
