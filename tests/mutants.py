@@ -97,6 +97,17 @@ def _faults(mutant: Mutant, root: Path) -> Iterator[str]:
                 yield f"{file} has no {name}."
 
 
+def chooses(tests: str) -> tuple[list[str], str]:
+    """The files, folders and tests that pytest's arguments name, and their ``-k``."""
+    words, names, keyword = iter(shlex.split(tests)), [], ""
+    for word in words:
+        if word == "-k":
+            keyword = next(words, "")
+        else:
+            names.append(word)
+    return names, keyword
+
+
 def chosen(found: Tables, names: Sequence[str]) -> Tables:
     """The mutations of these names, those of whole tables among them; all where none is given."""
     if not names:

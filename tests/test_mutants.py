@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from _pytest.mark import KeywordMatcher
+from _pytest.mark.expression import Expression
 from mutant_runs import KILLED, OF_THE_TABLE, SURVIVED, Result, outcome
-from mutants import ROOT, Mutant, chosen, faults, tables
+from mutants import ROOT, Mutant, chooses, chosen, faults, tables
 
 SOUND = Mutant(
     name="sound",
@@ -20,6 +22,38 @@ SOUND = Mutant(
 
 def test_each_mutation_is_named_once_and_changes_what_is_there_once() -> None:
     assert faults(tables()) == []
+
+
+def test_each_mutation_has_tests_among_those_collected(request: pytest.FixtureRequest) -> None:
+    """Tests that were renamed, or left to deeper runs, see nothing any more."""
+    config = request.config
+    if config.option.keyword or any("::" in name for name in config.args):
+        pytest.skip("only some tests are collected")
+    items: dict[str, list[pytest.Item]] = {}
+    for item in request.session.items:
+        items.setdefault(item.nodeid.partition("::")[0], []).append(item)
+    blind = []
+    for mutant in (m for mutants in tables().values() for m in mutants):
+        names, keyword = chooses(mutant.tests)
+        asked = [name.partition("::")[0] for name in names]
+        there = [file for file in items if any(file.startswith(name) for name in asked)]
+        if not all(any(file.startswith(name) for file in there) for name in asked):
+            continue  # a part of the suite alone was asked for
+        wanted = Expression.compile(keyword) if keyword else None
+        found = [
+            item
+            for file in there
+            for item in items[file]
+            if any(_is_named(item.nodeid, name) for name in names)
+            and (wanted is None or wanted.evaluate(KeywordMatcher.from_item(item)))
+        ]
+        if not found:
+            blind.append(f"{mutant.name}: {mutant.tests}")
+    assert blind == []
+
+
+def _is_named(nodeid: str, name: str) -> bool:
+    return nodeid == name or nodeid.startswith((f"{name}::", f"{name}/", f"{name}["))
 
 
 def test_there_are_many() -> None:
@@ -54,6 +88,11 @@ def test_a_name_is_taken_once_in_all_tables() -> None:
     found = faults({"part": [SOUND], "other": [SOUND], "sound": []})
     assert len(found) == 3 - 1
     assert all("taken" in fault for fault in found[1:])
+
+
+def test_arguments_are_files_and_a_keyword() -> None:
+    assert chooses("tests/a.py tests/b.py::test_c") == (["tests/a.py", "tests/b.py::test_c"], "")
+    assert chooses("tests/a.py -k 'one or two'") == (["tests/a.py"], "one or two")
 
 
 def test_mutations_are_chosen_by_their_names_and_their_tables() -> None:

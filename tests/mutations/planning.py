@@ -127,13 +127,6 @@ MUTANTS = [
         tests="tests/test_property.py -k 'a_near_miss and (ClassQueries or DroppedClass)'",
     ),
     Mutant(
-        name="masked_attention_is_merged",
-        file="tomepass/planning.py",
-        old=("    if isinstance(seen, Masked):\n        return Mismatch.at(result, seen.reason"),
-        new="    if False:\n        return Mismatch.at(result, seen.reason",
-        tests="tests/test_structure.py -k near_miss",
-    ),
-    Mutant(
         name="keys_from_elsewhere_are_accepted",
         file="tomepass/planning.py",
         old="if block.attention.key not in flow.layouts:",
