@@ -95,18 +95,11 @@ MUTANTS = [
         tests="tests/kernels/test_choose.py -k size",
     ),
     Mutant(
-        name="triton_edges_tie_the_other_way",
-        file="tomepass/kernels/triton_match.py",
-        old="return_indices_tie_break_left=True",
-        new="return_indices_tie_break_left=False",
-        tests="tests/kernels/test_gpu.py -k ties",
-    ),
-    Mutant(
         name="triton_blocks_tie_the_other_way",
         file="tomepass/kernels/triton_match.py",
         old="nearer = top > best",
         new="nearer = top >= best",
-        tests="tests/kernels/test_gpu.py -k 'ties or blocks'",
+        tests="tests/kernels/test_gpu_holes.py -k tie",
     ),
     Mutant(
         name="triton_padding_merges_with_tokens",
@@ -162,7 +155,7 @@ MUTANTS = [
         file="tomepass/kernels/triton_merge.py",
         old="            token = token.to(merged.dtype.element_ty).to(WIDE)\n",
         new="            pass\n",
-        tests="tests/kernels/test_gpu.py -k rounded",
+        tests="tests/kernels/test_gpu_holes.py -k rounded",
     ),
     Mutant(
         name="triton_a_norm_forgets_its_bias",

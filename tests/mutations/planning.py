@@ -175,7 +175,7 @@ MUTANTS = [
         file="tomepass/macs.py",
         old="node_macs(node) // batch if node in read else 0",
         new="node_macs(node) // batch",
-        tests="tests/test_macs.py tests/test_costs.py tests/test_report.py",
+        tests="tests/test_macs.py -k no_output_reads",
     ),
     Mutant(
         name="matching_costs_nothing",
