@@ -66,7 +66,7 @@ MUTANTS = [
         file="tomepass/merges.py",
         old="indices = [held.index(p) for p in positions if p in held]",
         new="indices = [p for p in positions if p in held]",
-        tests="tests/test_rewrite.py -k 'protected_tokens_never_merge_wherever'",
+        tests="tests/test_property.py -k 'these_are_merged and end'",
     ),
     Mutant(
         name="source_maps_start_anew",
