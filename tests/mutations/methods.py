@@ -106,7 +106,7 @@ MUTANTS = [
         file="tomepass/carrying.py",
         old='if how == "mean":\n            weight = None',
         new='if how == "never":\n            weight = None',
-        tests=("tests/methods/test_every_method.py -k 'options_are_the_plain_reference and mean'"),
+        tests="tests/methods/test_combine.py -k mean",
     ),
     Mutant(
         name="seeds_and_ks_are_swapped",
@@ -158,6 +158,6 @@ MUTANTS = [
         file="tomepass/methods/tome.py",
         old="if against and value != type(self).__dataclass_fields__[name].default:",
         new="if False:",
-        tests="tests/methods/test_options.py -k 'refused_by_name'",
+        tests="tests/test_choices.py -k no_sense",
     ),
 ]
