@@ -8,7 +8,7 @@ CORE_TESTS = tests/test_zoo.py tests/test_rewrite.py tests/test_backend.py \
 ENV = $(VENV)/.installed
 DOCS = $(VENV)/.installed-docs
 
-.PHONY: demo test test-doors test-floor test-floor-doors test-zoo lint types docs format clean
+.PHONY: demo test test-mutants test-doors test-floor test-floor-doors test-zoo lint types docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/tomepass demo
@@ -16,6 +16,10 @@ demo: $(VENV)/.installed-demo
 # A thread a worker: two would only wait for each other.
 test: $(ENV)
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+# Small named faults, each of which the tests above must see: tests/mutants.py.
+test-mutants: $(ENV)
+	$(BIN)/python tests/mutants.py
 
 # What compiles, installs or starts something: AOTInductor and its C++ program, Ray, quantisation,
 # torch_tensorrt's converter registry (of its wheel alone: no TensorRT, no CUDA), recipes of docs.

@@ -16,12 +16,19 @@ if not torch.cuda.is_available():
 
 import torch._dynamo
 import torch.utils._pytree as pytree
+from profiles import pytest_configure, pytest_terminal_summary
 from zoo import CORE, FAMILIES, installed, make_inputs, make_model
 
 from tomepass import module
 from tomepass.capture import capture_module
 
-__all__ = ["FAMILIES", "make_inputs", "make_model"]
+__all__ = [
+    "FAMILIES",
+    "make_inputs",
+    "make_model",
+    "pytest_configure",
+    "pytest_terminal_summary",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor, fx
 from tracing import capture
 
@@ -490,7 +491,7 @@ def other_shapes(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @given(steps())
-@settings(max_examples=150, deadline=None)
+@examples(150)
 def test_any_chain_of_moves_is_followed_as_far_as_tokens_stay_apart(
     chain: tuple[list[str], Callable[[Tensor], Tensor], tuple[int, ...]],
 ) -> None:

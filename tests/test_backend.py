@@ -122,6 +122,9 @@ def test_outputs_merged_are_short(vit: Any, images: Tensor) -> None:
     backend = dataclasses.replace(eager(), outputs="merged")
     states = torch.compile(vit, backend=backend)(images, output_hidden_states=True)
     assert [s.shape[1] for s in states.hidden_states] == [65, 57, 49, 41]
+    applied = tomepass.apply(vit, r=8, outputs="merged")(images, output_hidden_states=True)
+    for ours, theirs in zip(states.hidden_states, applied.hidden_states, strict=True):
+        assert relative_error(ours, theirs) < 1e-6
 
 
 def test_autocast(model: Any, images: Tensor, expected: Tensor) -> None:

@@ -144,3 +144,10 @@ def test_position_terms_of_every_kind_are_taken_out(name: str) -> None:
     assert found.blind is None
     assert found.error < 1e-5
     assert found.control > 1e-2
+
+
+def test_regions_are_constant_whatever_was_there() -> None:
+    image = constant_regions(torch.randn(2, 3, 20, 30), dim=-2)
+    assert torch.equal(image, image[..., :1].expand(2, 3, 20, 30))
+    _, counts = image[0, :, :, 0].T.unique_consecutive(dim=0, return_counts=True)
+    assert counts.tolist() == [8, 6, 4, 2]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from encoders import exported, make, pixels
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,7 +17,7 @@ from tracing import capture
 
 import tomepass
 from tomepass.capture import capture_module
-from tomepass.macs import batch_of, is_overhead, node_macs
+from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge
 from tomepass.schedule import capped, counts_per_block, parse_schedule
@@ -167,3 +168,15 @@ def test_a_capture_counts_with_the_batch_it_was_made_with(batch: int) -> None:
     captured = capture_module(model, {"input": torch.rand(batch, 5, 8)}).graph
     assert batch_of(captured) == 2
     assert sum(map(node_macs, captured.graph.nodes)) == 2 * 5 * 8 * 3
+
+
+def test_what_no_output_reads_costs_nothing() -> None:
+    graph = exported(make(), {"pixels": pixels()})
+    before = macs_by_name(graph)
+    first = next(n for n in graph.graph.nodes if n.target is torch.ops.aten.linear.default)
+    with graph.graph.inserting_after(first):
+        unread = graph.graph.node_copy(first)
+    assert node_macs(unread) > 0
+    after = macs_by_name(graph)
+    assert after.pop(unread.name) == 0
+    assert after == before

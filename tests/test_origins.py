@@ -189,3 +189,13 @@ def test_what_is_added_by_position_is_found() -> None:
 def test_position_embeddings_of_every_family_are_found(family: str, shared_models: Any) -> None:
     (found,) = terms(shared_models[family], **make_inputs(family))
     assert any("position" in name for name in found)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 0), (0, 2), (2, 1)])
+def test_tokens_that_are_padded_on_are_the_models_own(before: int, after: int) -> None:
+    def embed(model: Encoder, x: Tensor) -> Tensor:
+        return nn.functional.pad(x, (0, 0, before, after))
+
+    end = before + PATCHES
+    expected = (*range(before), *range(end, end + after))
+    assert protected(embedded(embed)) == expected

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from encoders import exported, make, pixels
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from zoo import make_inputs
 
 from tomepass import ToMe, TomeError, reference
@@ -63,7 +64,7 @@ def test_more_counts_than_blocks_are_an_error(graph: CanonicalGraph) -> None:
         plan_graph(graph, ToMe([1] * 6))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     r=st.lists(st.integers(0, 30), max_size=5),
     protected=st.sets(st.integers(0, 39), max_size=40),

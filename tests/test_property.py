@@ -11,9 +11,10 @@ import torch
 import torch.utils._pytree as pytree
 from encoders import PATCHES, duplicates, pixels, with_zero_positions
 from generated import Kind, Spelling, build, kinds, spellings, without_positions
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 from near_misses import NEAR_MISSES, near_miss
+from profiles import examples
 from torch import Tensor, nn
 from zoo import relative_error
 
@@ -22,16 +23,6 @@ from tomepass import MergedModel, ToMe, TomeError
 
 LOSSLESS = 1e-4
 COUNTS = st.lists(st.integers(0, 6), min_size=1, max_size=3)
-
-
-def examples(count: int) -> settings:
-    """As many examples, the same every time."""
-    return settings(
-        max_examples=count,
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
 
 
 def error(ours: Any, theirs: Any) -> float:

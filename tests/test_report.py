@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from zoo import make_inputs
 
 import tomepass
 from tomepass import Report, ToMe, TomeError
+from tomepass.planning import plan_graph
+from tomepass.report import make_report
+from tomepass.structure import Mismatch
 
 
 def explained(model: Any = None, r: Any = 4, **options: Any) -> Report:
@@ -217,3 +221,11 @@ def test_two_streams_are_told_apart() -> None:
     assert "Towers: ToMe(r=4), stream 1" in text
     assert "protected  token 0" in text
     assert "protected  no token" in text
+
+
+def test_what_failed_while_rewriting_is_the_first_reason() -> None:
+    graph = exported(make(), {"pixels": pixels()})
+    planned = replace(plan_graph(graph, ToMe(4)), mismatches=(Mismatch("another stream"),))
+    report = make_report("a model", graph, planned, None, TomeError("while rewriting", block=1))
+    assert [refused.reason for refused in report.refused] == ["while rewriting", "another stream"]
+    assert (report.refusal().block, report.ok) == (1, False)

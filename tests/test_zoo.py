@@ -161,7 +161,10 @@ def test_classes_and_shapes_stay_and_merged_sequences_are_short(
             assert torch.equal(long, left)
         else:
             shortened.add((long.shape[1], left.shape[1]))
+            # Each original token has the value of the one that holds it, to the bit.
             assert long.shape[2:] == left.shape[2:]
+            for one, other in zip(long.flatten(2), left.flatten(2), strict=True):
+                assert set(map(tuple, one.tolist())) == set(map(tuple, other.tolist()))
     assert shortened == {
         (int(found[2]), int(found[1]))
         for stream in FAMILIES[name].streams

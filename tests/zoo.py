@@ -800,13 +800,20 @@ def output_of(name: str, outputs: Any) -> Tensor:
 
 
 def scaled_up(model: Any, factor: float = 6.0) -> Any:
-    """Larger weights, in eval mode: a freshly initialised ViT hardly attends at all."""
+    """Larger weights, in eval mode: a freshly initialised ViT hardly attends at all.
+
+    What is zero at first (tokens of the model's own, positions, position biases) is drawn, or all
+    that lies beside the tokens would be tested on nothing.
+    """
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
-            if parameter.ndim > 1:
+            if parameter.ndim < 2:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+            elif parameter.any():
                 parameter.mul_(factor)
             else:
-                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+                parameter.normal_(std=0.1 * factor, generator=generator)
     return model.eval()
 
 

@@ -241,10 +241,13 @@ def test_a_plan_is_exported_as_its_method() -> None:
 
 
 def test_the_outputs_of_an_applied_model_are_taken() -> None:
-    model, x = make_vit(num_hidden_layers=1).vit, torch.zeros(2, 3, 32, 32)
+    model, x = make_vit(num_hidden_layers=1).vit, torch.randn(2, 3, 32, 32)
     merged = tomepass.apply(model, r=[3], example_inputs=x, outputs="merged")
-    tokens = {}
+    found = {}
     for outputs in (None, "original"):
         program = tomepass.export(merged, example_inputs=x, dynamic_batch=False, outputs=outputs)
-        tokens[outputs] = program.module()(pixel_values=x)["last_hidden_state"].shape[1]
-    assert tokens == {None: 62, "original": 65}
+        found[outputs] = program.module()(pixel_values=x)["last_hidden_state"]
+    assert {name: hidden.shape[1] for name, hidden in found.items()} == {None: 62, "original": 65}
+    assert torch.equal(found[None], merged(x).last_hidden_state)
+    whole = tomepass.apply(model, r=[3], example_inputs=x)(x)
+    assert torch.equal(found["original"], whole.last_hidden_state)

@@ -246,3 +246,14 @@ def test_settings_that_cannot_be_written_leave_nothing(
     with pytest.raises(OSError, match="disk full"):
         save(make_vit(), ToMe(2), "original", tmp_path)
     assert not [p.name for p in tmp_path.iterdir() if FILE in p.name]
+
+
+def test_what_is_returned_comes_back_too_unless_asked_for_otherwise(tmp_path: Path) -> None:
+    x = torch.randn(2, 3, 32, 32)
+    merged = tomepass.apply(make_vit(num_hidden_layers=1).vit, ToMe([5]), outputs="merged")
+    merged.save_pretrained(tmp_path)
+    for options, tokens in (({}, 60), ({"outputs": "original"}, 65)):
+        loaded = tomepass.load(tmp_path, **options)
+        assert loaded(x).last_hidden_state.shape[1] == tokens
+        if not options:
+            assert torch.equal(loaded(x).last_hidden_state, merged(x).last_hidden_state)

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 from tests.assignments import assignments
@@ -36,7 +37,7 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.data())
 def test_maps_equal_the_composite_s(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(4, 150), label="tokens")
@@ -104,7 +105,7 @@ def test_results_do_not_depend_on_threads_or_batch(threads: None) -> None:
     assert torch.equal(merge_cpu(x[3:4], None, alone, 60)[0], found[0][1][3:4])
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.data())
 def test_merged_tokens_equal_the_reference(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(1, 60), label="tokens")
@@ -199,7 +200,7 @@ def test_padded_keys_are_the_padded_operands(dtype: torch.dtype, layout: str) ->
     torch.testing.assert_close(got[2], expected, rtol=torch.finfo(dtype).eps, atol=0)
 
 
-@settings(deadline=None, max_examples=40)
+@examples(40)
 @given(st.data())
 def test_merged_biases_equal_the_composite_s(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 40), label="tokens")

@@ -12,8 +12,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 from tomepass import reference
@@ -75,7 +76,7 @@ def clear_images(keys: Tensor, r: int, protected: tuple[int, ...]) -> Tensor:
 
 
 @given(exact_cases())
-@settings(max_examples=300, deadline=None)
+@examples(300)
 def test_index_maps_equal_the_reference_ties_included(case: Case) -> None:
     check_against_reference(case)
 
@@ -136,7 +137,7 @@ def test_an_r_beyond_the_cap_is_refused(
 
 
 @given(exact_cases(), st.data())
-@settings(max_examples=60, deadline=None)
+@examples(60)
 def test_nan_keys_rank_last_and_break_nothing(case: Case, data: st.DataObject) -> None:
     tokens = case.keys.shape[2]
     for position in data.draw(st.sets(st.integers(0, tokens - 1), max_size=tokens), label="nan"):

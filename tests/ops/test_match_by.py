@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor, nn
 
 from tomepass import reference
@@ -29,7 +30,7 @@ def drawn(images: int, tokens: int, width: int, seed: int) -> tuple[Tensor, Tens
     return features, torch.rand(images, tokens, generator=generator, dtype=torch.float64)
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(st.data())
 def test_maps_equal_the_reference(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 30), label="tokens")
@@ -131,7 +132,7 @@ def test_attention_to_equals_the_reference(queries: list[int], sized: bool, shar
     torch.testing.assert_close(got.sum(-1), torch.ones(2, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=60)
+@examples(60)
 @given(st.data())
 def test_combined_tokens_equal_the_reference(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(1, 20), label="tokens")

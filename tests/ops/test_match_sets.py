@@ -118,3 +118,9 @@ def test_a_sequence_keeps_protected_tokens_first_and_the_rest_by_position() -> N
     assign, stands = in_sequence(into, 3, [2])
     assert stands.tolist() == [[2, 0, 4]]
     assert assign.tolist() == [[1, 2, 0, 1, 2]]
+
+
+def test_greedy_pairs_share_no_token() -> None:
+    x = on_a_circle(0, 2, 5, 90, 100)
+    # 5 is nearer to 0 and 2 than 90 to 100, but they are a pair already.
+    assert match_greedy(x, 2, [], None, "cosine")[0].tolist() == [[0, 0, 1, 2, 2]]

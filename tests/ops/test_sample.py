@@ -6,8 +6,9 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor, nn
 
 from tomepass.ops.attention_to import attention_to, received
@@ -35,7 +36,7 @@ def plain_samples(score: list[float], count: int, usable: list[int]) -> list[int
     return found
 
 
-@settings(deadline=None, max_examples=100)
+@examples(100)
 @given(st.data())
 def test_samples_are_the_paper_s(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 30), label="tokens")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor
 
 from tomepass import reference
@@ -22,7 +23,7 @@ def assignment(protected: tuple[int, ...] = (0,), seed: int = 0) -> Tensor:
     return reference.match(keys(seed=seed), TOKENS - LEFT, protected)
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(seed=st.integers(0, 1000), protected=st.sets(st.integers(0, TOKENS - 1), max_size=4))
 def test_a_token_stands_where_the_destination_stood(seed: int, protected: set[int]) -> None:
     held = tuple(sorted(protected))

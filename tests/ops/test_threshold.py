@@ -6,8 +6,9 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from profiles import examples
 from torch import Tensor, nn
 
 from tomepass import reference
@@ -48,7 +49,7 @@ def plain(
     return goes, stands
 
 
-@settings(deadline=None, max_examples=150)
+@examples(150)
 @given(st.data())
 def test_maps_are_those_of_plain_loops(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 24), label="tokens")

@@ -135,3 +135,11 @@ def test_gradients_are_right(dim: int) -> None:
     x = torch.randn(2, 4, 4, dtype=torch.float64, requires_grad=True)
     source = torch.randint(0, 4, (2, 7))
     assert torch.autograd.gradcheck(lambda v: unmerge(v, source, dim), (x,))
+
+
+def test_what_was_dropped_stays_dropped() -> None:
+    dropped = torch.tensor([[0, -1, 1, 2], [-1, 0, -1, 1]])
+    then = torch.tensor([[0, -1, 1], [1, 0, 1]])
+    expected = [[0, -1, -1, 1], [-1, 1, -1, 0]]
+    assert torch.ops.tome.compose_held(dropped, then).tolist() == expected
+    assert torch.equal(torch.ops.tome.compose_held(None, then), then)
