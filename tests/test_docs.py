@@ -39,6 +39,7 @@ def _with_recipes() -> list[Any]:
     ]
 
 
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("page", _with_recipes())
 def test_python_examples_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -347,6 +347,8 @@ def test_compiled_with_a_dynamic_batch(vit: Any) -> None:
         assert torch.equal(fast(pixels).logits, merged(pixels).logits)
 
 
+# tests/test_backend.py has the same merges in the same model from the other door.
+@pytest.mark.xdist_group("generated code")
 def test_inductor_compiles_it(merged: Any, images: Tensor) -> None:
     with torch.no_grad():
         fast = torch.compile(merged, fullgraph=True)
@@ -624,6 +626,7 @@ def test_explain_refuses_wrong_arguments(vit: Any) -> None:
 # What the documentation promises first
 
 
+@pytest.mark.usefixtures("inductor")
 def test_the_first_example_runs_as_written(tmp_path: Path) -> None:
     make_vit(num_hidden_layers=2).save_pretrained(tmp_path)
     x = make_inputs("vit")["pixel_values"]

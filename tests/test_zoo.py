@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 import transformers as hf
+from depth import at_hand, in_turn
 from encoders import compiled, duplicates, exported, kinds, report_on
 from lossless import (
     LOSSLESS,
@@ -50,6 +52,14 @@ from tomepass.ops.side import merge_bias, merge_rows, rows
 OTHERS = [name for name in FAMILIES if name not in CORE]
 """What other files do for the core families, this one does for these."""
 
+APART = [
+    *("siglip_vision", "dinov3", "beit", "videomae", "yolos"),
+    *("clipseg", "dpt", "clip", "bert_padded"),
+]
+"""One for each thing that families differ in: pooling by attention, rotary positions, a position
+bias, a mean of a video, position embeddings of later layers, a decoder of another stream, a dense
+head, two towers, padding. All are read every time; what else must hold of the others is deep."""
+
 SIDES = {
     "rotary tables": rows,
     "position bias": merge_bias,
@@ -58,6 +68,8 @@ SIDES = {
 }
 
 ROTARY = {"dinov3": dinov3_forward, "vjepa2": vjepa2_forward}
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 # ---- what is found ---------------------------------------------------------------------------
 
@@ -83,8 +95,17 @@ def assert_read_as_told(name: str, report: Report) -> None:
         assert all(any(re.search(r, m.reason) for m in mismatches) for r in told_reasons)
 
 
-@pytest.mark.parametrize("door", [exported, compiled], ids=["export", "dynamo"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [
+        *(pytest.param(exported, name, id=f"export-{name}") for name in FAMILIES),
+        *at_hand(
+            [(compiled, name) for name in FAMILIES],
+            [(compiled, name) for name in ("vit", *APART) if name not in ("videomae", "clip")],
+            [f"dynamo-{name}" for name in FAMILIES],
+        ),
+    ],
+)
 def test_every_family_reads_exactly(
     name: str, shared_models: Any, door: Callable[..., Any]
 ) -> None:
@@ -135,13 +156,13 @@ def test_of_two_towers_the_causal_one_is_left_alone(shared_models: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", at_hand(OTHERS, ["beit", "dinov3", "clip", "bert_padded", "dpt"]))
 def test_r0_is_the_original_to_the_bit(name: str, shared_models: Any) -> None:
     assert_r0_is_the_original(shared_models[name], make_inputs(name, batch=3))
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "clip_vision", *OTHERS])
+@pytest.mark.parametrize("name", at_hand(["vit", "clip_vision", *OTHERS], ["vit", *APART]))
 def test_classes_and_shapes_stay_and_merged_sequences_are_short(
     name: str, shared_models: Any
 ) -> None:
@@ -170,6 +191,7 @@ def test_classes_and_shapes_stay_and_merged_sequences_are_short(
     }
 
 
+@pytest.mark.deep
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["siglip_vision", "masked_images", "beit", "dinov3"])
 def test_compiled_by_inductor_it_computes_what_eager_does(name: str, shared_models: Any) -> None:
@@ -242,7 +264,13 @@ PLACELESS = [name for name in OTHERS if not FAMILIES[name].rotary]
 FACTORS = {"siglip_classifier": 2.0, "siglip": 2.0}
 
 
-@pytest.mark.parametrize("name", [n for n in PLACELESS if n != "bert_padded"])
+@pytest.mark.parametrize(
+    "name",
+    at_hand(
+        [n for n in PLACELESS if n != "bert_padded"],
+        [n for n in APART if n not in ("dinov3", "bert_padded")],
+    ),
+)
 def test_every_family_is_lossless_on_duplicates(name: str) -> None:
     counts = [5, 0, 4] if "text" in FAMILIES[name].kind else COUNTS
     model = without_positions(name, FACTORS.get(name, 6.0))
@@ -266,7 +294,7 @@ TELLING = [n for n in PLACELESS if n not in ("llava", "clipseg", "clip", "siglip
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TELLING)
+@pytest.mark.parametrize("name", at_hand(TELLING, ["beit", "videomae", "yolos", "dpt", "bert"]))
 def test_hidden_states_and_attention_weights_are_lossless(name: str) -> None:
     model = without_positions(name, FACTORS.get(name, 6.0))
     model.set_attn_implementation("eager")
@@ -285,8 +313,10 @@ def test_hidden_states_and_attention_weights_are_lossless(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prop_attn", [True, False])
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize(
+    ("name", "prop_attn"),
+    at_hand(itertools.product(ROTARY, (True, False)), [("dinov3", True), ("vjepa2", False)]),
+)
 def test_rotary_attention_is_a_plain_references(
     name: str, prop_attn: bool, shared_models: Any
 ) -> None:
@@ -306,7 +336,9 @@ def test_rotary_attention_is_a_plain_references(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["siglip_vision", "beit", "dinov3", "masked_images"])
+@pytest.mark.parametrize(
+    "name", at_hand(["siglip_vision", "beit", "dinov3", "masked_images"], ["beit"])
+)
 def test_dynamic_shapes_of_the_dynamo_door(name: str, shared_models: Any) -> None:
     model = shared_models[name]
     model(**make_inputs(name))
@@ -319,7 +351,7 @@ def test_dynamic_shapes_of_the_dynamo_door(name: str, shared_models: Any) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "siglip_vision", "dinov3"])
+@pytest.mark.parametrize("name", at_hand(["vit", "siglip_vision", "dinov3"], ["vit", "dinov3"]))
 def test_two_resolutions_of_one_model(name: str, shared_models: Any) -> None:
     model = shared_models[name]
     extra = {} if name == "dinov3" else {"interpolate_pos_encoding": True}
@@ -340,7 +372,7 @@ KINDS = ["vit", "siglip_vision", "beit", "dinov3", "bert_padded"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", at_hand(KINDS, ["siglip_vision", "beit", "dinov3"]))
 def test_autocast(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name)
     merged, whole = (tomepass.apply(model, r=r, example_inputs=inputs) for r in (COUNTS, 0))
@@ -353,8 +385,7 @@ def test_autocast(name: str, shared_models: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(KINDS, [torch.float16, torch.bfloat16]))
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     model = make_model(name).to(dtype)
     inputs = pytree.tree_map(
@@ -370,7 +401,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(kept, theirs)
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip_vision", "clip_vision"])
+@pytest.mark.parametrize("name", at_hand(["vit", "siglip_vision", "clip_vision"], ["vit"]))
 def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     model.train()

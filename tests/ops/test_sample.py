@@ -192,6 +192,7 @@ def test_they_vanish_in_an_exported_program() -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.xdist_group("generated code")
 def test_they_compile() -> None:
     heads, x = torch.randn(2, 3, 12, 4), torch.randn(2, 12, 5)
     compiled = torch.compile(Adaptive(), fullgraph=True)(heads, x)

@@ -147,6 +147,7 @@ class Merging(nn.Module):
         return merge(x, size, again, 7), merge_size(size, again, 7), stands
 
 
+@pytest.mark.xdist_group("generated code")
 def test_they_vanish_in_an_exported_program_and_compile() -> None:
     heads, x = torch.randn(2, 3, 12, 4), torch.randn(2, 12, 5)
     program = torch.export.export(Merging(), (heads, x)).run_decompositions()
