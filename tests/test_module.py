@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from depth import at_hand
 from encoders import Causal, make, near, pixels
 from torch import Tensor, nn
 from zoo import (
+    CORE,
     FAMILIES,
     REFERENCES,
     make_inputs,
@@ -108,6 +110,10 @@ def test_proportional_attention_matters_here(vit: Any, images: Tensor) -> None:
     assert relative_error(off, on) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "family",
+    at_hand(CORE, ["deit_distilled", "dinov2_registers", "clip_vision", "ijepa", "ast"]),
+)
 def test_r_0_is_the_model_bit_for_bit_and_r_8_is_not(family: str, shared_models: Any) -> None:
     model, inputs = shared_models[family], make_inputs(family)
     whole, merged = tomepass.apply(model, r=0), tomepass.apply(model, r=8)
@@ -190,7 +196,11 @@ def test_labels_give_the_loss_and_its_gradient(vit: Any, images: Tensor) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", "deit_distilled", "dinov2_registers", "clip_vision_projection", "ast"]
+    "name",
+    at_hand(
+        ["vit", "deit_distilled", "dinov2_registers", "clip_vision_projection", "ast"],
+        ["deit_distilled", "clip_vision_projection"],
+    ),
 )
 def test_options_of_the_call(name: str, shared_models: Any) -> None:
     """return_dict, hidden states and attentions, as the model gives them."""
@@ -467,7 +477,7 @@ def test_save_pretrained_saves_the_model(merged: Any, images: Tensor, tmp_path: 
 # The source map, and short outputs
 
 
-@pytest.mark.parametrize("name", list(REFERENCES))
+@pytest.mark.parametrize("name", at_hand(REFERENCES, ["deit_distilled", "ijepa"]))
 def test_source_is_the_references_map_and_pure(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name, 3)
     merged = tomepass.apply(model, ToMe(r=8, trace_source=True))
