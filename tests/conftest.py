@@ -31,29 +31,33 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+GENERATED = "generated code"
+"""Tests that have Inductor generate code share what the C++ compiler made of it."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares captures stays on one worker: a family's tests, else a file's.
 
-    Generated code comes first: it is what one worker would else end on, alone.
+    The longest of these come first, which one worker would else be left with at the end.
     """
     for item in items:
-        item.add_marker(pytest.mark.xdist_group(_group(item)))
-    items.sort(key=lambda item: _group(item) != GENERATED)
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    first = [GENERATED, "vit"]
+    items.sort(key=lambda item: _ahead(item, first))
 
 
-GENERATED = "generated code"
-"""Tests that have Inductor generate code share what its compiler made."""
+def _ahead(item: pytest.Item, first: list[str]) -> int:
+    group = item.get_closest_marker("xdist_group").args[0]
+    return first.index(group) if group in first else len(first)
 
 
 def _group(item: pytest.Item) -> str:
-    file = item.nodeid.partition("::")[0]
-    if (given := item.get_closest_marker("xdist_group")) is not None:
-        return str(given.args[0])
     if "shared_models" in getattr(item, "fixturenames", ()):
         values = getattr(item, "callspec", None) and item.callspec.params.values()
         family = [v for v in values or () if isinstance(v, str) and v in FAMILIES]
         return family[0] if family else "vit"
-    return file
+    return item.nodeid.partition("::")[0]
 
 
 def pytest_collection_finish() -> None:
