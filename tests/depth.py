@@ -22,7 +22,7 @@ def at_hand(values: Iterable[Any], chosen: Collection[Any], ids: Iterable[str] =
     assert not missing, f"not among the values: {missing}"
     names = [*ids] or [None] * len(values)
     return [
-        _parameter(value if isinstance(value, tuple) else (value,), value in chosen, name)
+        _parameter(value if type(value) is tuple else (value,), value in chosen, name)
         for value, name in zip(values, names, strict=True)
     ]
 
