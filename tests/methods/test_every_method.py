@@ -151,7 +151,8 @@ def test_elsewhere_too_it_compiles_and_takes_any_batch(
     ("family", "name"),
     at_hand(
         [(f, n) for f in PARTS for n in ROWS if f == "vit" or n in ("prune", "spvit", "kmeans")],
-        [*(("vit", name) for name in ROWS), ("siglip_vision", "spvit"), ("ast", "prune")],
+        # One of each method; what its other rows lose is counted alike.
+        [*(("vit", n) for n in ROWS if "_" not in n), ("siglip_vision", "spvit"), ("ast", "prune")],
     ),
 )
 def test_tokens_and_macs_are_as_planned(family: str, name: str, shared_models: Any) -> None:
