@@ -27,6 +27,8 @@ from tomepass.linearity import block_linearity
 from tomepass.methods import method_from_dict
 from tomepass.planning import plan_graph
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:

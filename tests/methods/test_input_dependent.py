@@ -321,12 +321,11 @@ def test_kernels_compute_what_eager_does(name: str, shared_models: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "compiler"),
-    [
-        *((name, "aot_eager") for name in METHODS if name != "threshold"),
-        # Generated code for one of them: biases are merged alike.
-        pytest.param("threshold", "inductor", marks=pytest.mark.deep),
-        pytest.param("threshold", "aot_eager"),
-    ],
+    # Biases are merged alike.
+    at_hand(
+        [*((name, "aot_eager") for name in METHODS), ("threshold", "inductor")],
+        [("threshold", "aot_eager")],
+    ),
 )
 @torch.no_grad()
 def test_compiled_position_biases_are_those_of_eager(
