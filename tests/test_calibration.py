@@ -109,17 +109,29 @@ def test_it_prints_saves_and_is_taken_by_every_door(
     assert hash(TomeBackend(plan)) == hash(TomeBackend(plan.method))
 
 
+@pytest.mark.parametrize("methods", ["pruning", pytest.param("all", marks=pytest.mark.deep)])
 def test_the_same_seed_finds_the_same_and_a_cache_measures_nothing_again(
-    plan: Plan, model: Any, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    methods: str,
+    request: pytest.FixtureRequest,
+    model: Any,
+    batches: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = tmp_path / "cache.json"
-    first = tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
+    goal: dict[str, Any] = {"macs": 0.6, "cache": cache, "progress": False}
+    if methods == "all":
+        plan = request.getfixturevalue("plan")
+    else:
+        plan, _ = request.getfixturevalue("pruned")
+        goal |= {"macs": 0.8, "methods": Prune()}
+    first = tomepass.calibrate(model, batches, **goal)
     assert first == plan
     monkeypatch.setattr(calibration, "block_linearity", _not_again)
     monkeypatch.setattr(calibration.Judge, "outputs", _not_again)
-    assert tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False) == plan
+    assert tomepass.calibrate(model, batches, **goal) == plan
     with pytest.raises(AssertionError, match="again"):
-        tomepass.calibrate(model, batches, macs=0.7, cache=cache, progress=False)
+        tomepass.calibrate(model, batches, **{**goal, "macs": 0.7})
 
 
 @pytest.fixture(scope="module")
