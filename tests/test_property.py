@@ -285,8 +285,9 @@ def test_every_near_miss_is_expected_to_be_something() -> None:
     assert EXPECTED.keys() == NEAR_MISSES.keys()
 
 
+# Every third: what they are near to stands beside each other in the table.
 @torch.no_grad()
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", at_hand(EXPECTED, [*EXPECTED][::3]))
 def test_a_near_miss_is_exact_or_refused(name: str) -> None:
     model, x = with_zero_positions(near_miss(name, readout="dense")), duplicates(2)
     expected = EXPECTED[name]
