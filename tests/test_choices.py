@@ -62,7 +62,7 @@ COMBINED = ("weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean"))
             *(family, choice),
             id=f"{family}-{'-'.join(map(str, choice.values()))}",
             # Beyond ViT each family meets some of the choices every time, the others deep.
-            marks=pytest.mark.deep if family != "vit" and number % 3 != turn else (),
+            marks=pytest.mark.deep if family != "vit" and number % 6 != turn else (),
         )
         for turn, family in enumerate(FAMILIES)
         for number, choice in enumerate(CHOICES)
@@ -108,7 +108,7 @@ def test_both_doors_agree(choice: dict[str, Any], shared_models: Any) -> None:
 
 
 @pytest.mark.usefixtures("captured_once")
-@pytest.mark.parametrize("combine", COMBINED, ids=str)
+@pytest.mark.parametrize("combine", at_hand(COMBINED, ["mean", MLERP()], map(str, COMBINED)))
 @torch.no_grad()
 def test_equal_tokens_merge_without_loss_however_they_are_combined(combine: Any) -> None:
     """Positions zeroed and one patch repeated: all patches are alike in every block."""
@@ -175,8 +175,11 @@ def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
 
 @pytest.mark.parametrize(
     "choice",
-    [{"metric": "queries"}, {"metric": "values"}, {"importance": "class_attention"}],
-    ids=lambda choice: "-".join(map(str, choice.values())),
+    at_hand(
+        [{"metric": "queries"}, {"metric": "values"}, {"importance": "class_attention"}],
+        [{"importance": "class_attention"}],
+        ["queries", "values", "class_attention"],
+    ),
 )
 @torch.no_grad()
 def test_an_attention_written_out_is_read_like_a_fused_one(choice: dict[str, Any]) -> None:

@@ -116,6 +116,7 @@ def test_without_proportional_attention_the_reference_has_none_either() -> None:
     assert "proportional attention is off" in line(report, LOSSLESS).note
 
 
+@pytest.mark.deep
 def test_where_nothing_merges_there_is_little_to_check() -> None:
     report = checked(r=0)
     assert report.ok
@@ -123,6 +124,7 @@ def test_where_nothing_merges_there_is_little_to_check() -> None:
     assert names(report, None) == {LOSSLESS}
 
 
+@pytest.mark.deep
 def test_a_model_that_hardly_attends_is_blind_to_duplicates() -> None:
     model = make(readout="mean")
     with torch.no_grad():
@@ -216,6 +218,7 @@ def test_a_wrong_tie_break_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names(checked(), False) == {MATCHES}
 
 
+@pytest.mark.deep
 def test_merging_the_least_similar_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     honest = match_module.rank
     monkeypatch.setattr(match_module, "rank", lambda similarity: honest(-similarity))
@@ -291,6 +294,7 @@ def test_a_compiler_that_mixes_images_fails() -> None:
         assert names(report, False) == {NEIGHBOURS}
 
 
+@pytest.mark.deep
 def test_a_compiler_that_is_off_in_bfloat16_fails_though_merges_may_flip() -> None:
     model, inputs = make(readout="mean").bfloat16(), pixels(3).bfloat16()
     report = checked(model, inputs=inputs, inner=compiler(lambda out, _: out * 1.1))
