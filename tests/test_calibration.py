@@ -109,7 +109,8 @@ def test_it_prints_saves_and_is_taken_by_every_door(
     assert hash(TomeBackend(plan)) == hash(TomeBackend(plan.method))
 
 
-@pytest.mark.parametrize("methods", ["pruning", pytest.param("all", marks=pytest.mark.deep)])
+@pytest.mark.deep  # that a cache is read is seen where a run goes on, below
+@pytest.mark.parametrize("methods", ["pruning", "all"])
 def test_the_same_seed_finds_the_same_and_a_cache_measures_nothing_again(
     methods: str,
     request: pytest.FixtureRequest,
@@ -229,6 +230,7 @@ def test_a_cache_of_other_images_is_refused(model: Any, batches: list[Any], tmp_
         tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
 
 
+@pytest.mark.deep
 def test_tofu_s_strategies_follow_the_measured_profile(model: Any, batches: list[Any]) -> None:
     plan = tomepass.calibrate(model, batches, macs=0.7, methods=ToFu(), progress=False)
     found = plan.calibration
@@ -330,6 +332,7 @@ def test_a_speedup_is_measured_and_what_is_missed_is_said(
     assert plan.why.startswith("1.30x measured")
 
 
+@pytest.mark.deep
 def test_a_speedup_is_measured_by_the_backend_that_was_asked_for_and_kept(
     model: Any, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -352,6 +355,7 @@ def test_a_speedup_is_measured_by_the_backend_that_was_asked_for_and_kept(
             tomepass.calibrate(model, batches, **goal, **other)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "name",
     ["siglip_vision", *(pytest.param(n, marks=pytest.mark.doors) for n in ("dinov2", "ast"))],
