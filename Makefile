@@ -8,14 +8,22 @@ CORE_TESTS = tests/test_zoo.py tests/test_rewrite.py tests/test_backend.py \
 ENV = $(VENV)/.installed
 DOCS = $(VENV)/.installed-docs
 
-.PHONY: demo test test-mutants test-doors test-floor test-floor-doors test-zoo lint types docs format clean
+# A thread a worker: two would only wait for each other. What shares captures stays on one worker,
+# in the order that tests/conftest.py gives it.
+PYTEST = OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+.PHONY: demo test test-all test-mutants test-doors test-floor test-floor-doors test-zoo lint types docs format clean
 
 demo: $(VENV)/.installed-demo
 	$(BIN)/tomepass demo
 
-# A thread a worker: two would only wait for each other.
 test: $(ENV)
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	$(PYTEST)
+
+# Full products, generated code of whole models, long searches: before what was found is called done.
+test-all: $(ENV)
+	HYPOTHESIS_PROFILE=deep $(PYTEST) -m "not doors"
 
 # Small named faults, each of which the tests above must see: tests/mutants.py.
 test-mutants: $(ENV)
@@ -47,7 +55,7 @@ docs: $(DOCS)
 test-floor:
 	$(PYTHON) -m venv .venv-floor
 	.venv-floor/bin/pip install -q -c constraints-floor.txt -e ".[dev]"
-	.venv-floor/bin/pytest -n 2 --dist worksteal
+	.venv-floor/bin/pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 # The lowest versions of the doors' runtimes, with the newest torch they were run with.
 test-floor-doors:

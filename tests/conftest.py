@@ -15,12 +15,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch._dynamo
-import torch.utils._pytree as pytree
+from captured import once
 from profiles import pytest_configure, pytest_terminal_summary
 from zoo import CORE, FAMILIES, installed, make_inputs, make_model
 
 from tomepass import module
-from tomepass.capture import capture_module
 
 __all__ = [
     "FAMILIES",
@@ -37,6 +36,35 @@ def _fresh_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+GENERATED = "generated code"
+"""Tests that have Inductor generate code share what the C++ compiler made of it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What shares captures stays on one worker: a family's tests, else a file's.
+
+    The longest of these come first, which one worker would else be left with at the end.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(_group(item)))
+    first = [GENERATED, "vit"]
+    items.sort(key=lambda item: _ahead(item, first))
+
+
+def _ahead(item: pytest.Item, first: list[str]) -> int:
+    group = item.get_closest_marker("xdist_group").args[0]
+    return first.index(group) if group in first else len(first)
+
+
+def _group(item: pytest.Item) -> str:
+    if "shared_models" in getattr(item, "fixturenames", ()):
+        values = getattr(item, "callspec", None) and item.callspec.params.values()
+        family = [v for v in values or () if isinstance(v, str) and v in FAMILIES]
+        return family[0] if family else "vit"
+    return item.nodeid.partition("::")[0]
 
 
 def pytest_collection_finish() -> None:
@@ -65,37 +93,37 @@ def family(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(scope="session")
-def shared_models() -> dict[str, Any]:
-    """One model of each family for tests that leave it as it is."""
-    return _Models()
+@pytest.fixture
+def shared_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """One model of each family, captured once, for tests that leave it as it is."""
+    monkeypatch.setattr(module, "capture_module", _capture_once)
+    return _MODELS
 
 
-@pytest.fixture(autouse=True)
-def _captured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shared models are captured once for each kind of call: a capture is never changed."""
-    if "shared_models" not in request.fixturenames:
-        return
-
-    def capture(model: Any, call: dict[str, Any], forward: str = "forward") -> Any:
-        modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), model.training)
-        attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        key = (id(model), forward, *modes, attention, _shapes(call))
-        if key not in _CAPTURES:
-            _CAPTURES[key] = (model, capture_module(model, call, forward))  # the model keeps its id
-        return _CAPTURES[key][1]
-
-    monkeypatch.setattr(module, "capture_module", capture)
+@pytest.fixture(scope="module")
+def captured_once() -> Iterator[None]:
+    """In this file each model is captured once for each kind of call, whatever is made of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "capture_module", _capture_once)
+        yield
 
 
-_CAPTURES: dict[Any, Any] = {}
+_CAPTURE = module.capture_module
 
 
-def _shapes(value: Any) -> Any:
-    """A call up to its tensors' values; their first dimension tells the batch apart."""
-    leaves, form = pytree.tree_flatten(value)
-    told = [(v.shape, v.dtype) if isinstance(v, torch.Tensor) else v for v in leaves]
-    return str(form), str(told)
+def _capture_once(*args: Any, **options: Any) -> Any:
+    return once(_CAPTURE, *args, **options)
+
+
+@pytest.fixture(params=["graphs run", pytest.param("code generated", marks=pytest.mark.deep)])
+def inductor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor, which runs the graphs it is given as they are; deep, it makes code of them."""
+    if request.param == "graphs run":
+        monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", _run_as_it_is)
+
+
+def _run_as_it_is(graph: Any, inputs: Any, **options: Any) -> Any:
+    return graph.forward
 
 
 class _Models(dict[str, Any]):
@@ -104,6 +132,9 @@ class _Models(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         self[name] = make_model(name)
         return self[name]
+
+
+_MODELS = _Models()
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tomepass import Report, ToMe, TomeError
-from tomepass.capture import CanonicalGraph, capture_dynamo, capture_module
+from tomepass import Report, ToMe, TomeError, module
+from tomepass.capture import CanonicalGraph, capture_dynamo
 from tomepass.planning import plan_graph
 from tomepass.report import make_report
 from tomepass.rewrite import rewrite
@@ -261,7 +261,7 @@ def with_zero_positions(model: nn.Module) -> Any:
 
 def exported(model: nn.Module, inputs: dict[str, Tensor]) -> CanonicalGraph:
     """The graph ``apply`` works on."""
-    return capture_module(model, inputs).graph
+    return module.capture_module(model, inputs).graph
 
 
 def compiled(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> CanonicalGraph:

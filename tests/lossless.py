@@ -18,7 +18,7 @@ from tomepass.costs import stream_costs
 from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
 from tomepass.methods import Method
 from tomepass.module import read_state
-from tomepass.planning import plan_graph
+from tomepass.planning import Planned, plan_graph
 from tomepass.rewrite import rewrite
 
 LOSSLESS = 1e-4
@@ -44,9 +44,14 @@ def rewritten(
     return rewrite(graph, planned, **options).module
 
 
-def assert_macs_are_foretold(graph: CanonicalGraph, method: Method, module: fx.GraphModule) -> None:
+def assert_macs_are_foretold(
+    graph: CanonicalGraph,
+    method: Method,
+    module: fx.GraphModule,
+    planned: Planned | None = None,
+) -> None:
     """What a plan saves, told from the captured graph, is what the rewritten one has."""
-    macs, planned = macs_by_name(graph), plan_graph(graph, method)
+    macs, planned = macs_by_name(graph), planned or plan_graph(graph, method)
     saved = [stream_costs(graph, stream, macs).saved(stream.plan) for stream in planned.streams]
     assert all(s > 0 for s in saved)
     left = sum(node_macs(n) for n in module.graph.nodes if not is_overhead(n)) / batch_of(graph)

@@ -16,6 +16,8 @@ from tomepass.adaptive import BUDGETS, AdaptiveModel, redundancy
 from tomepass.benchmarking import measure
 from tomepass.methods import DynamicViT, Method, method_from_dict
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:

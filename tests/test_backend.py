@@ -16,6 +16,7 @@ import reference_models
 import torch
 import torch._dynamo.config
 import torch._inductor.config
+from depth import at_hand
 from encoders import Causal, DecomposedBias, make, near, pixels
 from module_names import blocks_of
 from torch import Tensor, fx, nn
@@ -60,6 +61,18 @@ def model() -> Any:
     return make_model("vit")
 
 
+@pytest.fixture
+def small() -> Any:
+    """An encoder of two blocks, where the interface is tested and not the model."""
+    return make()
+
+
+@pytest.fixture
+def few() -> Tensor:
+    """Images for it."""
+    return pixels()
+
+
 @pytest.fixture(scope="module")
 def expected(model: Any) -> Tensor:
     """Its logits for the ``images`` at r=8, by the plain reference."""
@@ -86,12 +99,20 @@ def refusal(compiled: Any, *args: Any, **kwargs: Any) -> str:
 
 @pytest.mark.parametrize(
     ("name", "r", "prop_attn"),
-    [
-        *((name, 8, True) for name in REFERENCES),
-        ("ijepa", [10, 0, 5], True),
-        ("vit", (6, -0.5), True),
-        ("deit_distilled", 8, False),
-    ],
+    at_hand(
+        [
+            *((name, 8, True) for name in REFERENCES),
+            ("ijepa", [10, 0, 5], True),
+            ("vit", (6, -0.5), True),
+            ("deit_distilled", 8, False),
+        ],
+        [
+            ("dinov2_registers", 8, True),
+            ("ijepa", [10, 0, 5], True),
+            ("vit", (6, -0.5), True),
+            ("deit_distilled", 8, False),
+        ],
+    ),
 )
 def test_equals_the_plain_reference(name: str, r: Any, prop_attn: bool, inner: Inner) -> None:
     model, inputs = make_model(name), make_inputs(name)
@@ -104,6 +125,8 @@ def test_equals_the_plain_reference(name: str, r: Any, prop_attn: bool, inner: I
     assert inner.merges == [sum(a > b for a, b in itertools.pairwise(counts))]
 
 
+# tests/test_rewrite.py and tests/methods/test_compiled.py say so of others.
+@pytest.mark.deep
 @pytest.mark.parametrize("name", ["dinov2", "clip_vision_projection", "vit_msn", "ast"])
 def test_both_doors_agree(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
@@ -135,7 +158,7 @@ def test_autocast(model: Any, images: Tensor, expected: Tensor) -> None:
     assert relative_error(got, expected) < 0.1
 
 
-@pytest.mark.parametrize("name", ["eager", "inductor"])
+@pytest.mark.parametrize("name", ["eager", pytest.param("inductor", marks=pytest.mark.deep)])
 def test_freezing(name: str, model: Any, images: Tensor, expected: Tensor) -> None:
     with torch.no_grad(), torch._inductor.config.patch(freezing=True):
         compiled = torch.compile(model, backend=TomeBackend(ToMe(r=8), inner=name))
@@ -143,11 +166,21 @@ def test_freezing(name: str, model: Any, images: Tensor, expected: Tensor) -> No
 
 
 def test_freezing_as_an_option_is_refused_since_it_would_do_nothing(
-    model: Any, images: Tensor
+    small: Any, few: Tensor
 ) -> None:
     backend = TomeBackend(inner_options={"freezing": True})
     with torch.no_grad():
-        assert "TORCHINDUCTOR_FREEZING=1" in refusal(torch.compile(model, backend=backend), images)
+        assert "TORCHINDUCTOR_FREEZING=1" in refusal(torch.compile(small, backend=backend), few)
+
+
+# tests/test_module.py has the same merges in the same model from the other door.
+@pytest.mark.xdist_group("generated code")
+def test_inductor_makes_code_of_it(images: Tensor) -> None:
+    model = make_vit(num_hidden_layers=2)
+    with torch.no_grad():
+        expected = REFERENCES["vit"](model, images, 8).output
+        compiled = torch.compile(model, backend=TomeBackend(ToMe(r=8)))
+        assert relative_error(compiled(images).logits, expected) < 1e-4
 
 
 # As a value
@@ -206,10 +239,10 @@ def test_it_is_found_by_name(model: Any, images: Tensor, expected: Tensor) -> No
 
 
 def test_options_are_fields_of_the_backend_and_of_its_method(
-    model: Any, images: Tensor, inner: Inner
+    small: Any, few: Tensor, inner: Inner
 ) -> None:
     options = {"r": [4], "prop_attn": False, "protected": (0, 1), "inner": inner}
-    torch.compile(model, backend=tome_backend, options=options)(images)
+    torch.compile(small, backend=tome_backend, options=options)(few)
     assert inner.merges == [1]
     (match,) = inner.graphs[0].graph.find_nodes(op="call_function", target=MATCH)
     assert list(match.args[1:]) == [4, [0, 1]]
@@ -220,29 +253,29 @@ def test_options_are_fields_of_the_backend_and_of_its_method(
     assert tome_backend.method == ToMe(r=16)
 
 
-def test_an_unknown_option_is_refused_and_the_valid_ones_listed(model: Any, images: Tensor) -> None:
-    compiled = torch.compile(model, backend="tome", options={"rate": 8})
-    said = refusal(compiled, images)
+def test_an_unknown_option_is_refused_and_the_valid_ones_listed(small: Any, few: Tensor) -> None:
+    compiled = torch.compile(small, backend="tome", options={"rate": 8})
+    said = refusal(compiled, few)
     assert "['rate']" in said
     for field in (*dataclasses.fields(TomeBackend), *dataclasses.fields(ToMe)):
         assert field.name in said
 
 
-def test_trace_source_is_refused_as_an_option(model: Any, images: Tensor) -> None:
-    compiled = torch.compile(model, backend="tome", options={"trace_source": True})
-    assert "trace_source is not available" in refusal(compiled, images)
+def test_trace_source_is_refused_as_an_option(small: Any, few: Tensor) -> None:
+    compiled = torch.compile(small, backend="tome", options={"trace_source": True})
+    assert "trace_source is not available" in refusal(compiled, few)
 
 
-def test_mode_and_options_reach_the_inner_backend(model: Any, images: Tensor, inner: Inner) -> None:
+def test_mode_and_options_reach_the_inner_backend(small: Any, few: Tensor, inner: Inner) -> None:
     options = {"a": 1, "nested": {"b": "c"}}
     backend = TomeBackend(ToMe(r=8), inner=inner, inner_options=options)
     assert hash(backend) == hash(dataclasses.replace(backend))
-    torch.compile(model, backend=backend, mode="max-autotune")(images)
+    torch.compile(small, backend=backend, mode="max-autotune")(few)
     assert inner.keywords == [{"options": options, "mode": "max-autotune"}]
 
 
 def test_inductor_gets_the_modes_options_and_its_own(
-    model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    small: Any, few: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     patches = []
 
@@ -254,7 +287,7 @@ def test_inductor_gets_the_modes_options_and_its_own(
     for mode in ("reduce-overhead", "max-autotune", None):
         torch._dynamo.reset()
         backend = TomeBackend(ToMe(r=8), inner_options={"freezing": False})
-        torch.compile(model, backend=backend, mode=mode)(images)
+        torch.compile(small, backend=backend, mode=mode)(few)
     assert patches == [
         torch._inductor.list_mode_options(mode) | {"freezing": False}
         for mode in ("reduce-overhead", "max-autotune", "default")
@@ -284,28 +317,28 @@ def test_openvino_is_not_given_what_it_would_silently_run_eagerly(
 
 @pytest.mark.parametrize("name", ["openvino", "tensorrt"])
 def test_an_inner_backend_that_is_not_installed(
-    name: str, model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch
+    name: str, small: Any, few: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in ("openvino", "openvino.torch", "torch_tensorrt"):
         monkeypatch.setitem(sys.modules, module, None)
-    said = refusal(torch.compile(model, backend=TomeBackend(inner=name)), images)
+    said = refusal(torch.compile(small, backend=TomeBackend(inner=name)), few)
     assert f"pip install 'tomepass[{name}]'" in said
 
 
 def test_an_inner_backend_whose_libraries_are_missing(
-    model: Any, images: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    small: Any, few: Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """torch_tensorrt raises no ImportError where there is no driver."""
     (tmp_path / "torch_tensorrt.py").write_text("raise Exception('no driver found')")
     monkeypatch.delitem(sys.modules, "torch_tensorrt", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    said = refusal(torch.compile(model, backend=TomeBackend(inner="tensorrt")), images)
+    said = refusal(torch.compile(small, backend=TomeBackend(inner="tensorrt")), few)
     assert "needs torch_tensorrt, which cannot be imported: no driver found" in said
     assert "pip install 'tomepass[tensorrt]'" in said
 
 
-def test_an_unknown_inner_backend(model: Any, images: Tensor) -> None:
-    said = refusal(torch.compile(model, backend=TomeBackend(inner="nope")), images)
+def test_an_unknown_inner_backend(small: Any, few: Tensor) -> None:
+    said = refusal(torch.compile(small, backend=TomeBackend(inner="nope")), few)
     assert "knows no backend 'nope'" in said
     for name in ("aot_eager", "eager", "inductor", "openvino", "tensorrt"):
         assert name in said
@@ -428,7 +461,7 @@ def test_one_graph_serves_all_batch_sizes(dynamic: bool | None, model: Any, inne
 
 
 def test_another_resolution_is_another_graph(inner: Inner) -> None:
-    model = make_vit(num_hidden_layers=2)
+    model = make_vit(num_hidden_layers=1)
     backend = TomeBackend(ToMe(r=8), inner=inner)
     compiled = torch.compile(model, backend=backend, dynamic=True)
     merged = tomepass.apply(model, r=8)
@@ -437,15 +470,15 @@ def test_another_resolution_is_another_graph(inner: Inner) -> None:
         got = compiled(pixels, interpolate_pos_encoding=True).logits
         wanted = merged(pixels, interpolate_pos_encoding=True).logits
         assert relative_error(got, wanted) < 1e-4
-    assert inner.merges == [2, 2]
+    assert inner.merges == [1, 1]
 
 
 # Refusals
 
 
-def test_merging_twice_is_refused(model: Any, images: Tensor) -> None:
-    merged = tomepass.apply(model, r=8)
-    assert "already merged" in refusal(torch.compile(merged, backend=eager()), images)
+def test_merging_twice_is_refused(small: Any, few: Tensor) -> None:
+    merged = tomepass.apply(small, r=8, example_inputs=few)
+    assert "already merged" in refusal(torch.compile(merged, backend=eager()), few)
 
 
 @torch.no_grad()
@@ -525,10 +558,10 @@ def configs() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("configs")
-def test_the_users_settings_stay_as_they_are(model: Any, images: Tensor) -> None:
-    torch.compile(model, backend=eager(), mode="max-autotune")(images)
+def test_the_users_settings_stay_as_they_are(small: Any, few: Tensor) -> None:
+    torch.compile(small, backend=eager(), mode="max-autotune")(few)
     with pytest.raises(BackendCompilerFailed):
-        torch.compile(model, backend=TomeBackend(inner="nope"))(images)
+        torch.compile(small, backend=TomeBackend(inner="nope"))(few)
 
 
 def test_parameters_stay_static_inputs(model: Any, images: Tensor) -> None:

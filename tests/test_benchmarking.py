@@ -241,6 +241,7 @@ def test_freezing_reaches_dynamo_and_inductor(
     assert found.settings.options_label == ("freezing" if freezing else "no freezing")
 
 
+@pytest.mark.usefixtures("inductor")
 def test_nothing_outside_is_changed(vit: Any, images: Tensor) -> None:
     """Inductor, frozen, from empty caches: what touches the most."""
 

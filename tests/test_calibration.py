@@ -27,6 +27,8 @@ from tomepass.linearity import block_linearity
 from tomepass.methods import method_from_dict
 from tomepass.planning import plan_graph
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
 
 @pytest.fixture(scope="module")
 def model() -> Any:
@@ -107,17 +109,30 @@ def test_it_prints_saves_and_is_taken_by_every_door(
     assert hash(TomeBackend(plan)) == hash(TomeBackend(plan.method))
 
 
+@pytest.mark.deep  # that a cache is read is seen where a run goes on, below
+@pytest.mark.parametrize("methods", ["pruning", "all"])
 def test_the_same_seed_finds_the_same_and_a_cache_measures_nothing_again(
-    plan: Plan, model: Any, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    methods: str,
+    request: pytest.FixtureRequest,
+    model: Any,
+    batches: list[Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cache = tmp_path / "cache.json"
-    first = tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
+    goal: dict[str, Any] = {"macs": 0.6, "cache": cache, "progress": False}
+    if methods == "all":
+        plan = request.getfixturevalue("plan")
+    else:
+        plan, _ = request.getfixturevalue("pruned")
+        goal |= {"macs": 0.8, "methods": Prune()}
+    first = tomepass.calibrate(model, batches, **goal)
     assert first == plan
     monkeypatch.setattr(calibration, "block_linearity", _not_again)
     monkeypatch.setattr(calibration.Judge, "outputs", _not_again)
-    assert tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False) == plan
+    assert tomepass.calibrate(model, batches, **goal) == plan
     with pytest.raises(AssertionError, match="again"):
-        tomepass.calibrate(model, batches, macs=0.7, cache=cache, progress=False)
+        tomepass.calibrate(model, batches, **{**goal, "macs": 0.7})
 
 
 @pytest.fixture(scope="module")
@@ -215,6 +230,7 @@ def test_a_cache_of_other_images_is_refused(model: Any, batches: list[Any], tmp_
         tomepass.calibrate(model, batches, macs=0.6, cache=cache, progress=False)
 
 
+@pytest.mark.deep
 def test_tofu_s_strategies_follow_the_measured_profile(model: Any, batches: list[Any]) -> None:
     plan = tomepass.calibrate(model, batches, macs=0.7, methods=ToFu(), progress=False)
     found = plan.calibration
@@ -316,6 +332,7 @@ def test_a_speedup_is_measured_and_what_is_missed_is_said(
     assert plan.why.startswith("1.30x measured")
 
 
+@pytest.mark.deep
 def test_a_speedup_is_measured_by_the_backend_that_was_asked_for_and_kept(
     model: Any, batches: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +355,7 @@ def test_a_speedup_is_measured_by_the_backend_that_was_asked_for_and_kept(
             tomepass.calibrate(model, batches, **goal, **other)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "name",
     ["siglip_vision", *(pytest.param(n, marks=pytest.mark.doors) for n in ("dinov2", "ast"))],

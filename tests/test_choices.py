@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from depth import at_hand
 from encoders import make, pixels
 from zoo import COUNTS, make_inputs, make_model, relative_error
 
@@ -36,9 +37,7 @@ CHOICES: tuple[dict[str, Any], ...] = (
     {"importance": "class_attention", "similarity": "euclidean", "exponent": 1.0},
     {"importance": "class_attention", "metric": "keys_all_heads", "combine": MLERP()},
 )
-every_choice = pytest.mark.parametrize(
-    "choice", CHOICES, ids=lambda choice: "-".join(map(str, choice.values()))
-)
+IDS = ["-".join(map(str, choice.values())) for choice in CHOICES]
 # Every value of every choice in as few as make sense together.
 TOGETHER: tuple[dict[str, Any], ...] = (
     {"metric": "queries", "similarity": "dot", "combine": "mean"},
@@ -59,9 +58,14 @@ COMBINED = ("weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean"))
     ("family", "choice"),
     # What is read off an attention, in every family; what is done with it, in one.
     [
-        pytest.param(family, choice, id=f"{family}-{'-'.join(map(str, choice.values()))}")
-        for family in FAMILIES
-        for choice in CHOICES
+        pytest.param(
+            *(family, choice),
+            id=f"{family}-{'-'.join(map(str, choice.values()))}",
+            # Beyond ViT each family meets some of the choices every time, the others deep.
+            marks=pytest.mark.deep if family != "vit" and number % 6 != turn else (),
+        )
+        for turn, family in enumerate(FAMILIES)
+        for number, choice in enumerate(CHOICES)
         if family == "vit" or {"metric", "importance"} & set(choice)
     ],
 )
@@ -81,7 +85,7 @@ def test_matches_and_merges_are_the_reference_s(
     assert lines[1].note == f"{len(merging)} merges"
 
 
-@every_choice
+@pytest.mark.parametrize("choice", at_hand(CHOICES, CHOICES[::4], IDS))
 @torch.no_grad()
 def test_nothing_merged_is_the_original_and_one_image_as_in_a_batch(
     choice: dict[str, Any], shared_models: Any
@@ -94,7 +98,7 @@ def test_nothing_merged_is_the_original_and_one_image_as_in_a_batch(
     assert relative_error(merged(**alone).logits, merged(**inputs).logits[1:2]) < 1e-5
 
 
-@pytest.mark.parametrize("choice", CHOICES[::6], ids=str)
+@pytest.mark.parametrize("choice", at_hand(CHOICES[::6], [CHOICES[12]], map(str, CHOICES[::6])))
 @torch.no_grad()
 def test_both_doors_agree(choice: dict[str, Any], shared_models: Any) -> None:
     model, inputs, method = shared_models["vit"], make_inputs("vit", 3), ToMe(COUNTS, **choice)
@@ -103,7 +107,8 @@ def test_both_doors_agree(choice: dict[str, Any], shared_models: Any) -> None:
     assert torch.equal(one, two)
 
 
-@pytest.mark.parametrize("combine", COMBINED, ids=str)
+@pytest.mark.usefixtures("captured_once")
+@pytest.mark.parametrize("combine", at_hand(COMBINED, ["mean", MLERP()], map(str, COMBINED)))
 @torch.no_grad()
 def test_equal_tokens_merge_without_loss_however_they_are_combined(combine: Any) -> None:
     """Positions zeroed and one patch repeated: all patches are alike in every block."""
@@ -119,6 +124,7 @@ def test_equal_tokens_merge_without_loss_however_they_are_combined(combine: Any)
     assert relative_error(control, expected) > 1e-4
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_compiled_is_eager_and_an_exported_graph_is_plain_aten() -> None:
     method = ToMe(COUNTS, importance="class_attention", metric="keys_all_heads", combine=MLERP())
@@ -136,7 +142,7 @@ def test_compiled_is_eager_and_an_exported_graph_is_plain_aten() -> None:
 @pytest.mark.parametrize("choice", TOGETHER, ids=lambda choice: "-".join(map(str, choice.values())))
 @torch.no_grad()
 def test_every_choice_compiles(choice: dict[str, Any]) -> None:
-    """Through AOTAutograd; the test above makes code of one."""
+    """Through AOTAutograd; tests/methods/test_compiled.py makes code."""
     model, x = SMALL, pixels()
     merged = tomepass.apply(model, ToMe([9, 0], **choice), example_inputs=x)
     compiled = torch.compile(merged, fullgraph=True, backend="aot_eager")(x)
@@ -169,8 +175,11 @@ def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
 
 @pytest.mark.parametrize(
     "choice",
-    [{"metric": "queries"}, {"metric": "values"}, {"importance": "class_attention"}],
-    ids=lambda choice: "-".join(map(str, choice.values())),
+    at_hand(
+        [{"metric": "queries"}, {"metric": "values"}, {"importance": "class_attention"}],
+        [{"importance": "class_attention"}],
+        ["queries", "values", "class_attention"],
+    ),
 )
 @torch.no_grad()
 def test_an_attention_written_out_is_read_like_a_fused_one(choice: dict[str, Any]) -> None:
@@ -218,7 +227,7 @@ def test_mlerp_knows_two_norms() -> None:
         MLERP("min")  # type: ignore[arg-type]
 
 
-@every_choice
+@pytest.mark.parametrize("choice", CHOICES, ids=IDS)
 def test_choices_travel_as_json(choice: dict[str, Any]) -> None:
     method = ToMe(8, **choice)
     assert ToMe.from_json(method.to_json()) == method

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from depth import at_hand
 from typer.testing import CliRunner
 from zoo import make_model
 
@@ -33,7 +34,10 @@ def test_explain_prints_the_blocks(model_dir: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("r", "counts"), [("8", [8, 8, 8]), ("9,4", [9, 4, 0]), ("(8,-1)", [16, 8, 0])]
+    ("r", "counts"),
+    at_hand(
+        [("8", [8, 8, 8]), ("9,4", [9, 4, 0]), ("(8,-1)", [16, 8, 0])], [("(8,-1)", [16, 8, 0])]
+    ),
 )
 def test_explain_takes_every_form_of_r_and_prints_json(
     model_dir: str, r: str, counts: list[int]

@@ -29,16 +29,22 @@ DOORS = {
 }
 
 
+# Run every time: what all begin with, and a file; the other pages deep.
+FIRST = ("README.md", "pt2.md", "checking.md")
+
+
 def _with_recipes() -> list[Any]:
     pages = [page for page in PAGES if _blocks(page)]
-    return [
-        pytest.param(page, marks=pytest.mark.doors, id=page.name)
-        if page.name in DOORS
-        else pytest.param(page, id=page.name)
-        for page in pages
-    ]
+    return [pytest.param(page, marks=_marks(page.name), id=page.name) for page in pages]
 
 
+def _marks(page: str) -> Any:
+    if page in DOORS:
+        return pytest.mark.doors
+    return () if page in FIRST else pytest.mark.deep
+
+
+@pytest.mark.usefixtures("inductor")
 @pytest.mark.parametrize("page", _with_recipes())
 def test_python_examples_run_in_order(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from depth import at_hand
 from encoders import Causal, make, near, pixels
 from torch import Tensor, nn
 from zoo import (
+    CORE,
     FAMILIES,
     REFERENCES,
     make_inputs,
@@ -108,6 +110,10 @@ def test_proportional_attention_matters_here(vit: Any, images: Tensor) -> None:
     assert relative_error(off, on) > 1e-2
 
 
+@pytest.mark.parametrize(
+    "family",
+    at_hand(CORE, ["deit_distilled", "dinov2_registers", "clip_vision", "ijepa", "ast"]),
+)
 def test_r_0_is_the_model_bit_for_bit_and_r_8_is_not(family: str, shared_models: Any) -> None:
     model, inputs = shared_models[family], make_inputs(family)
     whole, merged = tomepass.apply(model, r=0), tomepass.apply(model, r=8)
@@ -190,7 +196,11 @@ def test_labels_give_the_loss_and_its_gradient(vit: Any, images: Tensor) -> None
 
 
 @pytest.mark.parametrize(
-    "name", ["vit", "deit_distilled", "dinov2_registers", "clip_vision_projection", "ast"]
+    "name",
+    at_hand(
+        ["vit", "deit_distilled", "dinov2_registers", "clip_vision_projection", "ast"],
+        ["deit_distilled", "clip_vision_projection"],
+    ),
 )
 def test_options_of_the_call(name: str, shared_models: Any) -> None:
     """return_dict, hidden states and attentions, as the model gives them."""
@@ -347,7 +357,10 @@ def test_compiled_with_a_dynamic_batch(vit: Any) -> None:
         assert torch.equal(fast(pixels).logits, merged(pixels).logits)
 
 
-def test_inductor_compiles_it(merged: Any, images: Tensor) -> None:
+# tests/test_backend.py has the same merges in the same model from the other door.
+@pytest.mark.xdist_group("generated code")
+def test_inductor_compiles_it(images: Tensor) -> None:
+    merged = tomepass.apply(make_vit(num_hidden_layers=2), r=8)
     with torch.no_grad():
         fast = torch.compile(merged, fullgraph=True)
         assert relative_error(fast(images).logits, merged(images).logits) < 1e-4
@@ -465,7 +478,7 @@ def test_save_pretrained_saves_the_model(merged: Any, images: Tensor, tmp_path: 
 # The source map, and short outputs
 
 
-@pytest.mark.parametrize("name", list(REFERENCES))
+@pytest.mark.parametrize("name", at_hand(REFERENCES, ["deit_distilled", "ijepa"]))
 def test_source_is_the_references_map_and_pure(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name, 3)
     merged = tomepass.apply(model, ToMe(r=8, trace_source=True))
@@ -624,6 +637,7 @@ def test_explain_refuses_wrong_arguments(vit: Any) -> None:
 # What the documentation promises first
 
 
+@pytest.mark.usefixtures("inductor")
 def test_the_first_example_runs_as_written(tmp_path: Path) -> None:
     make_vit(num_hidden_layers=2).save_pretrained(tmp_path)
     x = make_inputs("vit")["pixel_values"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from zoo import make_inputs, make_model
 import tomepass
 from tomepass import Plan, ToMe, TomeError, plans
 from tomepass.plans import Tried
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 Speeds = Callable[[ToMe, float], float]
 
@@ -40,8 +43,13 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speeds], list[ToMe]]:
     return pretend
 
 
+@functools.cache
+def vit() -> Any:
+    return make_model("vit")
+
+
 def planned(**target: Any) -> Plan:
-    return tomepass.plan(make_model("vit"), make_inputs("vit"), progress=False, **target)
+    return tomepass.plan(vit(), make_inputs("vit"), progress=False, **target)
 
 
 def test_the_fastest_of_equal_or_fewer_macs_is_chosen(machine: Any) -> None:
@@ -90,7 +98,7 @@ def test_a_plan_survives_its_file(machine: Any, tmp_path: Path) -> None:
     again = Plan.load(tmp_path / "plan.json")
     assert again == plan
     assert str(plan).startswith(repr(plan.method))
-    merged = tomepass.apply(make_model("vit"), again.method)
+    merged = tomepass.apply(vit(), again.method)
     assert [b.r for b in merged.report(make_inputs("vit")).blocks] == [
         int(r) for r in plan.method.schedule.values
     ]

@@ -5,12 +5,14 @@ The folder in TOMEPASS_DATA (default ../shared/data) holds them; without it thes
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from depth import at_hand
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -18,7 +20,10 @@ import tomepass
 from tomepass.loading import load_images, load_model
 
 DATA = Path(os.environ.get("TOMEPASS_DATA", Path(__file__).parents[2] / "shared" / "data"))
-pytestmark = pytest.mark.skipif(not (DATA / "deit_tiny").is_dir(), reason="no data folder")
+pytestmark = [
+    pytest.mark.skipif(not (DATA / "deit_tiny").is_dir(), reason="no data folder"),
+    pytest.mark.usefixtures("captured_once"),
+]
 
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -31,8 +36,14 @@ def model() -> Any:
     return load_model(DATA / "deit_tiny")
 
 
-@pytest.mark.parametrize("r", [0, 8, 16])
-@pytest.mark.parametrize("prop_attn", [True, False], ids=["prop", "noprop"])
+@pytest.mark.parametrize(
+    ("prop_attn", "r"),
+    at_hand(
+        itertools.product([True, False], [0, 8, 16]),
+        [(True, 8), (False, 16)],
+        [f"{prop}-{r}" for prop in ("prop", "noprop") for r in (0, 8, 16)],
+    ),
+)
 @torch.no_grad()
 def test_logits_equal_the_independent_reference(model: Any, r: int, prop_attn: bool) -> None:
     oracle = load_file(DATA / "oracle.safetensors")
@@ -57,10 +68,12 @@ def unmerged(model: Any, images: Any) -> Tensor:
     return _logits(model, images.pixel_values)
 
 
+@pytest.mark.deep
 def test_the_unmerged_model_has_its_accuracy(images: Any, unmerged: Tensor) -> None:
     assert (unmerged.argmax(-1) == images.labels).float().mean() == pytest.approx(0.786)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("r", "prop_attn", "kl", "top1", "agree"),
     [

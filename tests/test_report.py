@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from dataclasses import replace
@@ -29,10 +30,18 @@ from tomepass.planning import plan_graph
 from tomepass.report import make_report
 from tomepass.structure import Mismatch
 
+pytestmark = pytest.mark.usefixtures("captured_once")
+
+
+@functools.cache
+def small() -> Any:
+    """One encoder for all that do not ask for another."""
+    return make()
+
 
 def explained(model: Any = None, r: Any = 4, **options: Any) -> Report:
     """What is said of a small encoder."""
-    model = make() if model is None else model
+    model = small() if model is None else model
     return tomepass.explain(model, r=r, example_inputs=pixels(), **options)
 
 

@@ -7,6 +7,7 @@ see of the unmerged tokens; and whole models must agree with eager references of
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils._pytree as pytree
 import transformers as hf
+from depth import at_hand, in_turn
 from encoders import (
     Block,
     Encoder,
@@ -43,7 +45,7 @@ from reference_models import (
     vit_forward,
 )
 from torch import Tensor, fx, nn
-from zoo import FAMILIES, make_inputs, make_model, output_of, relative_error, scaled_up
+from zoo import CORE, FAMILIES, make_inputs, make_model, output_of, relative_error, scaled_up
 
 import tomepass
 from tomepass import ToMe, TomeBackend, TomeError, reference
@@ -53,6 +55,8 @@ from tomepass.ops.merge import merge
 from tomepass.ops.unmerge import unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.planning import plan_graph
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 COUNTS = [12, 8, 5]
 
@@ -67,15 +71,23 @@ def of_duplicates(family: str) -> dict[str, Any]:
 # ---- the families ----------------------------------------------------------------------------
 
 
+# tests/test_module.py says so of every core family, where it is exported.
+@pytest.mark.parametrize("family", at_hand(CORE, ["deit_distilled", "dinov2_registers"]))
 def test_r0_is_the_original_to_the_bit(family: str, shared_models: Any) -> None:
     assert_r0_is_the_original(shared_models[family], make_inputs(family, batch=3))
 
 
+READ_APART = ["deit_distilled", "dinov2_registers", "clip_vision", "ijepa", "ast"]
+"""Of the core families one for each way to read tokens; the others are deep."""
+
+
+@pytest.mark.parametrize("family", at_hand(CORE, READ_APART))
 def test_every_family_is_lossless_on_duplicates(family: str) -> None:
     model = make_model(family)
     assert_lossless(model, of_duplicates(family), COUNTS)
 
 
+@pytest.mark.parametrize("family", at_hand(CORE, ["dinov2_registers", "clip_vision"]))
 @torch.no_grad()
 def test_hidden_states_keep_their_shapes_and_are_lossless(family: str) -> None:
     model = with_zero_positions(make_model(family))
@@ -96,8 +108,7 @@ REFERENCES: dict[str, Callable[..., Any]] = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prop_attn", [True, False])
-@pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.parametrize(("name", "prop_attn"), in_turn(REFERENCES, [True, False]))
 def test_merged_logits_are_a_plain_references(
     name: str, prop_attn: bool, shared_models: Any
 ) -> None:
@@ -113,6 +124,7 @@ def test_merged_logits_are_a_plain_references(
     assert relative_error(ours[clear], plain[clear]) > 1e-3
 
 
+@pytest.mark.parametrize("family", at_hand(CORE, ["clip_vision", "dinov2_registers", "ast"]))
 @torch.no_grad()
 def test_both_doors_compute_the_same(family: str, shared_models: Any) -> None:
     model, inputs = shared_models[family], make_inputs(family)
@@ -160,8 +172,13 @@ def owlvit() -> nn.Module:
     return hf.OwlViTVisionModel(hf.OwlViTVisionConfig(**WIDE))
 
 
+# tests/test_zoo.py has the others, or their like.
 @pytest.mark.parametrize(
-    "make_other", [siglip, beit_without_bias, vit_for_masked_images, dinov2_backbone, dpt, owlvit]
+    "make_other",
+    at_hand(
+        [siglip, beit_without_bias, vit_for_masked_images, dinov2_backbone, dpt, owlvit],
+        [beit_without_bias, dinov2_backbone],
+    ),
 )
 def test_other_models_are_lossless_with_no_code_of_their_own(
     make_other: Callable[[], nn.Module],
@@ -277,8 +294,36 @@ def unmerged_tokens() -> Tensor:
     return hidden
 
 
-@torch.no_grad()
+@pytest.fixture(scope="module")
+def all_read() -> dict[str, tuple[Any, Any, Any]]:
+    """What every readout makes of the unmerged tokens, of the merged ones, of those as they were:
+    all of them read in one model."""
+    x = pixels(3)
+
+    def read(model: Any, tokens: Tensor) -> dict[str, Any]:
+        return {name: readout(model, tokens) for name, readout in READOUTS.items()}
+
+    with torch.no_grad():
+        model = make(ReadBy, read=read, start=4, end=3)
+        merged = tomepass.apply(model, r=[9, 8], example_inputs=x)
+        found = read(model, unmerged_tokens().clone()), merged(x), model(x)
+    return {name: tuple(each[name] for each in found) for name in READOUTS}
+
+
 @pytest.mark.parametrize("readout", READOUTS)
+def test_each_of_many_readouts_sees_what_it_would_of_the_unmerged_tokens(
+    readout: str, all_read: Any
+) -> None:
+    expected, got, plain = all_read[readout]
+    assert max(errors(got, expected)) < 1e-5
+    # And none of it by leaving the tokens as they were.
+    assert max(errors(got, plain)) > 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "readout", at_hand(READOUTS, ["mean without registers", "pooled by softmax", "in place"])
+)
 def test_a_readout_sees_what_it_would_of_the_unmerged_tokens(readout: str) -> None:
     x, model = pixels(3), read_by(readout)
     expected = READOUTS[readout](model, unmerged_tokens().clone())
@@ -289,7 +334,9 @@ def test_a_readout_sees_what_it_would_of_the_unmerged_tokens(readout: str) -> No
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("readout", ["all", "patches", "without registers", "several", "grid"])
+@pytest.mark.parametrize(
+    "readout", at_hand(["all", "patches", "without registers", "several", "grid"], ["several"])
+)
 def test_a_readout_is_lossless_on_duplicates(readout: str) -> None:
     assert_lossless(read_by(readout), {"pixels": duplicates()}, [9, 6])
 
@@ -314,7 +361,7 @@ def test_merged_outputs_are_the_unmerged_ones_made_short() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "deit_distilled", "ijepa", "dinov2_registers"])
+@pytest.mark.parametrize("name", at_hand(REFERENCES, ["ijepa", "dinov2_registers"]))
 def test_the_source_map_is_the_references(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name, batch=4)
     r = [9, 14, 8]
@@ -405,8 +452,9 @@ class Classed(Block):
         return x + 0.3 * self.norm1(x[:, :1])
 
 
-@pytest.mark.parametrize("readout", ["class", "mean", "dense"])
-@pytest.mark.parametrize("form", [FromBefore, Excited, Classed])
+@pytest.mark.parametrize(
+    ("form", "readout"), in_turn([FromBefore, Excited, Classed], ["class", "mean", "dense"])
+)
 def test_what_a_block_does_to_all_tokens_alike_is_lossless(form: type[Block], readout: Any) -> None:
     model = make(blocks=[form] * 3, readout=readout)
     assert_lossless(model, {"pixels": duplicates()}, [8, 6, 4])
@@ -443,8 +491,7 @@ def test_the_blank_operand_of_a_product_may_have_the_shape_of_the_scores() -> No
     assert_lossless(model, {"pixels": duplicates()}, [8, 6, 4])
 
 
-@pytest.mark.parametrize("parting", ["split", "copy", "slices"])
-@pytest.mark.parametrize("start", [0, 2])
+@pytest.mark.parametrize(("start", "parting"), in_turn([0, 2], ["split", "copy", "slices"]))
 def test_tokens_of_its_own_that_a_model_does_not_have_may_be_cut_off(
     start: int, parting: Any
 ) -> None:
@@ -569,7 +616,14 @@ class Rerun(fx.Interpreter):
         return result
 
 
-@pytest.mark.parametrize("door", [exported, compiled], ids=["export", "dynamo"])
+@pytest.mark.parametrize(
+    ("family", "door"),
+    at_hand(
+        itertools.product(CORE, (exported, compiled)),
+        [("dinov2_registers", exported), ("clip_vision", compiled)],
+        [f"{family}-{door}" for family in CORE for door in ("export", "dynamo")],
+    ),
+)
 def test_metadata_is_what_a_rerun_gives(family: str, shared_models: Any, door: Any) -> None:
     graph = door(shared_models[family], make_inputs(family))
     module = rewritten(graph, ToMe([9, 0, 7]))

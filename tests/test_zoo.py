@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +14,8 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 import transformers as hf
-from encoders import compiled, duplicates, exported, kinds, report_on
+from depth import at_hand, in_turn
+from encoders import compiled, duplicates, exported, kinds
 from lossless import (
     LOSSLESS,
     assert_lossless,
@@ -21,7 +23,6 @@ from lossless import (
     assert_r0_is_the_original,
     calls,
     errors,
-    rewritten,
     tensors,
 )
 from reference_models import dinov3_forward, vjepa2_forward
@@ -46,9 +47,22 @@ from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.padding import padded_size
 from tomepass.ops.side import merge_bias, merge_rows, rows
+from tomepass.planning import plan_graph
+from tomepass.report import make_report
+from tomepass.rewrite import rewrite
 
 OTHERS = [name for name in FAMILIES if name not in CORE]
 """What other files do for the core families, this one does for these."""
+
+APART = [
+    *("siglip_vision", "dinov3", "beit", "videomae", "yolos"),
+    *("clipseg", "dpt", "clip", "bert_padded"),
+]
+"""One for each thing that families differ in: pooling by attention, rotary positions, a position
+bias, a mean of a video, position embeddings of later layers, a decoder of another stream, a dense
+head, two towers, padding. What must hold of the others is deep."""
+READ = ["vit", "deit_distilled", "dinov2_registers", "clip_vision", "ijepa", "ast", "vit_mae"]
+"""Of those that differ in what reads the tokens, one each, with the ones above: read every time."""
 
 SIDES = {
     "rotary tables": rows,
@@ -58,6 +72,8 @@ SIDES = {
 }
 
 ROTARY = {"dinov3": dinov3_forward, "vjepa2": vjepa2_forward}
+
+pytestmark = pytest.mark.usefixtures("captured_once")
 
 # ---- what is found ---------------------------------------------------------------------------
 
@@ -83,8 +99,21 @@ def assert_read_as_told(name: str, report: Report) -> None:
         assert all(any(re.search(r, m.reason) for m in mismatches) for r in told_reasons)
 
 
-@pytest.mark.parametrize("door", [exported, compiled], ids=["export", "dynamo"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("door", "name"),
+    [
+        *at_hand(
+            [(exported, name) for name in FAMILIES],
+            [(exported, name) for name in (*READ, *APART)],
+            [f"export-{name}" for name in FAMILIES],
+        ),
+        *at_hand(
+            [(compiled, name) for name in FAMILIES],
+            [(compiled, name) for name in ("beit", "dinov3", "yolos", "bert_padded")],
+            [f"dynamo-{name}" for name in FAMILIES],
+        ),
+    ],
+)
 def test_every_family_reads_exactly(
     name: str, shared_models: Any, door: Callable[..., Any]
 ) -> None:
@@ -94,9 +123,12 @@ def test_every_family_reads_exactly(
         model(**inputs)  # transformers takes a lock in some models' first call
     graph = door(model, inputs)
     method = ToMe(COUNTS)
-    assert_read_as_told(name, report_on(graph, method))
-    module = rewritten(graph, method, partly=bool(family.refused))
-    assert_macs_are_foretold(graph, method, module)
+    planned = plan_graph(graph, method)
+    assert family.refused or not planned.mismatches, planned.mismatches
+    result = rewrite(graph, planned)
+    assert_read_as_told(name, make_report(name, graph, planned, result, None))
+    module = result.module
+    assert_macs_are_foretold(graph, method, module, planned)
     called = {n.target for n in module.graph.nodes}
     assert {side for side, op in SIDES.items() if op in called} == set(family.sides)
     assert weighed_beyond_the_blocks(module, family.streams) == family.pooled
@@ -135,13 +167,16 @@ def test_of_two_towers_the_causal_one_is_left_alone(shared_models: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", at_hand(OTHERS, ["beit", "dinov3", "clip", "bert_padded", "dpt"]))
 def test_r0_is_the_original_to_the_bit(name: str, shared_models: Any) -> None:
     assert_r0_is_the_original(shared_models[name], make_inputs(name, batch=3))
 
 
+SHORT = ["vit", "siglip_vision", "dinov3", "yolos", "clipseg", "bert_padded"]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "clip_vision", *OTHERS])
+@pytest.mark.parametrize("name", at_hand(["vit", "clip_vision", *OTHERS], SHORT))
 def test_classes_and_shapes_stay_and_merged_sequences_are_short(
     name: str, shared_models: Any
 ) -> None:
@@ -173,6 +208,7 @@ def test_classes_and_shapes_stay_and_merged_sequences_are_short(
     }
 
 
+@pytest.mark.deep
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["siglip_vision", "masked_images", "beit", "dinov3"])
 def test_compiled_by_inductor_it_computes_what_eager_does(name: str, shared_models: Any) -> None:
@@ -245,7 +281,13 @@ PLACELESS = [name for name in OTHERS if not FAMILIES[name].rotary]
 FACTORS = {"siglip_classifier": 2.0, "siglip": 2.0}
 
 
-@pytest.mark.parametrize("name", [n for n in PLACELESS if n != "bert_padded"])
+@pytest.mark.parametrize(
+    "name",
+    at_hand(
+        [n for n in PLACELESS if n != "bert_padded"],
+        [n for n in APART if n not in ("dinov3", "bert_padded")],
+    ),
+)
 def test_every_family_is_lossless_on_duplicates(name: str) -> None:
     counts = [5, 0, 4] if "text" in FAMILIES[name].kind else COUNTS
     model = without_positions(name, FACTORS.get(name, 6.0))
@@ -269,7 +311,7 @@ TELLING = [n for n in PLACELESS if n not in ("llava", "clipseg", "clip", "siglip
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", TELLING)
+@pytest.mark.parametrize("name", at_hand(TELLING, ["beit", "yolos", "dpt"]))
 def test_hidden_states_and_attention_weights_are_lossless(name: str) -> None:
     model = without_positions(name, FACTORS.get(name, 6.0))
     model.set_attn_implementation("eager")
@@ -288,8 +330,10 @@ def test_hidden_states_and_attention_weights_are_lossless(name: str) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("prop_attn", [True, False])
-@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize(
+    ("name", "prop_attn"),
+    at_hand(itertools.product(ROTARY, (True, False)), [("dinov3", True), ("vjepa2", False)]),
+)
 def test_rotary_attention_is_a_plain_references(
     name: str, prop_attn: bool, shared_models: Any
 ) -> None:
@@ -309,7 +353,9 @@ def test_rotary_attention_is_a_plain_references(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["siglip_vision", "beit", "dinov3", "masked_images"])
+@pytest.mark.parametrize(
+    "name", at_hand(["siglip_vision", "beit", "dinov3", "masked_images"], ["beit"])
+)
 def test_dynamic_shapes_of_the_dynamo_door(name: str, shared_models: Any) -> None:
     model = shared_models[name]
     model(**make_inputs(name))
@@ -322,7 +368,7 @@ def test_dynamic_shapes_of_the_dynamo_door(name: str, shared_models: Any) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["vit", "siglip_vision", "dinov3"])
+@pytest.mark.parametrize("name", at_hand(["vit", "siglip_vision", "dinov3"], ["vit", "dinov3"]))
 def test_two_resolutions_of_one_model(name: str, shared_models: Any) -> None:
     model = shared_models[name]
     extra = {} if name == "dinov3" else {"interpolate_pos_encoding": True}
@@ -343,7 +389,7 @@ KINDS = ["vit", "siglip_vision", "beit", "dinov3", "bert_padded"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", at_hand(KINDS, ["siglip_vision", "beit", "dinov3"]))
 def test_autocast(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name)
     merged, whole = (tomepass.apply(model, r=r, example_inputs=inputs) for r in (COUNTS, 0))
@@ -356,8 +402,7 @@ def test_autocast(name: str, shared_models: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(KINDS, [torch.float16, torch.bfloat16]))
 def test_half_precision(name: str, dtype: torch.dtype) -> None:
     model = make_model(name).to(dtype)
     inputs = pytree.tree_map(
@@ -373,7 +418,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(kept, theirs)
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip_vision", "clip_vision"])
+@pytest.mark.parametrize("name", at_hand(["vit", "siglip_vision", "clip_vision"], ["vit"]))
 def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     model.train()

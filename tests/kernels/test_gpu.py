@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import in_turn
 from torch import Tensor
 
 from tests.assignments import assignments
@@ -62,8 +63,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 # ---- match ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("protected", PROTECTED, ids=str)
-@pytest.mark.parametrize("tokens", [13, 14])
+@pytest.mark.parametrize(("tokens", "protected"), in_turn([13, 14], PROTECTED))
 def test_maps_equal_the_composite_s(tokens: int, protected: list[int], path: str) -> None:
     keys = heads(2, tokens, tokens)
     for r in counts(tokens, protected):

@@ -7,6 +7,7 @@ from typing import Any
 import plain
 import pytest
 import torch
+from depth import at_hand, in_turn
 from families import PARTS
 from lossless import assert_macs_are_foretold
 from table import OPTIONS, ROWS, R
@@ -24,17 +25,11 @@ from tomepass.rewrite import rewrite
 
 every_method = pytest.mark.parametrize("name", ROWS)
 LOST = 1e-5  # of logits: more is no rounding
-every_family = pytest.mark.parametrize("family", PARTS)
 
 
 ALL = {**ROWS, **OPTIONS}
-OTHERS = [family for family in PARTS if family != "vit"]
-# What takes its turns over the families: every row on ViT, and on one of the others.
-in_turn = pytest.mark.parametrize(
-    ("family", "name"),
-    [("vit", name) for name in ROWS]
-    + [(OTHERS[i % len(OTHERS)], name) for i, name in enumerate(ROWS)],
-)
+# Every method on one of the families, and each of these with as many; the other pairs are deep.
+one_each = pytest.mark.parametrize(("family", "name"), in_turn(PARTS, ROWS))
 
 
 def made(name: str, r: Any = None, **fields: Any) -> Method:
@@ -58,8 +53,7 @@ def expected(family: str, model: Any, inputs: Any, method: Method, name: str) ->
     return parts.head(encoded.hidden, size, encoded.source)
 
 
-@every_method
-@every_family
+@one_each
 @torch.no_grad()
 def test_merged_is_the_plain_reference(family: str, name: str, shared_models: Any) -> None:
     assert_is_the_reference(family, name, shared_models[family], made(name))
@@ -93,7 +87,7 @@ def assert_is_the_reference(family: str, name: str, model: Any, method: Method) 
     assert relative_error(ours, output_of(family, model(**inputs))) > 1e-3
 
 
-@in_turn
+@one_each
 @torch.no_grad()
 def test_nothing_reduced_is_the_original_bit_for_bit(
     family: str, name: str, shared_models: Any
@@ -105,6 +99,7 @@ def test_nothing_reduced_is_the_original_bit_for_bit(
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.deep  # tests/methods/test_compiled.py compiles what they add to a graph
 @every_method
 @torch.no_grad()
 def test_compiled_is_eager_through_both_doors(name: str, shared_models: Any) -> None:
@@ -134,7 +129,10 @@ def test_it_repeats_and_takes_any_batch(name: str, shared_models: Any) -> None:
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [("dinov2_registers", "pitome"), ("siglip_vision", "avit"), ("ast", "spvit")],
+    at_hand(
+        [("dinov2_registers", "pitome"), ("siglip_vision", "avit"), ("ast", "spvit")],
+        [("siglip_vision", "avit")],
+    ),
 )
 @torch.no_grad()
 def test_elsewhere_too_it_compiles_and_takes_any_batch(
@@ -151,7 +149,11 @@ def test_elsewhere_too_it_compiles_and_takes_any_batch(
 
 @pytest.mark.parametrize(
     ("family", "name"),
-    [(f, n) for f in PARTS for n in ROWS if f == "vit" or n in ("prune", "spvit", "kmeans")],
+    at_hand(
+        [(f, n) for f in PARTS for n in ROWS if f == "vit" or n in ("prune", "spvit", "kmeans")],
+        # One of each method; what its other rows lose is counted alike.
+        [*(("vit", n) for n in ROWS if "_" not in n), ("siglip_vision", "spvit"), ("ast", "prune")],
+    ),
 )
 def test_tokens_and_macs_are_as_planned(family: str, name: str, shared_models: Any) -> None:
     model, inputs = shared_models[family], make_inputs(family)
@@ -192,7 +194,7 @@ def without_positions() -> tuple[Any, Capture, dict[str, Any]]:
         return model, capture_module(model, inputs), inputs
 
 
-@every_method
+@pytest.mark.parametrize("name", at_hand(ROWS, [n for n in ROWS if "_" not in n]))
 @torch.no_grad()
 def test_duplicates_are_lossless_or_it_is_said_why_not(name: str, without_positions: Any) -> None:
     (model, capture, inputs), method = without_positions, made(name)
@@ -223,19 +225,25 @@ def all_alike(model: Any, capture: Capture, method: Method, inputs: Any) -> floa
     return relative_error(ours, theirs)
 
 
+LOSSES = [
+    (EViT(R, prop_attn=True), False),
+    (EViT(R, fuse=False), True),
+    (SPViT(R), False),
+    (DiffRate(R), True),
+    (DiffRate(R, pruned=0.0), False),
+    (DiffRate(R, pruned=(0, 0, 0)), False),
+    (ToFu(R), True),
+    (ToFu(R, strategies=("merge",) * 3), False),
+]
+
+
 @pytest.mark.parametrize(
     ("method", "lossy"),
-    [
-        (EViT(R, prop_attn=True), False),
-        (EViT(R, fuse=False), True),
-        (SPViT(R), False),
-        (DiffRate(R), True),
-        (DiffRate(R, pruned=0.0), False),
-        (DiffRate(R, pruned=(0, 0, 0)), False),
-        (ToFu(R), True),
-        (ToFu(R, strategies=("merge",) * 3), False),
-    ],
-    ids=repr,
+    at_hand(
+        LOSSES,
+        [LOSSES[i] for i in (0, 1, 4, 7)],
+        [repr(method) for method, _ in LOSSES],
+    ),
 )
 @torch.no_grad()
 def test_what_a_method_says_it_loses_is_lost(

@@ -10,6 +10,7 @@ import plain
 import pytest
 import torch
 import torch.utils._pytree as pytree
+from depth import at_hand, in_turn
 from families import PARTS
 from table import ROWS
 from torch import Tensor, fx
@@ -95,10 +96,7 @@ def overwritten(
     return tensors(found[: -len(holes)]), empty
 
 
-@pytest.mark.parametrize(
-    ("family", "name"),
-    [(f, n) for i, f in enumerate(KINDS) for j, n in enumerate(METHODS) if (i + j) % 2 == 0],
-)
+@pytest.mark.parametrize(("family", "name"), in_turn(KINDS, METHODS))
 @torch.no_grad()
 def test_places_out_of_use_are_left_out_exactly(family: str, name: str, shared_models: Any) -> None:
     model, inputs, method = shared_models[family], make_inputs(family, 3), METHODS[name]
@@ -134,10 +132,7 @@ def test_attention_is_read_as_it_is_paid_without_the_sizes(shared_models: Any) -
     assert int((sizes < PADDED).sum()) > 0
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [*((name, torch.bfloat16) for name in METHODS), (next(iter(METHODS)), torch.float16)],
-)
+@pytest.mark.parametrize(("name", "dtype"), in_turn(METHODS, [torch.bfloat16, torch.float16]))
 @torch.no_grad()
 def test_in_low_precision_too(name: str, dtype: torch.dtype) -> None:
     model = make_model("siglip_vision").to(dtype)
@@ -149,8 +144,9 @@ def test_in_low_precision_too(name: str, dtype: torch.dtype) -> None:
     assert same_bits(ours, theirs)
 
 
-@every_adaptive
-@pytest.mark.parametrize("family", ["siglip_vision", "masked_images", "yolos"])
+@pytest.mark.parametrize(
+    ("family", "name"), in_turn(["siglip_vision", "masked_images", "yolos"], METHODS)
+)
 @torch.no_grad()
 def test_outputs_keep_their_shape_and_are_finite(
     family: str, name: str, shared_models: Any
@@ -172,7 +168,9 @@ def test_no_original_token_is_found_in_a_place_out_of_use(name: str, shared_mode
     assert [len(set(row.tolist())) for row in source] == kept.tolist()
 
 
-@pytest.mark.parametrize("family", ["siglip_vision", "dinov2_registers", "ijepa"])
+@pytest.mark.parametrize(
+    "family", at_hand(["siglip_vision", "dinov2_registers", "ijepa"], ["siglip_vision", "ijepa"])
+)
 @torch.no_grad()
 def test_where_all_tokens_halt_one_is_left_to_read(family: str, shared_models: Any) -> None:
     model, inputs = shared_models[family], make_inputs(family, 3)
@@ -185,8 +183,7 @@ def test_where_all_tokens_halt_one_is_left_to_read(family: str, shared_models: A
 # ---- how many --------------------------------------------------------------------------------
 
 
-@every_adaptive
-@pytest.mark.parametrize("family", PARTS)
+@pytest.mark.parametrize(("family", "name"), in_turn(PARTS, METHODS))
 @torch.no_grad()
 def test_the_number_kept_varies_by_image(family: str, name: str, shared_models: Any) -> None:
     model, inputs = shared_models[family], make_inputs(family, 8)
@@ -310,6 +307,8 @@ def test_scores_add_up_in_blocks_that_drop_nothing(shared_models: Any) -> None:
 # ---- doors -----------------------------------------------------------------------------------
 
 
+# tests/methods/test_compiled.py compiles what they add to a graph.
+@pytest.mark.deep
 @pytest.mark.parametrize("name", ["ats", "threshold"])  # pruned with holes, merged with holes
 @torch.no_grad()
 def test_kernels_compute_what_eager_does(name: str, shared_models: Any) -> None:
@@ -320,18 +319,26 @@ def test_kernels_compute_what_eager_does(name: str, shared_models: Any) -> None:
     assert relative_error(ours, theirs) < 1e-4
 
 
-@every_adaptive
+@pytest.mark.parametrize(
+    ("name", "compiler"),
+    # Biases are merged alike.
+    at_hand(
+        [*((name, "aot_eager") for name in METHODS), ("threshold", "inductor")],
+        [("threshold", "aot_eager")],
+    ),
+)
 @torch.no_grad()
-def test_compiled_position_biases_are_those_of_eager(name: str, shared_models: Any) -> None:
+def test_compiled_position_biases_are_those_of_eager(
+    name: str, compiler: str, shared_models: Any
+) -> None:
     model, inputs = shared_models["beit"], make_inputs("beit", 3)
     merged = tomepass.apply(model, METHODS[name], example_inputs=inputs)
-    # Generated code for one of them: biases are merged alike.
-    compiler = "inductor" if name == "threshold" else "aot_eager"
     compiled = torch.compile(merged, fullgraph=True, backend=compiler)
     ours, theirs = (output_of("beit", m(**inputs)) for m in (compiled, merged))
     assert relative_error(ours, theirs) < 1e-4
 
 
+@pytest.mark.usefixtures("captured_once")
 @every_adaptive
 def test_gradients_are_finite(name: str) -> None:
     model, inputs = make_model("beit"), make_inputs("beit", 2)

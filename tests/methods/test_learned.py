@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from depth import in_turn
 from table import ROWS
 from torch import Tensor
 from zoo import make_inputs, make_model, make_vit, output_of, relative_error
@@ -152,8 +153,9 @@ def sure(method: Any) -> Any:
     return method.replace(policy=Policy(blocks))
 
 
-@every_kind
-@pytest.mark.parametrize("family", ["vit", "dinov2_registers", "siglip_vision"])
+@pytest.mark.parametrize(
+    ("family", "kind"), in_turn(["vit", "dinov2_registers", "siglip_vision"], KINDS)
+)
 @torch.no_grad()
 def test_the_training_form_computes_what_is_used(
     family: str, kind: type[Learned], shared_models: Any
@@ -302,8 +304,7 @@ def test_an_applied_module_is_pickled_and_copied_with_its_policy(
         assert torch.equal(again(images).logits, expected)
 
 
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("kind", "dtype"), in_turn(KINDS, [torch.bfloat16, torch.float64]))
 @torch.no_grad()
 def test_weights_follow_the_dtype_of_the_stream(
     kind: type[Learned], dtype: torch.dtype, vit: Any, images: Tensor
@@ -322,6 +323,7 @@ def test_weights_follow_the_dtype_of_the_stream(
         assert merged(images).logits.isfinite().all()
 
 
+@pytest.mark.deep
 @every_kind
 @torch.no_grad()
 def test_the_backend_freezes_it_with_inductor(

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from depth import at_hand
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._pytree import tree_map_only
@@ -117,7 +118,11 @@ EXAMPLES = [
     Example(nearest, lambda b: (keys(b), some(b), [0], used(b))),
     Example(masked_attention, lambda b: (*3 * (hidden(b)[:, None],), sizes(b) % 2)),
 ]
-every_operator = pytest.mark.parametrize("example", EXAMPLES, ids=lambda e: e.name)
+NAMES = [example.name for example in EXAMPLES]
+FIRST = [example for i, example in enumerate(EXAMPLES) if example.name not in NAMES[:i]]
+every_operator = pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
+# Each operator once; with its other arguments where all tests run.
+each_once = pytest.mark.parametrize("example", at_hand(EXAMPLES, FIRST, NAMES))
 
 
 class One(nn.Module):
@@ -171,12 +176,13 @@ def assert_same(got: Any, expected: Any) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.deep  # the same checks as below, with nothing to differentiate
 @every_operator
 def test_opcheck(example: Example) -> None:
     torch.library.opcheck(example.operator, example.arguments(2))
 
 
-@every_operator
+@each_once
 def test_a_differentiable_argument_passes_opcheck(example: Example) -> None:
     arguments = tuple(
         a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
@@ -212,7 +218,7 @@ def test_it_inlines_under_compile_without_a_break(example: Example) -> None:
     assert_same(compiled(*tensors_of(arguments)), example.operator(*arguments))
 
 
-@every_operator
+@each_once
 def test_it_exports_with_a_dynamic_batch_and_decomposes_into_aten(example: Example) -> None:
     model = One(example)
     given = tensors_of(example.arguments(2))
@@ -242,6 +248,7 @@ def test_a_chain_exports_with_a_dynamic_batch() -> None:
         assert_same(decomposed.module()(keys(size), hidden(size)), expected)
 
 
+@pytest.mark.xdist_group("generated code")
 def test_inductor_agrees_for_any_batch_and_to_the_bit_on_ties() -> None:
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(Chain(), backend=counter, fullgraph=True, dynamic=True)

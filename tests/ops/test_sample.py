@@ -193,9 +193,13 @@ def test_they_vanish_in_an_exported_program() -> None:
         torch.testing.assert_close(got, expected)
 
 
-def test_they_compile() -> None:
+# tests/methods/test_compiled.py has code generated of them.
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)]
+)
+def test_they_compile(compiler: str) -> None:
     heads, x = torch.randn(2, 3, 12, 4), torch.randn(2, 12, 5)
-    compiled = torch.compile(Adaptive(), fullgraph=True)(heads, x)
+    compiled = torch.compile(Adaptive(), fullgraph=True, backend=compiler)(heads, x)
     for got, expected in zip(compiled, Adaptive()(heads, x), strict=True):
         torch.testing.assert_close(got, expected)
 

@@ -148,13 +148,18 @@ class Merging(nn.Module):
         return merge(x, size, again, 7), merge_size(size, again, 7), stands
 
 
-def test_they_vanish_in_an_exported_program_and_compile() -> None:
+# tests/methods/test_compiled.py has code generated of them.
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)]
+)
+def test_they_vanish_in_an_exported_program_and_compile(compiler: str) -> None:
     heads, x = torch.randn(2, 3, 12, 4), torch.randn(2, 12, 5)
     program = torch.export.export(Merging(), (heads, x)).run_decompositions()
     assert not [n for n in program.graph.nodes if str(n.target).startswith("tome.")]
     expected = Merging()(heads, x)
     assert int((expected[1] == 0).sum()) > 0
-    for other in (program.module(), torch.compile(Merging(), fullgraph=True)):
+    compiled = torch.compile(Merging(), fullgraph=True, backend=compiler)
+    for other in (program.module(), compiled):
         for got, wanted in zip(other(heads, x), expected, strict=True):
             torch.testing.assert_close(got, wanted)
 
