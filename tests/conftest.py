@@ -71,6 +71,7 @@ def pytest_collection_finish() -> None:
     """What was imported stays: else each full collection walks through all of PyTorch again."""
     gc.collect()
     gc.freeze()
+    gc.set_threshold(20_000, 20, 50)  # graphs are many small objects that live for a while
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

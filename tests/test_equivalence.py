@@ -80,7 +80,7 @@ def checked(model: nn.Module | None = None, **options: Any) -> CheckReport:
             ("ijepa", "aot_eager"),
             ("ast", "eager"),
         ],
-        [("dinov2_registers", "eager"), ("ijepa", "aot_eager")],
+        [("dinov2_registers", "eager")],
     ),
 )
 def test_families_pass(name: str, inner: str, shared_models: Any) -> None:
@@ -108,6 +108,7 @@ def test_bfloat16_passes_with_its_merges_replayed() -> None:
     assert line(report, MERGES).figure > 1e-4
 
 
+@pytest.mark.deep
 def test_without_proportional_attention_the_reference_has_none_either() -> None:
     report = checked(r=None, method=ToMe([7, 6], prop_attn=False))
     assert report.ok
@@ -137,6 +138,7 @@ def test_a_model_that_hardly_attends_is_blind_to_duplicates() -> None:
     assert lossless.note.startswith("blind here: without proportional attention the error is")
 
 
+@pytest.mark.deep
 def test_any_kind_of_inputs_and_an_applied_model_can_be_checked() -> None:
     model = make(readout="mean")
     for inputs in ((pixels(3),), {"pixels": pixels(3)}, pixels(1)):
@@ -375,6 +377,7 @@ def test_a_tie_that_rounding_breaks_the_other_way_is_no_failure() -> None:
     assert REPLAYED not in names(checked(model, inputs=inputs, r=[1, 4]), True)
 
 
+@pytest.mark.deep
 def test_a_tie_excuses_no_other_image() -> None:
     def second_off(out: Tensor) -> Tensor:
         return torch.cat([out[:1], out[1:2] * 1.01, out[2:]])

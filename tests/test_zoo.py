@@ -167,7 +167,7 @@ def test_of_two_towers_the_causal_one_is_left_alone(shared_models: Any) -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", at_hand(OTHERS, ["beit", "dinov3", "clip", "bert_padded", "dpt"]))
+@pytest.mark.parametrize("name", at_hand(OTHERS, ["beit", "dinov3", "bert_padded"]))
 def test_r0_is_the_original_to_the_bit(name: str, shared_models: Any) -> None:
     assert_r0_is_the_original(shared_models[name], make_inputs(name, batch=3))
 
@@ -353,9 +353,7 @@ def test_rotary_attention_is_a_plain_references(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    "name", at_hand(["siglip_vision", "beit", "dinov3", "masked_images"], ["beit"])
-)
+@pytest.mark.parametrize("name", at_hand(["siglip_vision", "beit", "dinov3", "masked_images"], []))
 def test_dynamic_shapes_of_the_dynamo_door(name: str, shared_models: Any) -> None:
     model = shared_models[name]
     model(**make_inputs(name))
@@ -389,7 +387,7 @@ KINDS = ["vit", "siglip_vision", "beit", "dinov3", "bert_padded"]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", at_hand(KINDS, ["siglip_vision", "beit", "dinov3"]))
+@pytest.mark.parametrize("name", at_hand(KINDS, ["beit", "dinov3"]))
 def test_autocast(name: str, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name)
     merged, whole = (tomepass.apply(model, r=r, example_inputs=inputs) for r in (COUNTS, 0))

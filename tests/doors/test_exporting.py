@@ -86,7 +86,7 @@ def test_the_model_is_left_as_it_was(exported: Any) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "siglip_vision",
+        pytest.param("siglip_vision", marks=pytest.mark.deep),
         *(pytest.param(n, marks=pytest.mark.doors) for n in ("dinov2_registers", "ast")),
     ],
 )
@@ -120,11 +120,16 @@ TWO_BLOCKS: dict[str, Any] = {
 WIDTH = 32  # of the policies' weights in the table
 # A method of each kind; the others are run by `make test-doors`.
 FEW = ("evit", "pitome", "kmeans", "threshold")
+FEWER = ("pitome", "threshold")  # every time; the others deep
 
 
 @pytest.mark.parametrize(
     "name",
-    [n if n in FEW else pytest.param(n, marks=pytest.mark.doors) for n in (*ROWS, *OPTIONS)],
+    [
+        *FEWER,
+        *(pytest.param(n, marks=pytest.mark.deep) for n in FEW if n not in FEWER),
+        *(pytest.param(n, marks=pytest.mark.doors) for n in (*ROWS, *OPTIONS) if n not in FEW),
+    ],
 )
 def test_every_method_goes_through(name: str) -> None:
     # Of one block the class token alone would show nothing of what merged.

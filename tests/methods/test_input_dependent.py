@@ -96,7 +96,18 @@ def overwritten(
     return tensors(found[: -len(holes)]), empty
 
 
-@pytest.mark.parametrize(("family", "name"), in_turn(KINDS, METHODS))
+@pytest.mark.parametrize(
+    ("family", "name"),
+    at_hand(
+        [(f, n) for i, f in enumerate(KINDS) for j, n in enumerate(METHODS) if (i + j) % 2 == 0],
+        [
+            ("siglip_vision", "threshold"),
+            ("beit", "ats"),
+            ("dinov3", "threshold_unweighted"),
+            ("bert_padded", "avit"),
+        ],
+    ),
+)
 @torch.no_grad()
 def test_places_out_of_use_are_left_out_exactly(family: str, name: str, shared_models: Any) -> None:
     model, inputs, method = shared_models[family], make_inputs(family, 3), METHODS[name]
@@ -132,7 +143,13 @@ def test_attention_is_read_as_it_is_paid_without_the_sizes(shared_models: Any) -
     assert int((sizes < PADDED).sum()) > 0
 
 
-@pytest.mark.parametrize(("name", "dtype"), in_turn(METHODS, [torch.bfloat16, torch.float16]))
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    at_hand(
+        [*((name, torch.bfloat16) for name in METHODS), ("ats", torch.float16)],
+        [("threshold", torch.bfloat16)],
+    ),
+)
 @torch.no_grad()
 def test_in_low_precision_too(name: str, dtype: torch.dtype) -> None:
     model = make_model("siglip_vision").to(dtype)
@@ -338,8 +355,7 @@ def test_compiled_position_biases_are_those_of_eager(
     assert relative_error(ours, theirs) < 1e-4
 
 
-@pytest.mark.usefixtures("captured_once")
-@every_adaptive
+@pytest.mark.parametrize("name", at_hand(METHODS, ["threshold"]))
 def test_gradients_are_finite(name: str) -> None:
     model, inputs = make_model("beit"), make_inputs("beit", 2)
     merged = tomepass.apply(model, METHODS[name], example_inputs=inputs)
