@@ -29,7 +29,7 @@ MUTANTS = [
         file="tomepass/graphs.py",
         old="if (dim := places[node.name]) is None:",
         new="if (dim := places[node.name]) is None or dim:",
-        tests="tests/test_rotary.py -k 'any_encoder and dense'",
+        tests="tests/test_graphs.py -k without_places",
     ),
     Mutant(
         name="weights_computed_again_are_not_scaled",
@@ -43,7 +43,7 @@ MUTANTS = [
         file="tomepass/ops/attention_to.py",
         old="scores = scores + log_size(size, scores)",
         new="scores = scores + 0",
-        tests="tests/methods/test_reading_attention.py -k 'alike and vit'",
+        tests="tests/ops/test_match_by.py -k attention_to_equals",
     ),
     Mutant(
         name="weights_read_off_a_softmax_are_those_of_all_tokens",
