@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tomepass.ops.arguments import check_map, check_tokens
-from tomepass.ops.library import at_least_float32, register, without_autocast
+from tomepass.ops.library import register, without_autocast
 from tomepass.ops.merge import Means
 
 
@@ -52,8 +52,8 @@ def mlerp(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int, norm: str
         ValueError: if sizes or indices are not one a token.
     """
     with without_autocast(x.device):
-        wide = x.to(at_least_float32(x.dtype))
-        means = Means(wide, size, assign, tokens)
+        means = Means(x, size, assign, tokens)
+        wide = means.wide
         length = torch.linalg.vector_norm(wide, dim=-1)
         weight = means.weight
         with torch.no_grad():

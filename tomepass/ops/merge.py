@@ -28,20 +28,20 @@ def merge(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> Tensor
         ValueError: if sizes or indices are not one a token.
     """
     with without_autocast(x.device):
-        wide = x.to(at_least_float32(x.dtype))
-        return Means(wide, size, assign, tokens).mean.to(x.dtype)
+        return Means(x, size, assign, tokens).mean.to(x.dtype)
 
 
 class Means:
     """The weighted means of the tokens sent to each index.
 
     Args:
-        x: ``[B, N, C]``, float32 or wider.
+        x: ``[B, N, C]``.
         size: ``[B, N]``, ``[1, N]`` or None.
         assign: ``[B, N]`` int64; what is no index goes nowhere.
         tokens: N'.
 
     Attributes:
+        wide: ``x`` in float32 or wider, as the rest.
         weight: ``[B, N', N]``, what each token counts at each index: they sum to 1, or to 0 where
             no token goes, or none of any size.
         offset: ``[B, N, C]``, how far each token is from one of those that it is merged with.
@@ -53,19 +53,20 @@ class Means:
         check_map(assign, x.shape[:2])
         if tokens < 1:
             raise ValueError(f"expected tokens to be left, got {tokens}")
+        self.wide = x.to(at_least_float32(x.dtype))
         with torch.no_grad():
-            sizes = _sizes(size, assign, tokens, x.dtype)
+            sizes = _sizes(size, assign, tokens, self.wide.dtype)
             total = sizes.sum(-1, keepdim=True)
             # Nothing goes to a place out of use: it is 0 there, not 0 / 0.
             self.weight = sizes / total.masked_fill(total <= 0, float("inf"))
             stands = standing(sizes)
             own = gather(x, stands.clamp(min=0), 1)
             near = gather(own, assign.clamp(0, tokens - 1), 1)
-            own = torch.where((stands >= 0).unsqueeze(-1), own, 0.0)
+            own = torch.where((stands >= 0).unsqueeze(-1), own, 0.0).to(self.wide.dtype)
         # One matmul with the weights: deterministic, differentiable, exports anywhere. It goes over
         # what is between the tokens, so that no weight is rounded where there is nothing. The
         # weights sum to 1: the gradients of ``own`` would cancel out.
-        self.offset = near - x
+        self.offset = near.to(self.wide.dtype) - self.wide
         self.mean = own - self.weight @ self.offset
 
 

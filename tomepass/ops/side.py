@@ -101,7 +101,7 @@ def merge_bias(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
         raise ValueError(f"expected tokens to be left, got {tokens}")
     with without_autocast(bias.device):
         wide = bias.to(at_least_float32(bias.dtype))
-        wide = wide.reshape(lengths).expand(batch, -1, -1, -1)
+        wide = wide.reshape(lengths)
         held = sent(source, tokens).to(wide.dtype)
         weight = (held / held.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(1)
         stands = standing(held)
@@ -122,20 +122,22 @@ def _merged_columns(bias: Tensor, weight: Tensor, stands: Tensor, near: Tensor) 
     # The largest of a row stays out of the exponential, or it could overflow.
     largest = bias.detach().amax(-1, keepdim=True)
     shares = (bias - largest).exp()
+    images = near.shape[0], -1, -1, -1
     with torch.no_grad():
-        one = gather(shares, stands, 3)
-        others = gather(shares, near, 3)
+        one = gather(shares.expand(images), stands, 3)
+        others = gather(shares.expand(images), near, 3)
     mean = one - (others - shares) @ weight.transpose(-1, -2)
     # The logarithm of nothing would spread to all rows, and its gradient to all biases.
     blank = nothing | (mean == 0)
     merged = torch.where(blank, 1.0, mean).log() + largest
     with torch.no_grad():
-        value = torch.where(mean == one, gather(bias, stands, 3), merged)
+        value = torch.where(mean == one, gather(bias.expand(images), stands, 3), merged)
     return torch.where(nothing, 0.0, value + (merged - merged.detach()))
 
 
 def _merged_rows(bias: Tensor, weight: Tensor, stands: Tensor, near: Tensor) -> Tensor:
     """The mean over the rows of each index; of equal ones what they are, to the bit."""
+    bias = bias.expand(near.shape[0], -1, -1, -1)
     with torch.no_grad():
         one = gather(bias, stands.clamp(min=0), 2)
         one = torch.where((stands >= 0)[:, None, :, None], one, 0.0)
