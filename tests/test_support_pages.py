@@ -26,6 +26,7 @@ REASONING = [
     *("tokens", "writing"),
 ]
 REASONS = {"Mismatch": 0, "at": 1, "Masked": 0, "Positional": 0, "TomeError": 0, "error": 1}
+REASONS["NotCapturedError"] = 0
 
 
 def test_the_support_matrix_is_up_to_date() -> None:

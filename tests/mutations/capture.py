@@ -29,15 +29,15 @@ MUTANTS = [
     Mutant(
         name="containers_are_not_looked_into_again",
         file="tomepass/guards.py",
-        old="                and all(_alike(items_of(held), then) for held, then in self._contents)\n",
-        new="",
+        old="_alike(items_of(held), then) for held, then in self._contents",
+        new="True for held, then in self._contents",
         tests="tests/test_guards.py -k closes_over",
     ),
     Mutant(
         name="what_a_function_closes_over_is_not_seen",
         file="tomepass/guards.py",
-        old="                and all(_alike((cell.cell_contents,), (then,)) for cell, then in self._cells)\n",
-        new="",
+        old="_alike((cell.cell_contents,), (then,)) for cell, then in self._cells",
+        new="True for cell, then in self._cells",
         tests="tests/test_guards.py -k closes_over",
     ),
     Mutant(
