@@ -12,18 +12,8 @@ from zoo import FAMILIES, REFUSED
 
 ROOT = Path(__file__).parent.parent
 REASONING = [
-    *(
-        "axis",
-        "capture",
-        "carrying",
-        "fidelity",
-        "planning",
-        "reducing",
-        "rewrite",
-        "shapes",
-        "structure",
-    ),
-    *("tokens", "writing"),
+    *("axis", "batches", "capture", "carrying", "fidelity", "planning", "reducing", "rewrite"),
+    *("shapes", "structure", "tokens", "writing"),
 ]
 REASONS = {"Mismatch": 0, "at": 1, "Masked": 0, "Positional": 0, "TomeError": 0, "error": 1}
 REASONS["NotCapturedError"] = 0
