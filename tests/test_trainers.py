@@ -126,7 +126,7 @@ def test_what_the_model_recomputes_is_recomputed(reentrant: bool) -> None:
     model.how = {"reentrant": reentrant}
     merged.zero_grad()
     few, same = backward(merged, x)
-    assert few < whole / 3
+    assert few < whole / 2
     assert len(same) == len(gradients)
     assert all(torch.equal(a, b) for a, b in zip(same, gradients, strict=True))
     model.how["second"] = True
