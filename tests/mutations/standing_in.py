@@ -8,8 +8,8 @@ MUTANTS = [
     Mutant(
         name="a_replica_reads_the_first_models_weights",
         file="tomepass/standin.py",
-        old="        tome = replace(self._tome, model=model)\n",
-        new="        tome = replace(self._tome)\n",
+        old='"_tome": replace(self._tome, model=model)',
+        new='"_tome": replace(self._tome)',
         tests="tests/test_standin.py -k replica",
     ),
     Mutant(
