@@ -50,7 +50,7 @@ class Sentences(Encoder):
         return self.forward(torch.stack(images))  # type: ignore[no-any-return]
 
     def encode_beside(self, images: list[Any]) -> Tensor:
-        x = self.embed(torch.stack(images))
+        x = self.embed(torch.stack([torch.from_numpy(image) for image in images]))
         for block in self.blocks:
             x = block(x)
         return x.mean(1)
@@ -133,7 +133,7 @@ def test_methods_that_call_the_forward_merge_through_it(sentences: Any) -> None:
 @torch.no_grad()
 def test_a_method_that_cannot_be_captured_says_so_once(sentences: Any) -> None:
     model, merged = sentences
-    images = list(pixels(3))
+    images = [image.numpy() for image in pixels(3)]
     with pytest.warns(UserWarning, match=r"Sentences\.encode_beside runs unmerged") as told:
         got = merged.encode_beside(images)
     assert len(told) == 1

@@ -171,7 +171,8 @@ def _call(
         except TomeError as error:
             _tell(merged, name, error.reason)
     if way == _ORIGINAL:
-        return function(*args, **kwargs)
+        with merging():  # that it does not merge has been said
+            return function(*args, **kwargs)
     with _watching() as watch:
         try:
             result = _rebound(merged, function)(*args, **kwargs)

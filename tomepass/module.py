@@ -151,9 +151,9 @@ class MergedModel(StandIn):
         outputs: Outputs,
         captures: Captures | None = None,
     ) -> None:
-        captures = captures or Captures(
-            _maker(method, on_unmatched, outputs), checker(method, on_unmatched)
-        )
+        if captures is None:  # one that is empty is false
+            make = _maker(method, on_unmatched, outputs)
+            captures = Captures(make, checker(method, on_unmatched))
         super().__init__(Tome(model, method, on_unmatched, outputs, captures))
 
     # ---- running ---------------------------------------------------------------------------
