@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 aten = torch.ops.aten
 
@@ -61,6 +61,11 @@ def is_pointwise(node: fx.Node) -> bool:
 def same(a: Size, b: Size) -> bool:
     """Are two sizes equal for every batch? Installs no guard."""
     return bool(statically_known_true(a == b))
+
+
+def is_known(size: Size) -> bool:
+    """Is a size known before the model runs: a number, or one that follows from the batch?"""
+    return isinstance(size, int) or not free_unbacked_symbols(size)
 
 
 def exact_quotient(a: Size, b: Size) -> Size | None:
@@ -189,7 +194,13 @@ def _biased_matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) ->
     return axis
 
 
-@rule(aten.matmul.default, aten.bmm.default, aten.mm.default, aten._int_mm.default)
+@rule(
+    aten.matmul.default,
+    aten.bmm.default,
+    aten.mm.default,
+    aten.mv.default,
+    aten._int_mm.default,
+)
 def _matmul(node: fx.Node, operand: fx.Node, axis: Axis, length: Size) -> Axis | str:
     left, right = node.args[:2]
     if left is right:

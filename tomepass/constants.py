@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from tomepass.axis import is_pointwise
+from tomepass.walks import answered
 
 aten = torch.ops.aten
 
@@ -24,12 +25,13 @@ def constant_value(node: fx.Node, *, up_to_broadcast: bool = False) -> Tensor | 
         up_to_broadcast: also where the value is repeated for a batch of any size: with size 1
             in place of each symbolic one.
     """
-    value = _evaluate(node, _Known(up_to_broadcast))
+    with torch.no_grad():
+        value = _Known(up_to_broadcast).value(node)
     return value if isinstance(value, Tensor) else None
 
 
-class _NotConstant(Exception):
-    pass
+# In place of a value that depends on something.
+_OPEN = object()
 
 
 @dataclass
@@ -38,47 +40,37 @@ class _Known:
     values: dict[fx.Node, Any] = field(default_factory=dict)
     repeated: set[fx.Node] = field(default_factory=set)
 
+    def value(self, node: fx.Node) -> Any:
+        return answered(node, self.values, self._needs, self._answer)
 
-def _evaluate(node: fx.Node, known: _Known) -> Any:
-    try:
-        with torch.no_grad():
-            return _value(node, known)
-    except _NotConstant:
-        return None
-
-
-def _value(node: fx.Node, known: _Known) -> Any:
-    if node not in known.values:
+    def _needs(self, node: fx.Node) -> list[fx.Node]:
         if not _pure(node) or is_written(node):
-            raise _NotConstant
-        if known.up_to_broadcast and (row := _row(node, known)) is not None:
-            known.values[node] = row
-            return row
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda argument: _value(argument, known)
-        )
-        known.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return known.values[node]
+            return []
+        return node.all_input_nodes[:1] if self._repeats(node) else node.all_input_nodes
 
+    def _repeats(self, node: fx.Node) -> bool:
+        """Is it an expansion to sizes that are computed?"""
+        sized = node.target is aten.expand.default and len(node.all_input_nodes) > 1
+        return self.up_to_broadcast and sized
 
-def _row(node: fx.Node, known: _Known) -> Tensor | None:
-    """What is repeated over a batch, if the operator as it stands cannot work it out."""
-    operands = node.all_input_nodes
-    if node.target is aten.expand.default and len(operands) > 1:
-        known.repeated.add(node)
-        sizes = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
-        row: Tensor = _value(operands[0], known).expand(sizes)
-        return row
-    for operand in operands:
-        if _pure(operand):
-            _value(operand, known)
-    if not any(operand in known.repeated for operand in operands):
-        return None
-    if not (is_pointwise(node) or node.target in (*_BROADCASTS, _SLICE)):
-        raise _NotConstant
-    known.repeated.add(node)
-    over_batch = node.target is _SLICE and not isinstance(_sliced_size(node), int)
-    return _value(operands[0], known) if over_batch else None
+    def _answer(self, node: fx.Node) -> Any:
+        if not _pure(node) or is_written(node):
+            return _OPEN
+        first: Any = self.values[node.all_input_nodes[0]] if node.all_input_nodes else None
+        if self._repeats(node):
+            self.repeated.add(node)
+            sizes = [size if isinstance(size, int) else 1 for size in node.meta["val"].shape]
+            return _OPEN if first is _OPEN else first.expand(sizes)
+        if any(operand in self.repeated for operand in node.all_input_nodes):
+            if not (is_pointwise(node) or node.target in (*_BROADCASTS, _SLICE)):
+                return _OPEN
+            self.repeated.add(node)
+            if node.target is _SLICE and not isinstance(_sliced_size(node), int):
+                return first  # over the batch
+        if any(self.values[operand] is _OPEN for operand in node.all_input_nodes):
+            return _OPEN
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), self.values.__getitem__)
+        return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _sliced_size(node: fx.Node) -> Any:
@@ -100,11 +92,12 @@ def _pure(node: fx.Node) -> bool:
 
 def is_written(node: fx.Node) -> bool:
     """Does an operator write into the node's value, or into a view of it?"""
-    for user in node.users:
-        schema = getattr(user.target, "_schema", None)
-        if schema is not None and schema.is_mutable:
-            return True
-        views = schema is None or any(r.alias_info is not None for r in schema.returns)
-        if views and is_written(user):
-            return True
+    views = [node]
+    for view in views:
+        for user in view.users:
+            schema = getattr(user.target, "_schema", None)
+            if schema is not None and schema.is_mutable:
+                return True
+            if schema is None or any(r.alias_info is not None for r in schema.returns):
+                views.append(user)
     return False

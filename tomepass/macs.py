@@ -45,16 +45,29 @@ def batch_of(captured: CanonicalGraph) -> int:
 
 
 def node_macs(node: fx.Node) -> int:
-    """Multiply-accumulates of one node on its example values; 0 for all that is not a product."""
+    """Multiply-accumulates of one node on its example values.
+
+    0 for all that is not a product, and for one with a size only known when it runs.
+    """
     count = _MACS.get(node.target)
-    return 0 if count is None or node.op != "call_function" else count(node)
+    if count is None or node.op != "call_function":
+        return 0
+    try:
+        return count(node)
+    except _OpenSize:
+        return 0
 
 
 def macs_by_name(captured: CanonicalGraph) -> dict[str, int]:
     """Multiply-accumulates of each node per image; what no output reads costs nothing."""
-    batch, read = batch_of(captured), set(captured.graph.output_node().all_input_nodes)
+    return graph_macs(captured.graph, batch_of(captured))
+
+
+def graph_macs(graph: fx.Graph, batch: int) -> dict[str, int]:
+    """The same of any graph, rewritten ones too, whose example values have such a batch."""
+    read = set(graph.output_node().all_input_nodes)
     macs = {}
-    for node in reversed(captured.graph.nodes):
+    for node in reversed(graph.nodes):
         macs[node.name] = node_macs(node) // batch if node in read else 0
         read.update(node.all_input_nodes if node in read else ())
     return macs
@@ -70,8 +83,16 @@ def _shape(node: Any) -> list[int]:
     return [_hint(s) for s in value.shape]
 
 
+class _OpenSize(Exception):
+    """A size that data decide has no example value."""
+
+
 def _hint(size: Any) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    if (hint := size.node.hint) is None:
+        raise _OpenSize
+    return int(hint)
 
 
 def _linear(node: fx.Node) -> int:
@@ -168,6 +189,9 @@ _MACS: dict[Any, Callable[[fx.Node], int]] = {
     aten.matmul.default: _matmul,
     aten.bmm.default: _matmul,
     aten.mm.default: _matmul,
+    aten.mv.default: _matmul,
+    aten.dot.default: _matmul,
+    aten.vdot.default: _matmul,
     aten._int_mm.default: _matmul,
     aten.baddbmm.default: _addmm,
     aten.einsum.default: _einsum,

@@ -6,11 +6,12 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from tomepass.attention import FUSED
+from tomepass.attention import FUSED, PRODUCTS
 from tomepass.axis import argument, dimensions, is_pointwise, same, shape_of
 from tomepass.constants import constant_value, is_written
+from tomepass.walks import answered
 
 if TYPE_CHECKING:
     from tomepass.capture import CanonicalGraph
@@ -28,8 +29,23 @@ _ELEMENTWISE = (
     aten.__or__.Tensor,
 )
 _WHERE = (aten.where.self, aten.where.ScalarOther)
+_PRODUCTS = (aten.linear.default, aten.mm.default, aten.mv.default, aten.addmm.default)
 # Below this a bias is there to hide something.
 _HIDING = -1e4
+# A key whose score lies this far below another's weighs less than its 22,000th part: hidden.
+_WIDE = 10.0
+# They put one value in the place of another.
+_CHOICES = (
+    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self),
+    *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
+    *(aten.pad.default, aten.constant_pad_nd.default),
+)
+# What their operands say is in the result as it stands, as in sums and choices; through any other
+# pointwise operator, and through a product, it arrives scaled by what was learned.
+_SUMS = (
+    *(aten.add.Tensor, aten.sub.Tensor, aten.neg.default, aten.maximum.default),
+    *(aten.minimum.default, aten.clamp.default),
+)
 
 
 def hides_nothing(mask: fx.Node) -> bool:
@@ -57,37 +73,78 @@ def _only_value(constant: Tensor) -> float | None:
 
 
 def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
-    """Is it made of learned parameters and finite constants alone, the same for every image?
+    """Is it made of learned parameters and constants alone, the same for every image?
 
-    A mask is not: it is boolean, holds minus infinity, or comes from the input. Nor is a bias that
-    some constant mask has filled with minus infinity.
+    A mask is not: it is boolean, hides a key (minus infinity, or so far below another that next
+    to no weight is left), or comes from the input. Nor is a bias that some constant mask has been
+    written into or added to. What parameters hold is not read: it changes as they are trained.
     """
     if not bias.meta["val"].is_floating_point():
         return False
-    seen: set[fx.Node] = set()
-    frontier = [bias]
+    constant = _known(bias, captured)
+    if constant is not None and not isinstance(constant, nn.Parameter):
+        rows = constant if constant.ndim else constant[None]
+        return _finite(constant) and _width(rows.amax(-1), rows.amin(-1)) <= _WIDE
+    seen: set[tuple[fx.Node, bool]] = set()
+    # With each value, whether it is part of the bias as it stands.
+    frontier = [(bias, True)]
     while frontier:
-        node = frontier.pop()
+        node, plain = place = frontier.pop()
         value = node.meta.get("val")
-        if node in seen or not isinstance(value, Tensor):
+        if place in seen or not isinstance(value, Tensor):
             continue
-        seen.add(node)
+        seen.add(place)
         if node.op == "placeholder":
             index = not (value.is_floating_point() or value.dtype is torch.bool)
             if node.name in captured.data or not (index or node.name in captured.learned):
                 return False
         elif (constant := _known(node, captured)) is not None:
-            if not _finite(constant):
+            learned = isinstance(constant, nn.Parameter)  # Inductor's freezing makes constants
+            if not _finite(constant) or (plain and not learned and _is_wide(constant)):
                 return False
         elif value.is_floating_point() and is_written(node):
             return False  # what was written is not among its operands
         elif node.target in _WHERE and hides_nothing(node.args[0]):  # type: ignore[arg-type]
-            frontier.append(node.args[1])  # type: ignore[arg-type]
-        elif value.is_floating_point() and any(map(_hides, (*node.args, *node.kwargs.values()))):
+            frontier.append((node.args[1], plain))  # type: ignore[arg-type]
+        elif value.is_floating_point() and _puts_in(node, plain):
             return False
         else:
-            frontier += node.all_input_nodes
+            inner = plain and value.is_floating_point() and not _scales(node)
+            frontier += [(operand, inner) for operand in node.all_input_nodes]
     return True
+
+
+def _puts_in(node: fx.Node, plain: bool) -> bool:
+    """Is one of an operator's numbers there to hide something?"""
+    given = (*node.args, *node.kwargs.values())
+    numbers = [n for n in given if isinstance(n, (int, float)) and not isinstance(n, bool)]
+    if plain and node.target in _CHOICES and any(abs(n) > _WIDE for n in numbers):
+        return True
+    return any(isinstance(n, float) and not _HIDING < n < torch.inf for n in numbers)
+
+
+def _scales(node: fx.Node) -> bool:
+    """Is what the operands say changed, by something learned or by a function?"""
+    if node.target in (*PRODUCTS, *_PRODUCTS):
+        return True
+    if node.target in (aten.mul.Tensor, aten.div.Tensor):
+        return len(node.all_input_nodes) > 1
+    return is_pointwise(node) and node.target not in (*_SUMS, *_CHOICES)
+
+
+def _is_wide(value: Tensor) -> bool:
+    """Would values near 0, which is where learned ones are, be hidden beside these, or hide them?
+
+    Of a number that stands alone nothing but that can be said; a row that is the same all over
+    changes nothing.
+    """
+    if not value.is_floating_point() or not value.numel():
+        return False
+    return _width(value.amax().clamp(min=0), value.amin().clamp(max=0)) > _WIDE
+
+
+def _width(largest: Tensor, smallest: Tensor) -> float:
+    return float((largest.double() - smallest.double()).amax()) if largest.numel() else 0.0
 
 
 def _known(node: fx.Node, captured: CanonicalGraph) -> Tensor | None:
@@ -103,20 +160,35 @@ def _finite(value: Tensor) -> bool:
     return bool((value.isfinite() & (value > _HIDING)).all())
 
 
-def _hides(argument: object) -> bool:
-    return isinstance(argument, float) and not _HIDING < argument < torch.inf
+def is_padding(mask: fx.Node, ndim: int = 4) -> bool:
+    """Does a boolean mask ``[B, 1, N, N]`` hide the same keys from every query and head?
 
-
-def is_padding(mask: fx.Node) -> bool:
-    """Does a boolean mask ``[B, 1, N, N]`` hide the same keys from every query and head?"""
+    Args:
+        ndim: dimensions of the attention: 3 if it has no heads, and neither has the mask.
+    """
     value = mask.meta["val"]
-    if value.dtype is not torch.bool or value.ndim != 4:
+    if value.dtype is not torch.bool or value.ndim != ndim or ndim not in (3, 4):
         return False
-    return not (_varies(mask, 1) or _varies(mask, 2))
+    known: dict[tuple[fx.Node, int], bool] = {}
+    return not any(_varies(mask, dim, known) for dim in range(1, ndim - 1))
 
 
-def _varies(node: fx.Node, dim: int) -> bool:
+def _varies(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], bool]) -> bool:
     """May the value differ along a dimension? False only where it provably does not."""
+
+    def needs(place: tuple[fx.Node, int]) -> list[tuple[fx.Node, int]]:
+        found = _alike_where(*place)
+        return found if isinstance(found, list) else []
+
+    def answer(place: tuple[fx.Node, int]) -> bool:
+        found = _alike_where(*place)
+        return found if isinstance(found, bool) else any(known[other] for other in found)
+
+    return answered((node, dim), known, needs, answer)
+
+
+def _alike_where(node: fx.Node, dim: int) -> bool | list[tuple[fx.Node, int]]:
+    """Whether a value differs along a dimension, or where among its operands that is to be seen."""
     shape = shape_of(node)
     if dim < 0 or same(shape[dim], 1):
         return False
@@ -131,10 +203,10 @@ def _varies(node: fx.Node, dim: int) -> bool:
             return True
     elif node.target is aten.unsqueeze.default:
         (at,) = dimensions(node.args[1], len(shape))
-        return _varies(operands[0], dim - (at < dim))
-    elif not (is_pointwise(node) or node.target in _ELEMENTWISE):
+        return [(operands[0], dim - (at < dim))]
+    elif not (is_pointwise(node) or node.target in _ELEMENTWISE) or not operands:
         return True
-    return any(_varies(a, len(shape_of(a)) - behind) for a in operands)
+    return [(a, len(shape_of(a)) - behind) for a in operands]
 
 
 def drop_idle_masks(module: fx.GraphModule) -> None:

@@ -12,8 +12,18 @@ from functools import cached_property
 import torch
 from torch import fx
 
-from tomepass.axis import Axis, argument, dimensions, is_pointwise, move, same, shape_of
+from tomepass.axis import (
+    Axis,
+    argument,
+    dimensions,
+    is_known,
+    is_pointwise,
+    move,
+    same,
+    shape_of,
+)
 from tomepass.structure import Ancestry, is_tensor
+from tomepass.walks import answered
 
 aten = torch.ops.aten
 
@@ -80,29 +90,51 @@ class _Trace:
     def __init__(self, graph: fx.Graph, data: frozenset[str]) -> None:
         self.graph = graph
         self.dependent = input_dependent(graph, data)
+        self.known: dict[tuple[fx.Node, int], Origins] = {}
 
     @cached_property
     def ancestry(self) -> Ancestry:
         return Ancestry(self.graph)
 
     def origins(self, node: fx.Node, dim: int) -> Origins:
-        count = int(shape_of(node)[dim])
-        if node not in self.dependent:
-            return Origins((False,) * count)
-        if node.op == "placeholder":
-            return Origins((True,) * count, True)
+        return answered((node, dim), self.known, self._needs, self._answer)
+
+    def _needs(self, place: tuple[fx.Node, int]) -> list[tuple[fx.Node, int]]:
+        """The operands whose tokens become those of a node, and where they stand in them."""
+        node, dim = place
+        if node not in self.dependent or node.op == "placeholder":
+            return []
         if node.target is aten.cat.default:
-            return self._cat(node, dim)
-        if self.windows(node, dim):
-            return self._slice(node, dim)
-        if node.target is aten.pad.default:
-            return self._pad(node, dim)
-        found = [
-            self.origins(operand, source)
+            return [(part, dim) for part in node.args[0]]  # type: ignore[misc, union-attr]
+        if self.windows(node, dim) or node.target is aten.pad.default:
+            return [(node.all_input_nodes[0], dim)]
+        return [
+            (operand, source)
             for operand in node.all_input_nodes
             if operand in self.dependent
             and (source := _axis_before(node, operand, dim)) is not None
         ]
+
+    def _answer(self, place: tuple[fx.Node, int]) -> Origins:
+        node, dim = place
+        size = shape_of(node)[dim]
+        if not is_known(size):
+            return Origins((), lost_at=node)
+        count = int(size)
+        if node not in self.dependent:
+            return Origins((False,) * count)
+        if node.op == "placeholder":
+            return Origins((True,) * count, True)
+        found = [self.known[need] for need in self._needs(place)]
+        if any(f.lost_at is not None and not f.from_input for f in found):
+            return Origins((True,) * count, lost_at=node)
+        if node.target is aten.cat.default:
+            return self._cat(node, dim, found)
+        if self.windows(node, dim):
+            window = _window(node)
+            return replace(found[0], from_input=found[0].from_input[window])
+        if node.target is aten.pad.default:
+            return self._pad(node, dim, found[0])
         if not found:
             mixed = any(self._mixes(above) for above in self.ancestry.of(node))
             return Origins((True,) * count, lost_at=node if mixed else None)
@@ -116,21 +148,20 @@ class _Trace:
         aligned = dim - (len(shape_of(node)) - len(shape_of(operand)))
         return aligned >= 0 and not same(shape_of(operand)[aligned], 1)
 
-    def _cat(self, node: fx.Node, dim: int) -> Origins:
+    def _cat(self, node: fx.Node, dim: int, parts: list[Origins]) -> Origins:
         along = dimensions(argument(node, 1, "dim", 0), len(shape_of(node)))
-        parts = [self.origins(part, dim) for part in node.args[0]]  # type: ignore[union-attr, arg-type]
         if along == (dim,):
             return _union(parts, tuple(real for p in parts for real in p.from_input))
         columns = zip(*(p.from_input for p in parts), strict=True)
         return _union(parts, tuple(any(column) for column in columns))
 
-    def _pad(self, node: fx.Node, dim: int) -> Origins:
+    def _pad(self, node: fx.Node, dim: int, whole: Origins) -> Origins:
         """Tokens appended as padding are the model's own; a position term makes them differ."""
-        (operand,) = node.all_input_nodes
         amounts = list(argument(node, 1, "pad"))
         place = 2 * (len(shape_of(node)) - 1 - dim)  # pairs count from the last dimension
-        whole = self.origins(operand, dim)
         pair = amounts[place : place + 2]
+        if not all(isinstance(amount, int) for amount in pair):
+            return replace(whole, lost_at=node)
         if not any(pair):
             return whole
         if argument(node, 2, "mode", "constant") != "constant" or min(pair) < 0:
@@ -151,11 +182,9 @@ class _Trace:
         window = (argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step")))
         return along == (dim,) and all(isinstance(w, (int, type(None))) for w in window)
 
-    def _slice(self, node: fx.Node, dim: int) -> Origins:
-        (operand,) = node.all_input_nodes
-        whole = self.origins(operand, dim)
-        window = slice(*(argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step"))))
-        return replace(whole, from_input=whole.from_input[window])
+
+def _window(node: fx.Node) -> slice:
+    return slice(*(argument(node, i, n) for i, n in ((2, "start"), (3, "end"), (4, "step"))))
 
 
 def _union(found: list[Origins], from_input: tuple[bool, ...]) -> Origins:

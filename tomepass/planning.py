@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from tomepass.attention import find_attentions
-from tomepass.axis import Axis, Size, same, shape_of, target_name
+from tomepass.axis import Axis, Size, is_known, same, shape_of, target_name
 from tomepass.capture import CanonicalGraph
 from tomepass.costs import ModelCosts
 from tomepass.counts import StreamPlan, plan_counts
@@ -191,9 +191,12 @@ def _token_layout(
     """
     block = stream.blocks[0]
     shape = shape_of(block.entry)
-    reason = None
+    reason = open_size = None
     for dim in sorted(range(len(shape)), key=lambda d: (d in (0, len(shape) - 1), d)):
         if _is_batch(shape[dim], captured):  # counting it would fix it
+            continue
+        if not is_known(shape[dim]):
+            open_size = open_size or _uncounted(block.entry, dim)
             continue
         tokens = _count(shape[dim])
         protected = _protected(captured, stream, dim, tokens, method)
@@ -204,10 +207,25 @@ def _token_layout(
             if isinstance(attends(block.attention, flow), (Layout, Masked)):
                 return protected if isinstance(protected, Mismatch) else (layout, protected)
             reason = reason or _obstacle(flow, block, ancestry)
-    return reason or Mismatch.at(
-        block.attention.result,
-        f"attention does not see the residual stream {list(shape)} as one sequence of tokens",
+    return (
+        open_size
+        or reason
+        or Mismatch.at(
+            block.attention.result,
+            f"attention does not see the residual stream {list(shape)} as one sequence of tokens",
+            block=0,
+        )
+    )
+
+
+def _uncounted(entry: fx.Node, dim: int) -> Mismatch:
+    return Mismatch.at(
+        entry,
+        f"the size of dimension {dim} of the residual stream {list(shape_of(entry))} is only "
+        "known when the model runs, and tokens are counted before",
         block=0,
+        advice="give every image the same number of tokens, and hide those not in use with a "
+        "boolean padding mask",
     )
 
 

@@ -15,6 +15,7 @@ from tomepass.attention import Attention
 from tomepass.axis import same, shape_of, summed_dimension
 from tomepass.outcomes import Layout
 from tomepass.reduction import Reduction
+from tomepass.tokens import fused_heads
 from tomepass.writing import Writer
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Reducing:
     _hidden: fx.Node
     _read: Callable[[fx.Node], fx.Node]
     _layouts: dict[fx.Node, Layout]
+    _bias: Callable[[], fx.Node | None]
 
     # ---- operators ---------------------------------------------------------------------------
 
@@ -176,7 +178,9 @@ class Reducing:
             return self._read_weights(attention, queries)
         scale = attention.result.kwargs.get("scale")
         scale = shape_of(self.queries)[-1] ** -0.5 if scale is None else scale
-        return self.call("attention_to", self.queries, self.keys, self._counted, queries, scale)
+        given = (self.queries, self.keys, self._counted, queries, scale)
+        bias = self._bias()
+        return self.call("attention_to", *given, *(() if bias is None else (bias,)))
 
     def side_by_side(self, x: fx.Node) -> fx.Node:
         """All heads of ``[B, H, N, D]`` in one, or ``[B, N, C]`` as one head: ``[B, 1, N, C]``."""
@@ -207,7 +211,8 @@ class Reducing:
             )
         x = self._read(operand)
         if not attention.scores:
-            return x if len(shape_of(operand)) == 4 else self.call(aten.unsqueeze.default, x, 1)
+            heads = fused_heads(shape_of(operand), self._layouts[operand])
+            return self._writer.heads_apart(self._node, x, heads)
         layout, ndim = self._layouts[operand], len(shape_of(operand))
         multiplied = attention.scores[0] if product == 0 else attention.result
         width = _width(multiplied, operand, layout)

@@ -11,7 +11,14 @@ from torch import fx
 
 from tomepass.capture import CanonicalGraph, describe_inputs, source_line
 from tomepass.errors import TomeError
-from tomepass.macs import batch_of, batch_sizes, is_overhead, macs_by_name, node_macs
+from tomepass.macs import (
+    batch_of,
+    batch_sizes,
+    graph_macs,
+    is_overhead,
+    macs_by_name,
+    node_macs,
+)
 from tomepass.methods import Method
 from tomepass.outcomes import Attended, Averaged, Contracted, Taken
 from tomepass.planning import Planned, PlannedStream
@@ -161,9 +168,9 @@ def make_report(
     unmerged: tuple[Mismatch, ...] = ()
     if rewritten is not None:
         nodes = list(rewritten.module.graph.nodes)
-        after = {n.name: node_macs(n) // batch for n in nodes}
-        overhead = sum(after[n.name] for n in nodes if is_overhead(n))
-        merged = sum(after.values()) - overhead
+        after = graph_macs(rewritten.module.graph, batch)
+        merged = sum(after[n.name] for n in nodes if not is_overhead(n))
+        overhead = sum(node_macs(n) // batch for n in nodes if is_overhead(n))
         streams = tuple(_stream(s, captured, rewritten, before, after) for s in planned.streams)
         unmerged = rewritten.unmerged
     return Report(

@@ -44,10 +44,13 @@ from tomepass.planning import Planned
 from tomepass.reducing import Reducing
 from tomepass.reduction import Reduction
 from tomepass.structure import Block, Mismatch, is_tensor
-from tomepass.tokens import SIZED
+from tomepass.tokens import SIZED, fused_heads
+from tomepass.walks import answered
 from tomepass.writing import Writer
 
 aten = torch.ops.aten
+
+_DROPOUTS = (aten.dropout.default, aten.feature_dropout.default)
 
 _PADDED = "it counts padding, which the stream's attentions leave out"
 _MIXED = "it combines tokens from before a merge with tokens from after it"
@@ -115,6 +118,7 @@ class _Sweep:
         self.new: dict[fx.Node, fx.Node] = {}
         self.carrying = Carrying(self.writer, self.new)
         self.epoch: dict[fx.Node, int] = {}
+        self.whole: dict[fx.Node, fx.Node] = {}
         self.unmerged: list[Mismatch] = []
         self.returned: dict[str, str] = {}
         holes = planned.method.holes
@@ -212,6 +216,7 @@ class _Sweep:
         """A copy that reads original tokens only, if any: its result is what it always was."""
         copy = self.writer.graph.node_copy(node, lambda a: operands.get(a, self.new[a]))
         if any(a in self.writer.touched for a in copy.all_input_nodes):
+            self.writer.relaid(copy)
             self.writer.execute(copy)
             if is_tensor(node) and not same_shape(copy, node):
                 raise self.writer.error(
@@ -242,6 +247,7 @@ class _Sweep:
         copy = self.writer.graph.node_copy(node, lambda a: inputs.get(a, self.new[a]))
         if outcome.sizes:
             self._resize(copy, outcome, merges, epoch)
+        self.writer.relaid(copy)
         self.writer.execute(copy)
         self.epoch[node] = epoch
         self.writer.compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
@@ -339,15 +345,32 @@ class _Sweep:
             if outcome.bias is not None and epoch:
                 return self._unmerge_first(node, Positional(beside(Side(outcome.bias, "bias"))))
         q, k, v = (self._at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
-        if self.method.soft and epoch:
-            return self._attend_softly(node, outcome, merges, epoch, (q, k, v))
-        bias = self._attention_bias(node, outcome, merges, epoch, q)
-        kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
-        copy = self.writer.emit(node, node.target, q, k, v, bias, *node.args[4:], **kwargs)
+        if not epoch:
+            copy = self._fused(node, outcome, merges, epoch, (q, k, v))
+        else:
+            heads = fused_heads(shape_of(operands[1]), outcome.keys)
+            apart = [self.writer.heads_apart(node, x, heads) for x in (q, k, v)]
+            attend = self._attend_softly if self.method.soft else self._fused
+            copy = attend(node, outcome, merges, epoch, (apart[0], apart[1], apart[2]))
+            if heads is not None:
+                shape = [-1, *shape_of(q)[1:-1], shape_of(v)[-1]]
+                copy = self.writer.emit(node, aten.reshape.default, copy, shape)
         if outcome.layout is not None:
             self.epoch[node] = epoch
             self.writer.compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
+
+    def _fused(
+        self,
+        node: fx.Node,
+        outcome: Attended,
+        merges: Merges,
+        epoch: int,
+        operands: tuple[fx.Node, fx.Node, fx.Node],
+    ) -> fx.Node:
+        bias = self._attention_bias(node, outcome, merges, epoch, operands[0])
+        kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
+        return self.writer.emit(node, node.target, *operands, bias, *node.args[4:], **kwargs)
 
     def _attend_softly(
         self,
@@ -362,10 +385,7 @@ class _Sweep:
         bias = self._position_bias(node, outcome, merges, epoch)
         own = outcome.layout is not None and outcome.layout.positions == outcome.keys.positions
         scale = node.kwargs.get("scale")
-        copy = self.writer.emit(node, masked_attention, *operands, keep, bias, scale, own)
-        if outcome.layout is not None:
-            self.epoch[node] = epoch
-        return copy
+        return self.writer.emit(node, masked_attention, *operands, keep, bias, scale, own)
 
     def _position_bias(
         self, node: fx.Node, outcome: Attended, merges: Merges, epoch: int
@@ -415,7 +435,10 @@ class _Sweep:
         if merges.tokens[epoch] != plan.tokens_in or merges.epoch != epoch:
             raise self.writer.error(node, "the residual stream does not follow from the last merge")
         if epoch == 0 and (mask := merges.planned.padding) is not None:
-            merges.sizes[0] = self.writer.emit(node, padded_size, self.new[mask])
+            seen = self.new[mask]
+            if len(shape_of(mask)) == 3:
+                seen = self.writer.emit(node, aten.unsqueeze.default, seen, 1)
+            merges.sizes[0] = self.writer.emit(node, padded_size, seen)
         reduction = self._reduction(node, merges, block)
         assign, size = reduction.assign, merges.sizes[epoch]
         merges.reductions.append(reduction)
@@ -451,8 +474,16 @@ class _Sweep:
             _hidden=self.new[node],
             _read=lambda operand: self._at_epoch(operand, merges.epoch),
             _layouts=self.layouts,
+            _bias=lambda: self._bias_of(node, merges, block),
         )
         return self.method.reduce(reducing)
+
+    def _bias_of(self, node: fx.Node, merges: Merges, block: Block) -> fx.Node | None:
+        """The position bias that a block's fused attention adds to the scores of tokens now."""
+        outcome = self.outcomes.get(block.attention.result)
+        if not isinstance(outcome, Attended):
+            return None
+        return self._position_bias(node, outcome, merges, merges.epoch)
 
     # ---- merged before, unmerged after -----------------------------------------------------
 
@@ -470,16 +501,27 @@ class _Sweep:
 
     def _unmerged(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
         """The value of a token holder for every original token."""
-        epoch = self.epoch.get(operand, 0)
-        if epoch == 0:
-            return self.new[operand]
-        merges, layout = self.stream_of[operand], self.layouts[operand]
-        if not layout.plain:
+
+        def needs(node: fx.Node) -> list[fx.Node]:
+            if self.epoch.get(node, 0) == 0 or self.layouts[node].plain:
+                return []
+            return [a for a in node.all_input_nodes if a in self.layouts]
+
+        def answer(node: fx.Node) -> fx.Node:
+            if self.epoch.get(node, 0) == 0:
+                return self.new[node]
+            if self.layouts[node].plain:
+                return self._unmerge(reader, node)
             # What keeps tokens apart does the same to original ones: unmerge before it.
-            if _writes(operand):  # it would write twice
-                raise self.writer.error(reader, f"it reads what {operand.name} wrote in place")
-            merged = [a for a in operand.all_input_nodes if a in self.layouts]
-            return self._copy_with(operand, {a: self._unmerged(reader, a) for a in merged})
+            if _writes(node):  # it would write twice
+                raise self.writer.error(reader, f"it reads what {node.name} wrote in place")
+            return self._copy_with(node, {a: self.whole[a] for a in needs(node)})
+
+        return answered(operand, self.whole, needs, answer)
+
+    def _unmerge(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
+        merges, layout = self.stream_of[operand], self.layouts[operand]
+        epoch = self.epoch[operand]
         source = self.carrying.source(reader, merges, layout, epoch)
         x = self.new[operand]
         for axis in layout.axes:
@@ -516,8 +558,7 @@ class _Sweep:
         # for its effects (assertions) stays.
         for node in reversed(self.writer.graph.nodes):
             unused = node.op == "call_function" and not node.users
-            # fx takes a fused attention for impure, as it may draw random numbers.
-            effects = node.is_impure() and node.target is not FUSED
+            effects = node.is_impure() and not _draws_nothing(node)
             if unused and not effects and node not in keep:
                 self.writer.graph.erase_node(node)
 
@@ -527,6 +568,12 @@ def _is_referenced(reduction: Reduction) -> bool:
     if chosen is None or chosen.target not in MATCHES or "kth" in chosen.args:
         return False
     return others == (None, None, None)
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    """Fused attention and dropout, which fx takes for impure as they may draw random numbers."""
+    dropout = node.target in _DROPOUTS and node.args[2] is False
+    return node.target is FUSED or dropout
 
 
 def _writes(node: fx.Node) -> bool:

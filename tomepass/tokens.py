@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from math import prod
 
 import torch
 from torch import Tensor, fx
@@ -317,7 +318,7 @@ class _Analysis:
         query, key, value = (self.flow.layouts.get(n) for n in node.args[:3])  # type: ignore[arg-type]
         if key is None or key != value or query not in (None, key):
             return Positional("this attention is not among the stream's own tokens")
-        if key != Layout(Axis(2), Axis(0), key.positions) or len(shape_of(node.args[1])) != 4:  # type: ignore[arg-type]
+        if not _heads_apart(node, key):
             return Positional(
                 "expected attention over [B, H, N, D] with all tokens on N, "
                 f"got {list(shape_of(node.args[1]))}"  # type: ignore[arg-type]
@@ -327,12 +328,12 @@ class _Analysis:
                 "causal attention: merging would mix a token with later ones",
                 "tomepass merges encoders; a decoder is left alone",
             )
-        mask = argument(node, 3, "attn_mask")
+        mask, ndim = argument(node, 3, "attn_mask"), len(shape_of(node))
         if not isinstance(mask, fx.Node) or hides_nothing(mask):
             return Attended(query, key)
-        if query is not None and is_position_bias(mask, self.captured):
+        if query is not None and _is_of_heads(mask, node) and is_position_bias(mask, self.captured):
             return Attended(query, key, mask)
-        if query is not None and mask not in self.reached and is_padding(mask):
+        if query is not None and key.plain and mask not in self.reached and is_padding(mask, ndim):
             return Attended(query, key, padding=mask)
         return _hidden(mask)
 
@@ -428,6 +429,44 @@ class _Analysis:
                     f"{target_name(node)} combines the tokens with rows that are not made from them"
                 )
         return tuple(found)
+
+
+def _heads_apart(node: fx.Node, key: Layout) -> bool:
+    """Are the keys of a fused attention ``[B, H, N, D]``, or that with other heads, or none?
+
+    ``[B, N, D]``, ``[B H, N, D]``, ``[B, G, H, N, D]``: what stands before N and is not the batch
+    are heads, the same ones for queries, keys and values.
+    """
+    shapes = [shape_of(operand) for operand in node.args[:3]]  # type: ignore[arg-type]
+    ndim, batch = len(shapes[1]), key.batch
+    if key.columns is not None or key.weights or key.tokens != Axis(ndim - 2):
+        return False
+    if batch.dim != 0 or not same(batch.before, 1) or not isinstance(batch.after, int):
+        return False
+    if ndim == 4 and batch.after == 1:
+        return True
+    heads = [shape[1:-2] for shape in shapes]
+    if not all(isinstance(count, int) for count in heads[1]):
+        return False
+    return all(
+        len(shape) == ndim and all(map(same, other, heads[0]))
+        for shape, other in zip(shapes, heads, strict=True)
+    )
+
+
+def fused_heads(shape: tuple[Size, ...], key: Layout) -> int | None:
+    """How many heads the keys of a fused attention have that are not ``[B, H, N, D]``."""
+    folded: int = key.batch.after
+    if len(shape) == 4 and folded == 1:
+        return None
+    return folded * prod(int(heads) for heads in shape[1:-2])
+
+
+def _is_of_heads(mask: fx.Node, attention: fx.Node) -> bool:
+    """Does a mask stand beside the scores as ``[B, H, N, N]``, or is it one for all heads?"""
+    before = shape_of(mask)[:-2]
+    alike = all(same(size, 1) for size in before)
+    return len(before) <= 2 and (alike or len(shape_of(attention)) == 4)
 
 
 def _softmax(node: fx.Node, layout: Layout) -> Outcome | None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tomepass.axis import same, shape_of, target_name
+from tomepass.axis import is_known, same, shape_of, target_name
 from tomepass.capture import carry_origin, source_line
 from tomepass.errors import TomeError
 from tomepass.macs import is_overhead
@@ -19,6 +22,13 @@ from tomepass.ops.results import RESULTS
 from tomepass.outcomes import Layout
 
 aten = torch.ops.aten
+
+# Views that ask for a layout, and what they are where any will do.
+_ANY_LAYOUT: dict[Any, Any] = {
+    aten.view.default: aten.reshape.default,
+    aten._unsafe_view.default: aten.reshape.default,
+    aten.view_as.default: aten.reshape_as.default,
+}
 
 
 class Writer:
@@ -80,15 +90,31 @@ class Writer:
             raise self.error(node, f"cannot follow tokens through a {node.op}")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
         run: Callable[..., Any] = RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
+        before = node.meta.get("val")
         try:
-            with self.fake_mode:
+            with self.fake_mode, _discarding(self.fake_mode.shape_env):
                 node.meta["val"] = _on_fakes(run, args, kwargs)
         except Exception as error:
             raise self.error(
                 node, f"{target_name(node)} does not fit the merged tokens: {error}"
             ) from error
         node.meta.pop("tensor_meta", None)
+        _same_unknowns(self.fake_mode.shape_env, before, node.meta["val"])
         self.touched.add(node)
+
+    def relaid(self, node: fx.Node) -> None:
+        """Lets a copy of a view take what it reads in any layout.
+
+        What comes before it may be laid out in memory as it was not when it was captured: kernels
+        of attention differ in that, and a ``contiguous`` that had nothing to do left no node.
+        """
+        node.target = _ANY_LAYOUT.get(node.target, node.target)
+
+    def heads_apart(self, like: fx.Node, x: fx.Node, heads: int | None) -> fx.Node:
+        """``[B, H, N, D]`` of an operand of fused attention; None if that is what it is."""
+        if heads is None:
+            return x
+        return self.emit(like, aten.reshape.default, x, [-1, heads, *shape_of(x)[-2:]])
 
     def slices(self, like: fx.Node, x: fx.Node, dim: int, indices: list[int]) -> fx.Node:
         """``x`` at ascending indices: a slice a run, concatenated."""
@@ -117,6 +143,33 @@ class Writer:
     def error(self, node: fx.Node, reason: str) -> TomeError:
         """An error at a node, in the block being written."""
         return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
+
+
+def _discarding(env: ShapeEnv | None) -> AbstractContextManager[None]:
+    """New symbols for sizes that data decide are taken for the old ones right away."""
+    return nullcontext() if env is None else env.ignore_fresh_unbacked_symbols()
+
+
+def _same_unknowns(env: ShapeEnv | None, before: Any, after: Any) -> None:
+    """Data decide the same sizes after a rewrite as before it: the symbols are one."""
+    for old, new in zip(_sizes(before), _sizes(after), strict=False):
+        pair = [_unknown(old), _unknown(new)]
+        if env is not None and None not in pair and pair[0] != pair[1]:
+            env._rename_unbacked_to(pair[1], pair[0])
+
+
+def _sizes(value: Any) -> list[Any]:
+    leaves = pytree.tree_leaves(value)
+    return [
+        size for leaf in leaves for size in (leaf.shape if isinstance(leaf, Tensor) else [leaf])
+    ]
+
+
+def _unknown(size: Any) -> Any:
+    """The symbol of a size that data decide; None of any other, and of what is computed from it."""
+    if not isinstance(size, torch.SymInt) or is_known(size):
+        return None
+    return size.node.expr if size.node.expr.is_symbol else None
 
 
 def _on_fakes(run: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -12,10 +12,16 @@ from tomepass.ops.positions import take
 
 
 @register(
-    "attention_to(Tensor query, Tensor key, Tensor? size, int[] queries, float scale) -> Tensor"
+    "attention_to(Tensor query, Tensor key, Tensor? size, int[] queries, float scale, "
+    "Tensor? bias=None) -> Tensor"
 )
 def attention_to(
-    query: Tensor, key: Tensor, size: Tensor | None, queries: list[int], scale: float
+    query: Tensor,
+    key: Tensor,
+    size: Tensor | None,
+    queries: list[int],
+    scale: float,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """What some tokens pay each token, the mean over them and over heads.
 
@@ -25,6 +31,7 @@ def attention_to(
         size: ``[B, N]`` float32 of the keys, None where attention does not count it.
         queries: positions that pay; none for all of them, but for padding and what is out of use.
         scale: of the scores.
+        bias: ``[..., N, N]``, at most four dimensions, added to the scores: a position bias.
 
     Returns:
         ``[B, N]`` float32 or wider, summing to 1. No gradient flows through it.
@@ -36,6 +43,11 @@ def attention_to(
             query = take(query.transpose(1, 2), queries).transpose(1, 2)
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
         scores = query @ key.transpose(-1, -2) * scale
+        if bias is not None:
+            bias = bias.reshape([1] * (4 - bias.ndim) + list(bias.shape))
+            if queries and bias.shape[-2] > 1:
+                bias = take(bias.transpose(1, 2), queries).transpose(1, 2)
+            scores = scores + bias.to(wide)
         if size is not None:
             scores = scores + log_size(size, scores)
         paid = scores.softmax(-1)

@@ -42,6 +42,7 @@ def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tens
 
 def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     plain = x.is_contiguous() and x.dtype is weight.dtype and x.shape[-1] == weight.shape[-1]
+    plain = plain and weight.ndim == 2  # a vector leaves no dimension behind
     if not plain or torch.is_autocast_enabled(x.device.type):
         result: Tensor = torch.ops.aten.linear.default(x, weight, bias)
         return result
