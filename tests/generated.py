@@ -47,6 +47,7 @@ Readout = Literal[
     "multihead",
     "multihead with weights",
     "softmax",
+    "bright",
 ]
 BIASES = ("bias", "shared bias", "gathered bias")
 ROTARIES = ("rotary", "patch rotary")
@@ -66,6 +67,13 @@ class Kind:
     position: Position = "learned"
     readout: Readout = "class"
     depth: int = 2
+    scale: Literal["default", "explicit"] = "default"
+    stem: int = 0
+
+    @property
+    def factor(self) -> float:
+        """What scores are multiplied by."""
+        return DEPTH**-0.5 if self.scale == "default" else 0.5
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,17 @@ class Spelling:
 
     qkv: Literal["split", "fused", "fused unbind", "chunk", "split sizes", "interleaved"] = "split"
     heads: Literal["view", "reshape", "unflatten", "permute", "einsum", "movedim"] = "view"
-    product: Literal["sdpa", "matmul", "operator", "bmm", "baddbmm", "einsum", "late einsum"] = (
-        "sdpa"
-    )
+    product: Literal[
+        "sdpa",
+        "folded sdpa",
+        "grouped sdpa",
+        "matmul",
+        "operator",
+        "bmm",
+        "baddbmm",
+        "einsum",
+        "late einsum",
+    ] = "sdpa"
     scale: Literal["query", "both", "scores", "divided"] = "scores"
     softmax: Literal["method", "function", "float32", "typed", "module"] = "method"
     dropout: bool = False
@@ -91,9 +107,8 @@ class Spelling:
 
 def kinds() -> st.SearchStrategy[Kind]:
     """Any kind whose readout finds the token it reads."""
-    return drawn(Kind, start=st.integers(0, 5), end=st.integers(0, 5), depth=st.integers(1, 3)).map(
-        _with_its_tokens
-    )
+    counts = {"start": st.integers(0, 5), "end": st.integers(0, 5), "depth": st.integers(1, 3)}
+    return drawn(Kind, **counts, stem=st.integers(0, 3)).map(_with_its_tokens)
 
 
 def spellings() -> st.SearchStrategy[Spelling]:
@@ -336,8 +351,8 @@ class Attention(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         product = self.how.product
-        if product == "sdpa":
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        if product.endswith("sdpa"):
+            return self.fused(q, k, v, bias)
         if product in ("bmm", "baddbmm"):
             return self.folded(q, k, v, bias)
         q, k = self.scaled(q, k)
@@ -350,6 +365,17 @@ class Attention(nn.Module):
         if product == "matmul":
             return torch.matmul(self.weights(torch.matmul(q, k.transpose(2, 3)), bias), v)
         return self.weights(q @ k.mT, bias) @ v
+
+    def fused(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        """In one operator, over heads as they are, folded into the batch, or in groups."""
+        shape, product = q.shape, self.how.product
+        if product == "folded sdpa" and bias is None:
+            q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        elif product == "grouped sdpa" and bias is None:
+            q, k, v = (t.unsqueeze(1) for t in (q, k, v))
+        given = {} if self.kind.scale == "default" else {"scale": self.kind.factor}
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, **given)
+        return y.reshape(shape)
 
     def folded(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
         """Heads folded into the batch."""
@@ -368,17 +394,18 @@ class Attention(nn.Module):
         return y.view(batch, heads, tokens, depth)
 
     def scaled(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        factor = self.kind.factor
         # Scores are scaled after the product elsewhere: a bias is added to scaled ones alone.
         if self.how.scale == "both":
-            return q * DEPTH**-0.25, k * DEPTH**-0.25
+            return q * factor**0.5, k * factor**0.5
         if self.how.scale == "divided":
-            return q / DEPTH**0.5, k
+            return q / (1 / factor), k
         folded = self.how.product in ("bmm", "baddbmm")
-        return (q * DEPTH**-0.5, k) if self.how.scale == "query" or folded else (q, k)
+        return (q * factor, k) if self.how.scale == "query" or folded else (q, k)
 
     def weights(self, scores: Tensor, bias: Tensor | None) -> Tensor:
         if self.how.scale == "scores" and self.how.product not in ("bmm", "baddbmm"):
-            scores = scores * DEPTH**-0.5
+            scores = scores * self.kind.factor
         if bias is not None:
             scores = bias + scores if self.how.swapped else scores + bias
         weights = self.normalised(scores)
@@ -451,6 +478,7 @@ class Generated(nn.Module):
         rows = PATCHES if kind.position == "patches" else kind.start + PATCHES + kind.end
         self.positions = nn.Parameter(torch.randn(1, rows, WIDTH))
         self.blocks = nn.ModuleList(Block(kind, spelling) for _ in range(kind.depth))
+        self.stem = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(kind.stem))
         self.shared = Bias(kind) if kind.position == "shared bias" else None
         self.final, self.head = make_norm(kind, WIDTH), nn.Linear(WIDTH, 5)
         self.probe = nn.Parameter(torch.randn(1, 1, WIDTH))
@@ -464,12 +492,18 @@ class Generated(nn.Module):
         for block in self.blocks:
             x = block(x, shared)
             hidden.append(x)
+        if self.kind.readout == "bright":
+            # How many patches are returned only the image says.
+            light = F.avg_pool2d(pixels.mean(1), PATCH).flatten(1)
+            return self.head(self.only_patches(self.final(x)))[light > 0]
         if self.kind.readout == "hidden":
             return {"hidden": hidden, "logits": self.head(self.final(x))}
         return self.read(self.final(x))
 
     def embed(self, pixels: Tensor) -> Tensor:
         x = self.patches(pixels).flatten(2).transpose(1, 2)
+        for layer in self.stem:  # each token by itself
+            x = x + torch.tanh(layer(x))
         if self.kind.position == "patches":
             x = x + self.positions
         parts = [self.first.expand(x.shape[0], -1, -1), x, self.last.expand(x.shape[0], -1, -1)]

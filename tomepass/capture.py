@@ -25,6 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
 from tomepass.masks import drop_idle_masks
+from tomepass.subexpressions import merge_duplicates
 
 aten = torch.ops.aten
 
@@ -323,6 +324,7 @@ def _to_dialect(module: fx.GraphModule) -> None:
             node.target, node.args = aten.cat.default, (node.args[0], 1)
         elif node.target in _CONCATENATIONS:
             node.target = aten.cat.default
+    merge_duplicates(module)
     drop_idle_masks(module)
     module.recompile()
 

@@ -44,7 +44,7 @@ class _Known:
         return answered(node, self.values, self._needs, self._answer)
 
     def _needs(self, node: fx.Node) -> list[fx.Node]:
-        if not _pure(node) or is_written(node):
+        if not is_pure(node) or is_written(node):
             return []
         return node.all_input_nodes[:1] if self._repeats(node) else node.all_input_nodes
 
@@ -54,7 +54,7 @@ class _Known:
         return self.up_to_broadcast and sized
 
     def _answer(self, node: fx.Node) -> Any:
-        if not _pure(node) or is_written(node):
+        if not is_pure(node) or is_written(node):
             return _OPEN
         first: Any = self.values[node.all_input_nodes[0]] if node.all_input_nodes else None
         if self._repeats(node):
@@ -78,7 +78,7 @@ def _sliced_size(node: fx.Node) -> Any:
     return node.all_input_nodes[0].meta["val"].shape[dim]
 
 
-def _pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """Does the operator give the same result each time, from its arguments alone?"""
     return (
         node.op == "call_function"

@@ -29,7 +29,10 @@ _ELEMENTWISE = (
     aten.__or__.Tensor,
 )
 _WHERE = (aten.where.self, aten.where.ScalarOther)
-_PRODUCTS = (aten.linear.default, aten.mm.default, aten.mv.default, aten.addmm.default)
+MULTIPLIES = (
+    *(*PRODUCTS, FUSED, aten.linear.default, aten.mm.default, aten.mv.default),
+    *(aten.addmm.default, aten._int_mm.default),
+)
 # Below this a bias is there to hide something.
 _HIDING = -1e4
 # A key whose score lies this far below another's weighs less than its 22,000th part: hidden.
@@ -125,7 +128,7 @@ def _puts_in(node: fx.Node, plain: bool) -> bool:
 
 def _scales(node: fx.Node) -> bool:
     """Is what the operands say changed, by something learned or by a function?"""
-    if node.target in (*PRODUCTS, *_PRODUCTS):
+    if node.target in MULTIPLIES:
         return True
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
         return len(node.all_input_nodes) > 1
