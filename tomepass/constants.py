@@ -25,9 +25,7 @@ def constant_value(node: fx.Node, *, up_to_broadcast: bool = False) -> Tensor | 
         up_to_broadcast: also where the value is repeated for a batch of any size: with size 1
             in place of each symbolic one.
     """
-    with torch.no_grad():
-        value = _Known(up_to_broadcast).value(node)
-    return value if isinstance(value, Tensor) else None
+    return Constants(up_to_broadcast).value(node)
 
 
 # In place of a value that depends on something.
@@ -35,13 +33,22 @@ _OPEN = object()
 
 
 @dataclass
-class _Known:
-    up_to_broadcast: bool
+class Constants:
+    """Values of one graph, each worked out once.
+
+    Args:
+        up_to_broadcast: as :func:`constant_value` takes it.
+    """
+
+    up_to_broadcast: bool = False
     values: dict[fx.Node, Any] = field(default_factory=dict)
     repeated: set[fx.Node] = field(default_factory=set)
 
-    def value(self, node: fx.Node) -> Any:
-        return answered(node, self.values, self._needs, self._answer)
+    def value(self, node: fx.Node) -> Tensor | None:
+        """What :func:`constant_value` answers."""
+        with torch.no_grad():
+            value = answered(node, self.values, self._needs, self._answer)
+        return value if isinstance(value, Tensor) else None
 
     def _needs(self, node: fx.Node) -> list[fx.Node]:
         if not is_pure(node) or is_written(node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from tomepass.attention import FUSED, PRODUCTS
 from tomepass.axis import argument, dimensions, is_pointwise, same, shape_of
-from tomepass.constants import constant_value, is_written
+from tomepass.constants import Constants, constant_value, is_written
 from tomepass.walks import answered
 
 if TYPE_CHECKING:
@@ -84,7 +85,8 @@ def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
     """
     if not bias.meta["val"].is_floating_point():
         return False
-    constant = _known(bias, captured)
+    constants = Constants(up_to_broadcast=True)
+    constant = _known(bias, captured, constants)
     if constant is not None and not isinstance(constant, nn.Parameter):
         rows = constant if constant.ndim else constant[None]
         return _finite(constant) and _width(rows.amax(-1), rows.amin(-1)) <= _WIDE
@@ -101,7 +103,7 @@ def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
             index = not (value.is_floating_point() or value.dtype is torch.bool)
             if node.name in captured.data or not (index or node.name in captured.learned):
                 return False
-        elif (constant := _known(node, captured)) is not None:
+        elif (constant := _known(node, captured, constants)) is not None:
             learned = isinstance(constant, nn.Parameter)  # Inductor's freezing makes constants
             if not _finite(constant) or (plain and not learned and _is_wide(constant)):
                 return False
@@ -150,11 +152,11 @@ def _width(largest: Tensor, smallest: Tensor) -> float:
     return float((largest.double() - smallest.double()).amax()) if largest.numel() else 0.0
 
 
-def _known(node: fx.Node, captured: CanonicalGraph) -> Tensor | None:
+def _known(node: fx.Node, captured: CanonicalGraph, constants: Constants) -> Tensor | None:
     if node.op == "get_attr":
         held = getattr(captured.module, str(node.target), None)
         return held if isinstance(held, Tensor) else None
-    return constant_value(node, up_to_broadcast=True)
+    return constants.value(node)
 
 
 def _finite(value: Tensor) -> bool:
@@ -172,44 +174,49 @@ def is_padding(mask: fx.Node, ndim: int = 4) -> bool:
     value = mask.meta["val"]
     if value.dtype is not torch.bool or value.ndim != ndim or ndim not in (3, 4):
         return False
-    known: dict[tuple[fx.Node, int], bool] = {}
-    return not any(_varies(mask, dim, known) for dim in range(1, ndim - 1))
+    varying = _Varying()
+    return not any(varying.along(mask, dim) for dim in range(1, ndim - 1))
 
 
-def _varies(node: fx.Node, dim: int, known: dict[tuple[fx.Node, int], bool]) -> bool:
-    """May the value differ along a dimension? False only where it provably does not."""
+@dataclass
+class _Varying:
+    """Along which dimensions the values of a graph may differ."""
 
-    def needs(place: tuple[fx.Node, int]) -> list[tuple[fx.Node, int]]:
-        found = _alike_where(*place)
-        return found if isinstance(found, list) else []
+    constants: Constants = field(default_factory=lambda: Constants(up_to_broadcast=True))
+    known: dict[tuple[fx.Node, int], bool] = field(default_factory=dict)
 
-    def answer(place: tuple[fx.Node, int]) -> bool:
-        found = _alike_where(*place)
-        return found if isinstance(found, bool) else any(known[other] for other in found)
+    def along(self, node: fx.Node, dim: int) -> bool:
+        """May the value differ along a dimension? False only where it provably does not."""
+        return answered((node, dim), self.known, self._needs, self._answer)
 
-    return answered((node, dim), known, needs, answer)
+    def _needs(self, place: tuple[fx.Node, int]) -> list[tuple[fx.Node, int]]:
+        told = self._told(*place)
+        return told if isinstance(told, list) else []
 
+    def _answer(self, place: tuple[fx.Node, int]) -> bool:
+        told = self._told(*place)
+        return told if isinstance(told, bool) else any(self.known[other] for other in told)
 
-def _alike_where(node: fx.Node, dim: int) -> bool | list[tuple[fx.Node, int]]:
-    """Whether a value differs along a dimension, or where among its operands that is to be seen."""
-    shape = shape_of(node)
-    if dim < 0 or same(shape[dim], 1):
-        return False
-    behind = len(shape) - dim
-    if (constant := constant_value(node, up_to_broadcast=True)) is not None:
-        return not bool((constant == constant.narrow(-behind, 0, 1)).all())
-    operands = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
-    if node.target is aten.index.Tensor:
-        indexed, operands = operands[0], operands[1:]
-        # All dimensions indexed: the result is laid out as the indices are.
-        if len(operands) != len(shape_of(indexed)):
+    def _told(self, node: fx.Node, dim: int) -> bool | list[tuple[fx.Node, int]]:
+        """Whether a value differs, or where among its operands that is to be seen."""
+        shape = shape_of(node)
+        if dim < 0 or same(shape[dim], 1):
+            return False
+        behind = len(shape) - dim
+        if (constant := self.constants.value(node)) is not None:
+            return not bool((constant == constant.narrow(-behind, 0, 1)).all())
+        operands = [a for a in node.all_input_nodes if isinstance(a.meta.get("val"), Tensor)]
+        if node.target is aten.index.Tensor:
+            indexed, operands = operands[0], operands[1:]
+            # All dimensions indexed: the result is laid out as the indices are.
+            if len(operands) != len(shape_of(indexed)):
+                return True
+        elif node.target is aten.unsqueeze.default:
+            (at,) = dimensions(node.args[1], len(shape))
+            return [(operands[0], dim - (at < dim))]
+        elif not (is_pointwise(node) or node.target in _ELEMENTWISE) or not operands:
             return True
-    elif node.target is aten.unsqueeze.default:
-        (at,) = dimensions(node.args[1], len(shape))
-        return [(operands[0], dim - (at < dim))]
-    elif not (is_pointwise(node) or node.target in _ELEMENTWISE) or not operands:
-        return True
-    return [(a, len(shape_of(a)) - behind) for a in operands]
+        return [(a, len(shape_of(a)) - behind) for a in operands]
 
 
 def drop_idle_masks(module: fx.GraphModule) -> None:

@@ -247,17 +247,24 @@ def _block(flow: Dataflow, attention: Attention, index: int) -> Block | Mismatch
 
 def _earlier_terms(flow: Dataflow, join: fx.Node, attention: fx.Node) -> Iterator[fx.Node]:
     """What a sum adds that was there before the attention ran, sums within it taken apart."""
-    if join.target not in SUMS:
-        return
-    for operand in join.args[:2]:
-        if (
-            isinstance(operand, fx.Node)
-            and operand in flow
-            and flow.order[operand] < flow.order[attention]
-            and same_shape(operand, join)
-        ):
-            yield operand
-            yield from _earlier_terms(flow, operand, attention)
+    seen: set[fx.Node] = set()
+    waiting = [join]
+    while waiting:
+        node = waiting.pop()
+        if node is not join:
+            yield node
+        if node.target not in SUMS:
+            continue
+        for operand in reversed(node.args[:2]):
+            if (
+                isinstance(operand, fx.Node)
+                and operand in flow
+                and operand not in seen
+                and flow.order[operand] < flow.order[attention]
+                and same_shape(operand, join)
+            ):
+                seen.add(operand)
+                waiting.append(operand)
 
 
 def _stream_node(flow: Dataflow, join: fx.Node) -> fx.Node:
