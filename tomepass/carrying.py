@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from torch import fx
 
 from tomepass.axis import Axis, shape_of
@@ -15,6 +16,8 @@ from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.unmerge import compose, compose_held, narrow_source, unmerge
 from tomepass.outcomes import Layout, Side
 from tomepass.writing import Writer
+
+aten = torch.ops.aten
 
 
 class Carrying:
@@ -96,7 +99,7 @@ class Carrying:
         if side.how == "bias" and layout.columns is not None:
             square = Layout(Axis(2), Axis(0), merges.planned.layout.positions, Axis(3))
             if replace(layout, weights=False) == square:
-                made = self.writer.emit(node, merge_bias, table, merges.holds[epoch], length)
+                made = self._bias(node, table, side.factor, merges.holds[epoch], length)
         elif side.how == "mean" and layout.plain and axis.dim == 1 and ndim == 3:
             holds = self._narrowed(node, merges, merges.holds[epoch], layout)
             made = self.writer.emit(node, merge_rows, table, holds, length)
@@ -112,6 +115,15 @@ class Carrying:
             )
         merges.sides[key] = made
         return made
+
+    def _bias(
+        self, node: fx.Node, table: fx.Node, factor: float, holds: fx.Node | None, length: int
+    ) -> fx.Node:
+        """Over merged keys the exponential is averaged, of the bias as the softmax sees it."""
+        if factor != 1:
+            table = self.writer.emit(node, aten.mul.Tensor, table, factor)
+        made = self.writer.emit(node, merge_bias, table, holds, length)
+        return made if factor == 1 else self.writer.emit(node, aten.div.Tensor, made, factor)
 
     def _kept(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         while len(merges.kept) <= epoch:

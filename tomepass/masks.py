@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 
-from tomepass.attention import FUSED, PRODUCTS
+from tomepass.attention import FUSED, PRODUCTS, SOFTMAXES
 from tomepass.axis import argument, dimensions, is_pointwise, same, shape_of
 from tomepass.constants import Constants, constant_value, is_written
 from tomepass.walks import answered
@@ -28,6 +28,12 @@ _ELEMENTWISE = (
     aten.to.dtype_layout,
     aten.__and__.Tensor,
     aten.__or__.Tensor,
+)
+# Through these 0 and 1 stay what they are, or are exchanged: 1 - mask.
+_KEEP_MASKS = (
+    *(aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.slice.Tensor),
+    *(aten.rsub.Scalar, aten.sub.Tensor, aten.clone.default, aten._to_copy.default),
+    *(aten.type_as.default, aten.mul.Tensor, aten.permute.default, aten.transpose.int),
 )
 _WHERE = (aten.where.self, aten.where.ScalarOther)
 MULTIPLIES = (
@@ -117,6 +123,42 @@ def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
             inner = plain and value.is_floating_point() and not _scales(node)
             frontier += [(operand, inner) for operand in node.all_input_nodes]
     return True
+
+
+def bias_factor(added: fx.Node, bias: fx.Node) -> float | None:
+    """What a softmax sees of a bias that is added to scores, or subtracted: how many times it.
+
+    As far as numbers say it: those that multiply the scores between the sum and the softmax. None
+    where the sum itself does not say.
+    """
+    alpha = added.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)) or added.args.count(bias) != 1:
+        return None
+    factor = float(alpha) if added.args[1] is bias else 1.0
+    if added.target is aten.sub.Tensor and added.args[1] is bias:
+        factor = -factor
+    node = added
+    while node.target not in SOFTMAXES and len(node.users) == 1:
+        (reader,) = node.users
+        factor, node = factor * _scaled_by(reader, node), reader
+    return factor or None
+
+
+def _scaled_by(reader: fx.Node, scores: fx.Node) -> float:
+    """What an operator multiplies scores by, if a number says it; 1 otherwise."""
+    if scores not in reader.args[:2]:
+        return 1.0
+    other = reader.args[1] if reader.args[0] is scores else reader.args[0]
+    if reader.target is aten.sub.Tensor and other is reader.args[0]:
+        return -1.0
+    if isinstance(other, fx.Node):
+        constant = constant_value(other, up_to_broadcast=True)
+        other = None if constant is None else _only_value(constant)
+    if not isinstance(other, (int, float)) or not other:
+        return 1.0
+    if reader.target is aten.mul.Tensor:
+        return float(other)
+    return 1 / other if reader.target is aten.div.Tensor and reader.args[0] is scores else 1.0
 
 
 def _puts_in(node: fx.Node, plain: bool) -> bool:
@@ -217,6 +259,38 @@ class _Varying:
         elif not (is_pointwise(node) or node.target in _ELEMENTWISE) or not operands:
             return True
         return [(a, len(shape_of(a)) - behind) for a in operands]
+
+
+def comes_from_a_mask(factor: fx.Node) -> bool:
+    """Is what multiplies tokens 0 and 1, or made of that: a boolean tensor, or integers, as floats?
+
+    A rotary table is not, though it may be looked up by integers.
+    """
+    seen: set[fx.Node] = set()
+    waiting = [factor]
+    while waiting:
+        node = waiting.pop()
+        value = node.meta.get("val")
+        if node in seen or not isinstance(value, Tensor):
+            continue
+        seen.add(node)
+        if not value.is_floating_point():
+            return True
+        if node.target in _WHERE:
+            # A choice between two numbers is a mask, one between values is not.
+            numbers = [a for a in node.args[1:] if _is_number(a)]
+            if len(numbers) == 2:
+                return True
+        elif node.target in _ELEMENTWISE or node.target in _KEEP_MASKS:
+            waiting += node.all_input_nodes
+    return False
+
+
+def _is_number(value: Any) -> bool:
+    if not isinstance(value, fx.Node):
+        return isinstance(value, (int, float))
+    constant = constant_value(value, up_to_broadcast=True)
+    return constant is not None and _only_value(constant) is not None
 
 
 def drop_idle_masks(module: fx.GraphModule) -> None:

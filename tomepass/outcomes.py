@@ -56,10 +56,13 @@ class Side:
             ``"bias"`` of attention scores: mean over rows, log-mean-exp over columns. A mask that
             hides ``"nothing"`` is left out. What was ``"read"`` off the tokens themselves, by
             position, cannot come back to merged ones.
+        factor: what a bias is multiplied by before the softmax takes its exponential: -1 where it
+            is subtracted, and where scores are scaled after it was added, their scale.
     """
 
     node: fx.Node
     how: Literal["mean", "kept", "bias", "nothing", "read"]
+    factor: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,19 @@ from tomepass.capture import CanonicalGraph
 from tomepass.costs import ModelCosts
 from tomepass.counts import StreamPlan, plan_counts
 from tomepass.macs import batch_sizes
+from tomepass.masks import comes_from_a_mask
 from tomepass.methods import Method
 from tomepass.origins import input_dependent, trace_origins
 from tomepass.outcomes import Attended, Carried, Layout, Masked, Positional, Side
 from tomepass.shapes import even
-from tomepass.structure import Ancestry, Block, Mismatch, Stream, Structure, find_structure
+from tomepass.structure import (
+    Ancestry,
+    Block,
+    Mismatch,
+    Stream,
+    Structure,
+    find_structure,
+)
 from tomepass.tokens import TokenFlow, attends, follow_tokens
 from tomepass.writes import hidden_write
 
@@ -179,7 +187,8 @@ def _plan_stream(
         plan = plan_counts(tokens, protected, (0,) * blocks)
     else:
         plan = method.plan(tokens, protected, blocks)
-    return PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
+    planned = PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
+    return _masked_tokens(planned) or planned
 
 
 def _token_layout(
@@ -300,6 +309,19 @@ def _padding(stream: Stream, flow: TokenFlow) -> fx.Node | Mismatch | None:
                 block=block.index,
             )
     return masks[0]
+
+
+def _masked_tokens(planned: PlannedStream) -> Mismatch | None:
+    """A mask that multiplies tokens between merges."""
+    for side in planned.sides:
+        if side.how == "kept" and comes_from_a_mask(side.node):
+            return Mismatch.at(
+                side.node,
+                f"{side.node.name} is a mask that multiplies tokens: those that it hides would "
+                "merge with others",
+                advice="hide tokens from attention with a boolean padding mask instead",
+            )
+    return None
 
 
 def _check_block(

@@ -37,7 +37,7 @@ from tomepass.axis import (
     target_name,
 )
 from tomepass.capture import CanonicalGraph
-from tomepass.masks import hides_all, hides_nothing, is_padding, is_position_bias
+from tomepass.masks import bias_factor, hides_all, hides_nothing, is_padding, is_position_bias
 from tomepass.outcomes import (
     Attended,
     Averaged,
@@ -417,9 +417,10 @@ class _Analysis:
                 if node.target is aten.add.Tensor and hides_nothing(operand):
                     found.append(Side(operand, "nothing"))
                     continue
-                if node.target not in _SUMS or not is_position_bias(operand, self.captured):
+                factor = bias_factor(node, operand) if node.target in _SUMS else None
+                if factor is None or not is_position_bias(operand, self.captured):
                     return _hidden(operand)
-                found.append(Side(operand, "bias"))
+                found.append(Side(operand, "bias", factor))
             elif node.target in _SUMS:
                 found.append(Side(operand, "mean"))
             elif node.target in _SCALINGS:
@@ -524,6 +525,12 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
         return False
     if node.target in (aten.cat.default, aten.stack.default):
         return True
+    if node.target is aten.einsum.default:
+        return _shares_letter(node, operand, layout)
+    if node.target in PRODUCTS and value.ndim > 2 and len(shape) == value.ndim:
+        # Of a batch of matrices each multiplies what stands beside it.
+        batched = [axis.dim for axis in layout.axes if axis.dim < value.ndim - 2]
+        return any(not same(value.shape[dim], 1) for dim in batched if layout.batch.dim != dim)
     aligned = node.target is aten.expand_as.default
     if node.target is aten.baddbmm.default:  # the factors do not line up with the result
         aligned = operand is node.args[0] and not ignores_first(node)
@@ -531,6 +538,14 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
         return False
     dims = [value.ndim - (len(shape) - axis.dim) for axis in layout.axes]
     return any(dim >= 0 and not same(value.shape[dim], 1) for dim in dims)
+
+
+def _shares_letter(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
+    """Does an operand of an einsum run along an axis of tokens of its result?"""
+    terms, _, result = str(node.args[0]).replace(" ", "").partition("->")
+    places = [i for i, other in enumerate(node.args[1]) if other is operand]  # type: ignore[arg-type]
+    letters = {result[axis.dim] for axis in layout.axes}
+    return any(letters & set(terms.split(",")[place]) for place in places)
 
 
 def _counts(node: fx.Node, operand: fx.Node, layout: Layout) -> Iterator[tuple[int, Axis]]:
