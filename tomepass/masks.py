@@ -44,10 +44,10 @@ MULTIPLIES = (
 _HIDING = -1e4
 # A key whose score lies this far below another's weighs less than its 22,000th part: hidden.
 _WIDE = 10.0
+_WHERES = (*_WHERE, aten.where.ScalarSelf, aten.where.Scalar)
 # They put one value in the place of another.
 _CHOICES = (
-    *(aten.masked_fill.Scalar, aten.masked_fill.Tensor, aten.where.self),
-    *(aten.where.ScalarOther, aten.where.ScalarSelf, aten.where.Scalar),
+    *(*_WHERES, aten.masked_fill.Scalar, aten.masked_fill.Tensor),
     *(aten.pad.default, aten.constant_pad_nd.default),
 )
 # What their operands say is in the result as it stands, as in sums and choices; through any other
@@ -276,7 +276,7 @@ def comes_from_a_mask(factor: fx.Node) -> bool:
         seen.add(node)
         if not value.is_floating_point():
             return True
-        if node.target in _WHERE:
+        if node.target in _WHERES:
             # A choice between two numbers is a mask, one between values is not.
             numbers = [a for a in node.args[1:] if _is_number(a)]
             if len(numbers) == 2:
