@@ -34,6 +34,7 @@ _KEEP_MASKS = (
     *(aten.unsqueeze.default, aten.view.default, aten.reshape.default, aten.slice.Tensor),
     *(aten.rsub.Scalar, aten.sub.Tensor, aten.clone.default, aten._to_copy.default),
     *(aten.type_as.default, aten.mul.Tensor, aten.permute.default, aten.transpose.int),
+    *(aten.alias.default, aten.detach.default, aten.squeeze.dim, aten.flatten.using_ints),
 )
 _WHERE = (aten.where.self, aten.where.ScalarOther)
 MULTIPLIES = (

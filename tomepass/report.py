@@ -77,7 +77,8 @@ class Report:
         streams: the streams that are merged.
         refused: each stream or attention left alone, with the reason.
         unmerged: readers before which tokens are unmerged, with the reason.
-        macs_original: multiply-accumulates per image as captured.
+        macs_original: multiply-accumulates per image as captured, of what the outputs are made
+            from; a product with a size that only data decide counts nothing.
         macs: the same after merging, without the pass's own operators.
         macs_overhead: matching and merging.
         paths: how proportional attention is computed on the device it was read with.
@@ -239,7 +240,8 @@ def _stream(
 _HOW = {
     "mean": "added by position: the mean of the rows of the merged tokens",
     "kept": "multiplied by position (rotary): the row of the token merged into",
-    "bias": "position bias of the attention: log-mean-exp over merged keys, mean over queries",
+    "bias": "position bias of the attention: log-mean-exp over merged keys, which is exact, "
+    "and the mean over merged queries, which is not",
 }
 
 

@@ -527,10 +527,10 @@ def _has_rows(node: fx.Node, operand: fx.Node, layout: Layout) -> bool:
         return True
     if node.target is aten.einsum.default:
         return _shares_letter(node, operand, layout)
-    if node.target in PRODUCTS and value.ndim > 2 and len(shape) == value.ndim:
+    if node.target in (aten.matmul.default, aten.bmm.default):
         # Of a batch of matrices each multiplies what stands beside it.
-        batched = [axis.dim for axis in layout.axes if axis.dim < value.ndim - 2]
-        return any(not same(value.shape[dim], 1) for dim in batched if layout.batch.dim != dim)
+        batched = [axis.dim - (len(shape) - value.ndim) for axis in layout.axes]
+        return any(0 <= d < value.ndim - 2 and not same(value.shape[d], 1) for d in batched)
     aligned = node.target is aten.expand_as.default
     if node.target is aten.baddbmm.default:  # the factors do not line up with the result
         aligned = operand is node.args[0] and not ignores_first(node)
