@@ -86,35 +86,37 @@ def test_merging_nothing_is_the_model_and_both_doors_agree(name: str) -> None:
         torch.testing.assert_close(torch.compile(model, backend=backend)(x), ours)
 
 
-class Hidden(OneHead):
-    keep: list[Tensor]
-
-    def attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.keep[0][:, None])
-
-
 class Padded(Encoder):
-    def __init__(self, **choices: Any) -> None:
-        super().__init__(**choices)
-        self.given: list[Tensor] = []
-        for block in self.blocks:
-            block.attention.keep = self.given
+    """One head, and a dimension for it or none."""
+
+    heads = False
 
     def forward(self, pixels: Tensor, keep: Tensor) -> Any:
-        self.given[:] = [keep]
-        return super().forward(pixels)
+        x, mask = self.embed(pixels), keep[:, None]
+        mask = mask.unsqueeze(1) if self.heads else mask
+        for block in self.blocks:
+            y, one = block.norm1(x), block.attention
+            parts = [one.q(y), one.k(y), one.v(y)]
+            if self.heads:
+                parts = [part.unsqueeze(1) for part in parts]
+            y = F.scaled_dot_product_attention(*parts, attn_mask=mask)
+            x = x + one.out(y.squeeze(1) if self.heads else y)
+            x = x + block.mlp(block.norm2(x))
+        return self.read(self.final(x))
+
+
+class PaddedHeads(Padded):
+    heads = True
 
 
 @torch.no_grad()
 def test_padding_without_heads_merges_with_padding_alone() -> None:
-    model, x = make(Padded, blocks=[near(Hidden)] * 3), pixels(3)
-    keep = torch.ones(3, 37, dtype=torch.bool)
+    x, keep = pixels(3), torch.ones(3, 37, dtype=torch.bool)
     keep[:, 31:] = False
-    merged = tomepass.apply(model, r=[4, 3], example_inputs=(x, keep))
-    other = x.clone()
-    other[:, :, -4:] = 1.0  # the last six tokens
-    torch.testing.assert_close(merged(other, keep), merged(x, keep), rtol=1e-4, atol=1e-4)
-    assert not torch.allclose(merged(other, torch.ones_like(keep)), merged(x, keep), atol=1e-2)
+    without, one = make(Padded, depth=3), make(PaddedHeads, depth=3)
+    merged = [tomepass.apply(m, r=[4, 3], example_inputs=(x, keep)) for m in (without, one)]
+    torch.testing.assert_close(merged[0](x, keep), merged[1](x, keep), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(merged[0](x, keep), merged[0](x, ~keep), atol=1e-2)
 
 
 # ---- other layouts in memory -------------------------------------------------------------------
