@@ -9,11 +9,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from encoders import Attention, Encoder, duplicates, make, near, pixels, with_zero_positions
+from functional import block, captured
 from torch import Tensor, nn
 from zoo import relative_error
 
 import tomepass
 from tomepass import Prune, ToMe, TomeBackend
+from tomepass.planning import plan_graph
+from tomepass.rewrite import rewrite
 
 COUNTS = [9, 7]
 
@@ -147,6 +150,15 @@ def test_gradients_or_none_the_model_merges(grad: bool) -> None:
     with torch.set_grad_enabled(grad):
         merged = tomepass.apply(model, r=4, example_inputs=x)
         assert merged(x).shape == model(x).shape
+
+
+def test_views_of_what_has_changed_take_any_layout() -> None:
+    """Three projections are viewed as heads before the merge, three behind it."""
+    graph = captured(lambda x, valid, weight: block(block(x, weight), weight))
+    module = rewrite(graph, plan_graph(graph, ToMe(2))).module
+    aten = torch.ops.aten
+    assert len(graph.graph.find_nodes(op="call_function", target=aten.view.default)) == 6
+    assert len(module.graph.find_nodes(op="call_function", target=aten.view.default)) == 3
 
 
 Reader = Callable[[Tensor], Tensor]
