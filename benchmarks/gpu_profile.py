@@ -64,8 +64,7 @@ def _composite(merged: Any, images: torch.Tensor) -> Any:
     """An applied model whose captures run composite operators."""
     from dataclasses import replace
 
-    for signature, applied in merged._captures.items():
-        merged._captures[signature] = replace(applied, on_device=None)
+    merged._captures.change(lambda applied: replace(applied, on_device=None))
     return merged
 
 

@@ -70,12 +70,12 @@ def _captured_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     if "shared_models" not in request.fixturenames:
         return
 
-    def capture(model: Any, call: dict[str, Any]) -> Any:
+    def capture(model: Any, call: dict[str, Any], forward: str = "forward") -> Any:
         modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), model.training)
         attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
-        key = (id(model), *modes, attention, _shapes(call))
+        key = (id(model), forward, *modes, attention, _shapes(call))
         if key not in _CAPTURES:
-            _CAPTURES[key] = (model, capture_module(model, call))  # the model keeps its id
+            _CAPTURES[key] = (model, capture_module(model, call, forward))  # the model keeps its id
         return _CAPTURES[key][1]
 
     monkeypatch.setattr(module, "capture_module", capture)

@@ -207,6 +207,30 @@ def vjepa2_forward(
     return encode(embedded, blocks, encoder.layernorm, r, 0, prop_attn, rotate=rotate, **options)
 
 
+def vjepa2_classifier_forward(
+    model: Any, pixel_values: Tensor, r: Rate, prop_attn: bool = True, **options: Any
+) -> Result:
+    """`VJEPA2ForVideoClassification`: blocks without rotation, then a learned query, read the
+    tokens that the encoder's blocks merged, by their sizes; `r` is of those alone."""
+    encoded = vjepa2_forward(model.vjepa2, pixel_values, r, prop_attn, **options)
+    x, size = encoded.hidden, encoded.size if prop_attn else None
+    pooler = model.pooler
+    for layer in pooler.self_attention_layers:
+        x = x + attend(_pooler_attention(layer.self_attn), layer.layer_norm1(x), size)[0]
+        x = x + layer.mlp(layer.layer_norm2(x))
+    layer = pooler.cross_attention_layer
+    query = pooler.query_tokens.expand(x.shape[0], -1, -1)
+    a, x = layer.cross_attn, layer.layer_norm1(x)
+    q, k, v = (
+        projection(y).unflatten(2, (-1, a.head_dim)).transpose(1, 2)
+        for projection, y in ((a.q_proj, query), (a.k_proj, x), (a.v_proj, x))
+    )
+    read = reference.proportional_attention(q, k, v, size, a.scale)
+    y = query + read.transpose(1, 2).flatten(2)
+    y = y + layer.mlp(layer.layer_norm2(y))
+    return encoded._replace(output=model.classifier(y[:, 0]))
+
+
 def encode(
     x: Tensor,
     blocks: Iterable[Block],
@@ -325,3 +349,7 @@ def siglip_attention(a: Any) -> Attention:
 
 def _vjepa2_attention(a: Any) -> Attention:
     return Attention(a.query, a.key, a.value, a.proj, a.attention_head_size, a.scaling)
+
+
+def _pooler_attention(a: Any) -> Attention:
+    return Attention(a.q_proj, a.k_proj, a.v_proj, a.out_proj, a.head_dim, a.scale)

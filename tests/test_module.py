@@ -41,9 +41,9 @@ def captures(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = []
     capture = module_door.capture_module
 
-    def counted(model: nn.Module, call: dict[str, Any]) -> Any:
+    def counted(model: nn.Module, call: dict[str, Any], forward: str = "forward") -> Any:
         made.append(call)
-        return capture(model, call)
+        return capture(model, call, forward)
 
     monkeypatch.setattr(module_door, "capture_module", counted)
     return made

@@ -76,6 +76,10 @@ def videos(batch: int, generator: Generator) -> dict[str, Any]:
     return {"pixel_values": torch.randn(batch, *_VIDEO_SHAPE, generator=generator)}
 
 
+def videos_to_classify(batch: int, generator: Generator) -> dict[str, Any]:
+    return {"pixel_values_videos": torch.randn(batch, *_VIDEO_SHAPE, generator=generator)}
+
+
 def videos_to_encode(batch: int, generator: Generator) -> dict[str, Any]:
     video = torch.randn(batch, *_VIDEO_SHAPE, generator=generator)
     return {"pixel_values_videos": video, "skip_predictor": True}
@@ -267,8 +271,8 @@ def _vivit() -> nn.Module:
     return hf.VivitForVideoClassification(config)
 
 
-def _vjepa2() -> nn.Module:
-    config = hf.VJEPA2Config(
+def _vjepa2_config(**changes: Any) -> Any:
+    return hf.VJEPA2Config(
         hidden_size=48,
         num_hidden_layers=BLOCKS,
         num_attention_heads=4,
@@ -281,8 +285,17 @@ def _vjepa2() -> nn.Module:
         pred_num_attention_heads=4,
         pred_num_hidden_layers=2,
         pred_num_mask_tokens=1,
+        **changes,
     )
-    return hf.VJEPA2Model(config)
+
+
+def _vjepa2() -> nn.Module:
+    return hf.VJEPA2Model(_vjepa2_config())
+
+
+def _vjepa2_classifier() -> nn.Module:
+    config = _vjepa2_config(num_pooler_layers=1, **_LABELS)
+    return hf.VJEPA2ForVideoClassification(config)
 
 
 def _yolos(**changes: Any) -> nn.Module:
@@ -573,6 +586,17 @@ FAMILIES: dict[str, Family] = {
         sides=("rotary tables",),
         unmerged=("aten.gather is not known to keep tokens apart",),
         rotary=True,
+    ),
+    "vjepa2_classifier": Family(
+        "V-JEPA 2 classifier",
+        "video",
+        _vjepa2_classifier,
+        videos_to_classify,
+        (stream(32, (), POOLED, blocks=4),),
+        sides=("rotary tables",),
+        unmerged=("aten.gather is not known to keep tokens apart",),
+        rotary=True,
+        pooled=True,
     ),
     "yolos": Family(
         "YOLOS",

@@ -3,26 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NoReturn
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from tomepass.bypass import captured_another
 from tomepass.capture import Capture
+from tomepass.captures import Captures, Make
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import only_outputs
-from tomepass.methods import Method
+from tomepass.methods import Method, ToMe
 from tomepass.module import (
+    Applied,
     MergedModel,
     OnUnmatched,
     Outputs,
+    accepted,
+    apply_capture,
     call_of,
+    captured,
+    checker,
+    make_applied,
     read_state,
-    read_streams,
+    warn_of_names,
 )
-from tomepass.planning import PlannedStream
+from tomepass.planning import PlannedStream, plan_graph
+from tomepass.standin import StandIn, Tome, gives_way, shadowed, stand_in, value_gives_way
 
 BUDGETS = (0.85, 1.0, 1.15)
 """Shares of the method's counts, from the least redundant images to the most.
@@ -49,75 +59,102 @@ def redundancy(x: Tensor, protected: tuple[int, ...]) -> Tensor:
     return cosines.masked_fill(alone, -1.0).amax(-1).mean(-1)
 
 
-class AdaptiveModel(nn.Module):
+class AdaptiveModel(StandIn):
     """A model with a few budgets, and a router; :func:`tomepass.apply` makes it.
 
     Each image goes, by :func:`redundancy`, to one of the models in ``budgets``; the results come
-    back in the order of the batch. An image's result does not depend on its neighbours.
+    back in the order of the batch. An image's result does not depend on its neighbours. It stands
+    in for the model as a :class:`tomepass.MergedModel` does.
 
     Args:
-        model: in eval mode.
-        method: with ``adaptive`` thresholds, as many as lie between the budgets, or True, which
-            measures them: redundancies that split ``example_inputs`` evenly.
-        example_inputs: as for :meth:`MergedModel.prepare`.
-        outputs: ``"original"``: merged sequences of different lengths could not be put together.
+        model: the model.
+        method: with ``adaptive`` thresholds, as many as lie between the budgets.
+        on_unmatched: as for :func:`tomepass.apply`.
+        budgets: the methods, from the least redundant images to the most.
+        ready: the model as captured already, nothing reduced.
     """
 
     def __init__(
         self,
         model: nn.Module,
         method: Method,
-        example_inputs: Any,
-        on_unmatched: OnUnmatched = "raise",
-        outputs: Outputs = "original",
+        on_unmatched: OnUnmatched,
+        budgets: Sequence[Method],
+        ready: Applied | None = None,
     ) -> None:
-        super().__init__()
-        if outputs == "merged":
-            raise ValueError(
-                "outputs='merged' and adaptive=... make no sense together: images of one batch "
-                "keep different numbers of tokens"
-            )
-        call = call_of(model, example_inputs)
-        capture, (stream, *_) = read_streams(model, call)
-        router = _router(model, capture, stream)
-        if method.adaptive is True:
-            method = method.replace(adaptive=_thresholds(router(call)))
-        plain = method.replace(adaptive=False)
-        scaled = [_scaled(plain, share, stream) for share in BUDGETS]
-        # Past nn.Module's own __setattr__: the model is the user's, not a child of three parents.
-        self.__dict__.update(
-            original=model,
-            method=method,
-            budgets=tuple(MergedModel(model, each, on_unmatched, outputs) for each in scaled),
-            _router=router,
+        # The model is captured once: budgets differ in their counts alone.
+        plain = Captures(_capturing(ready), checker(ToMe(0), "raise"))
+        self.__dict__["_tome_parts"] = tuple(
+            MergedModel(model, each, "raise", "original", _reduced(plain, each)) for each in budgets
         )
-        for budget in self.budgets:
-            budget.prepare(example_inputs)
+        super().__init__(Tome(model, method, on_unmatched, "original", plain))
 
-    original: nn.Module
-    method: Method
-    budgets: tuple[MergedModel, ...]
-    _router: _Router
+    _tome_parts: tuple[MergedModel, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own outputs for the model's own inputs, at any batch size."""
-        call = self.budgets[0]._bind(args, kwargs)
-        routes = self.routes(**call)
+        return self._tome_answer(self._tome.bind(args, kwargs), "forward")
+
+    def _tome_answer(self, call: dict[str, Any], method: str) -> Any:
+        tome = self._tome
+        form = tome.captures.get(tome.model, call, method).capture.form
+        if form.size is not None:
+            raise TomeError(
+                f"{type(tome.model).__name__}.{method} can be captured for a fixed batch size "
+                "alone, so its images cannot be split over budgets",
+                advice="apply the method without adaptive=",
+            )
+        routes = self._tome_routes(call, method)
         images = routes.shape[0]
         parts, places = [], []
-        for number, budget in enumerate(self.budgets):
+        for number, budget in enumerate(self._tome_budgets()):
             mine = (routes == number).nonzero()[:, 0]
-            if len(mine):
+            if len(mine) or (not images and number == 0):
                 places.append(mine)
-                parts.append(budget(**{n: _rows(v, mine, images) for n, v in call.items()}))
+                parts.append(budget._tome_called(form.rows(call, mine), method))
         return _together(parts, torch.cat(places).argsort(), [len(p) for p in places])
 
+    def _tome_routes(self, call: dict[str, Any], method: str) -> Tensor:
+        tome = self._tome
+        applied = tome.captures.get(tome.model, call, method)
+        found = applied.router(tome.model, applied.capture, call)
+        limits = torch.tensor(tome.method.adaptive, dtype=torch.float32)
+        return torch.bucketize(found, limits.to(found.device), right=True)
+
+    def _tome_budgets(self) -> tuple[MergedModel, ...]:
+        """Those of a replica read the replica's parameters."""
+        model = self._tome.model
+        if self._tome_parts[0]._tome.model is model:
+            return self._tome_parts
+        return tuple(budget._tome_over(model) for budget in self._tome_parts)
+
+    def _tome_remade(self) -> tuple[Any, tuple[Any, ...]]:
+        tome, budgets = self._tome, tuple(budget._tome.method for budget in self._tome_parts)
+        return _rebuild, (tome.model, tome.method, tome.on_unmatched, budgets)
+
+    @value_gives_way
+    def budgets(self) -> tuple[MergedModel, ...]:
+        """The models that images go to, from the least redundant images to the most."""
+        return self._tome_budgets()
+
+    @gives_way
     def routes(self, *args: Any, **kwargs: Any) -> Tensor:
         """The budget of each image, ``[B]`` int64. Takes the model's inputs."""
-        call = self.budgets[0]._bind(args, kwargs)
-        limits = torch.tensor(self.method.adaptive, dtype=torch.float32)
-        found = self._router(call)
-        return torch.bucketize(found, limits.to(found.device), right=True)
+        return self._tome_routes(self._tome.bind(args, kwargs), "forward")
+
+    @gives_way
+    def prepare(self, inputs: Any) -> AdaptiveModel:
+        """Captures and rewrites ahead of the first call with inputs like these.
+
+        Args:
+            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+        Returns:
+            itself.
+        """
+        for budget in self._tome_budgets():
+            captured(budget, inputs)
+        return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles each budget by ``torch.compile``, whose arguments it takes.
@@ -125,41 +162,8 @@ class AdaptiveModel(nn.Module):
         Groups differ in size from batch to batch, so sizes are dynamic unless it is said otherwise.
         """
         kwargs.setdefault("dynamic", True)
-        for budget in self.budgets:
+        for budget in self._tome_parts:
             budget.compile(*args, **kwargs)
-
-    def save_pretrained(self, directory: Any, **options: Any) -> Any:
-        """Saves the model as usual, and beside it the method with its thresholds."""
-        from tomepass.saving import save
-
-        return save(self.original, self.method, "original", directory, **options)
-
-    def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
-        """Raises a TomeError that says how else: the model's own would leave the method behind."""
-        from tomepass.saving import refuse_to_push
-
-        refuse_to_push()
-
-    def train(self, mode: bool = True) -> AdaptiveModel:
-        """Sets training mode, of the model too."""
-        self.original.train(mode)
-        return self
-
-    def parameters(self, recurse: bool = True) -> Any:
-        """The model's."""
-        return self.original.parameters(recurse)
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self.original.state_dict(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "original" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.original, name)
-
-    def extra_repr(self) -> str:
-        return f"merged by tomepass with {self.method!r}"
 
 
 def make_adaptive(
@@ -175,6 +179,11 @@ def make_adaptive(
         TomeError: if there are no images to measure thresholds on, or none to capture with can be
             made from the config.
     """
+    if outputs == "merged":
+        raise ValueError(
+            "outputs='merged' and adaptive=... make no sense together: images of one batch "
+            "keep different numbers of tokens"
+        )
     if example_inputs is None and method.adaptive is not True:
         example_inputs = inputs_from_config(model)
     if example_inputs is None:
@@ -182,28 +191,81 @@ def make_adaptive(
             f"{method!r} routes images by their redundancy, which is to be measured",
             advice="give example_inputs=: a batch of real images, 32 or more",
         )
-    return AdaptiveModel(model, method, example_inputs, on_unmatched, outputs)
+    call = call_of(model, example_inputs)
+    ready = make_applied(model, ToMe(0), call)
+    stream = plan_graph(ready.capture.graph, ToMe(0)).streams[0]
+    if method.adaptive is True:
+        found = ready.router(model, ready.capture, call)
+        method = method.replace(adaptive=_thresholds(found))
+    plain = method.replace(adaptive=False)
+    budgets = [_scaled(plain, share, stream) for share in BUDGETS]
+    made = _rebuild(model, method, on_unmatched, budgets, ready)
+    if names := shadowed(made):
+        warn_of_names(made, names)
+    return AdaptiveModel.prepare(made, example_inputs)
+
+
+def _rebuild(
+    model: nn.Module,
+    method: Method,
+    on_unmatched: OnUnmatched,
+    budgets: Sequence[Method],
+    ready: Applied | None = None,
+) -> AdaptiveModel:
+    cls = stand_in(AdaptiveModel, model)
+    made: AdaptiveModel = cls(model, method, on_unmatched, budgets, ready)
+    return made
+
+
+def _capturing(ready: Applied | None) -> Make:
+    """Captures a model, nothing reduced; the first time there may be one."""
+    waiting = [] if ready is None else [ready]
+
+    def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        if waiting:
+            return waiting.pop()
+        captured_another()
+        return make_applied(model, ToMe(0), call, forward=forward)
+
+    return make
+
+
+def _reduced(plain: Captures, method: Method) -> Captures:
+    """What was captured once for all budgets, reduced for one."""
+
+    def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        capture = plain.get(model, call, forward).capture
+        return accepted(apply_capture(model, capture, method), "raise")
+
+    # The capture has been held against the model: that a router ran on it is enough.
+    return Captures(make, lambda applied, *_: applied)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Router:
-    """Works out the tokens that enter the first block, and how alike they are."""
+class Router:
+    """Works out the tokens that enter the first block, and how alike they are.
 
-    model: nn.Module
-    capture: Capture
+    Args:
+        graph: the part of the captured graph that makes the tokens.
+        protected: positions of tokens that do not count.
+    """
+
     graph: fx.GraphModule
     protected: tuple[int, ...]
 
-    def __call__(self, call: dict[str, Any]) -> Tensor:
-        values = [*read_state(self.model, self.capture), *pytree.tree_leaves(call)]
+    @classmethod
+    def of(cls, capture: Capture) -> Router:
+        """Of a captured model that can be merged."""
+        stream = plan_graph(capture.graph, ToMe(0)).streams[0]
+        graph = only_outputs(capture.graph.module, [stream.stream.entry.name])
+        return cls(graph, stream.plan.protected)
+
+    def __call__(self, model: nn.Module, capture: Capture, call: dict[str, Any]) -> Tensor:
+        """How redundant each image is, ``[B]`` float32, with the model's parameters as they are."""
+        values = [*read_state(model, capture), *pytree.tree_leaves(call)]
         with torch.no_grad():
             (x,) = self.graph(*values)
             return redundancy(x, self.protected)
-
-
-def _router(model: nn.Module, capture: Capture, stream: PlannedStream) -> _Router:
-    graph = only_outputs(capture.graph.module, [stream.stream.entry.name])
-    return _Router(model, capture, graph, stream.plan.protected)
 
 
 def _thresholds(found: Tensor) -> tuple[float, ...]:
@@ -227,16 +289,6 @@ def _scaled(method: Method, share: float, stream: PlannedStream) -> Method:
         return method.replace(macs=max(1 - (1 - method.schedule.macs) * share, 0.01))
     counts = method.counts(len(stream.plan.blocks))
     return method.replace(r=[round(count * share) for count in counts], blocks=None)
-
-
-def _rows(value: Any, places: Tensor, images: int) -> Any:
-    """An input, for some of the images."""
-
-    def chosen(leaf: Any) -> Any:
-        batched = isinstance(leaf, Tensor) and leaf.ndim and leaf.shape[0] == images
-        return leaf[places] if batched else leaf
-
-    return pytree.tree_map(chosen, value)
 
 
 def _together(parts: list[Any], order: Tensor, lengths: list[int]) -> Any:

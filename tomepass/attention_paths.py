@@ -22,6 +22,7 @@ from tomepass.attention import FUSED
 from tomepass.axis import argument
 from tomepass.capture import carry_origin
 from tomepass.macs import is_overhead
+from tomepass.ops.library import autocasts
 
 aten = torch.ops.aten
 
@@ -33,7 +34,7 @@ def padded_to(device: torch.device, dtype: torch.dtype) -> int:
 
     Under autocast dtypes are those of one call: what is captured then may run without it.
     """
-    narrow = dtype is torch.bfloat16 and not torch.is_autocast_enabled(device.type)
+    narrow = dtype is torch.bfloat16 and not autocasts(device)
     tiles = device.type == "cpu" and narrow and torch.cpu._is_amx_tile_supported()
     return _TILE if tiles else 1
 

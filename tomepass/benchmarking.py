@@ -22,9 +22,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.backend import Inner, resolve_inner
+from tomepass.calls import call_with
 from tomepass.errors import TomeError
 from tomepass.methods import Method, RLike, ToMe, method_from_dict, resolve_method
-from tomepass.module import MergedModel, apply, check_model, check_one_graph
+from tomepass.module import MergedModel, apply, captured, check_model, check_one_graph
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -291,8 +292,8 @@ def measure(
     """
     if isinstance(model, MergedModel):
         if method is None and r is None:
-            method = model.method
-        model = model.original
+            method = model._tome.method
+        model = model._tome.model
     method = resolve_method(method, r)
     check_model(model)
     check_one_graph(method, "measure")
@@ -305,7 +306,7 @@ def measure(
     started = time.perf_counter()
     merged = apply(model, method, example_inputs=inputs)
     apply_seconds = time.perf_counter() - started
-    call = merged.bind(inputs)
+    call = merged._tome.call_of(inputs)
     leaves = [v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim]
     device, batch = leaves[0].device, leaves[0].shape[0]
 
@@ -351,7 +352,7 @@ def measure(
         original=arms[0],
         merged=arms[1],
         ratio=Spread(tuple(a / b for a, b in zip(*samples, strict=True))),
-        ratio_ideal=merged.report(inputs).speedup_ideal,
+        ratio_ideal=captured(merged, inputs).report.speedup_ideal,
         apply_seconds=apply_seconds,
     )
 
@@ -583,7 +584,7 @@ def _marks_restored(model: nn.Module) -> Iterator[None]:
 
 
 def _bound(compiled: Callable[..., Any], call: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: compiled(**call)
+    return lambda: call_with(compiled, call)
 
 
 def _first_call(run: Callable[[], Any], device: torch.device) -> float:

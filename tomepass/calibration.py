@@ -341,10 +341,8 @@ class _Memory:
     def linearity(self, stream: Any) -> tuple[float, ...]:
         """Of the blocks, on some images of the first batch."""
         if "linearity" not in self.known:
-            call = {
-                name: value[:_PROFILED] if isinstance(value, torch.Tensor) and value.ndim else value
-                for name, value in self.judge.calls[0].items()
-            }
+            first = slice(None, _PROFILED)
+            call = self.judge.capture.form.rows(self.judge.calls[0], first)
             found = block_linearity(self.judge.model, self.judge.capture, stream, call)
             self._keep("linearity", list(found))
         return tuple(self.known["linearity"])

@@ -22,9 +22,16 @@ from torch.export.graph_signature import InputKind
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tomepass.alone import Untraced, one_at_a_time
+from tomepass.batches import ANY, Form, forms
+from tomepass.calls import call_with
+from tomepass.checkpointing import is_reentrant, marking
+from tomepass.clone import Reads, Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
 from tomepass.fast_paths import refuse_skipped_modules
+from tomepass.fidelity import NotCapturedError, can_be_held, hold_against
+from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
 from tomepass.regions import Inlining
 
@@ -47,6 +54,10 @@ _REGIONS: dict[Any, int] = {
     torch.ops.higher_order.wrap_with_set_grad_enabled: 1,
     torch.ops.higher_order.wrap_with_autocast: 4,
 }
+_FUSED = (
+    aten._transformer_encoder_layer_fwd.default,
+    aten._native_multi_head_attention.default,
+)
 # Cuts a constant off autograd: in place, but no values change.
 _DETACH = torch.ops.aten.detach_.default
 
@@ -91,47 +102,135 @@ class Capture:
             (a constant the model does not own).
         out_spec: rebuilds the model's output class from the graph's flat outputs.
         example: the flat example inputs the capture was made with.
+        guards: whether the model still is what was captured.
+        form: how it takes the batch.
+        grad: whether gradients were enabled.
     """
 
     graph: CanonicalGraph
     state: tuple[str | Tensor, ...]
     out_spec: pytree.TreeSpec
     example: tuple[Any, ...]
+    guards: Guards
+    form: Form = ANY
+    grad: bool = True
+
+    @classmethod
+    def of_nothing(cls, guards: Guards) -> Capture:
+        """What stands in the place of a capture where none can be made: a graph of nothing."""
+        graph = fx.Graph()
+        graph.output(())
+        empty = CanonicalGraph(fx.GraphModule(nn.Module(), graph), frozenset(), fragment=False)
+        return cls(empty, (), pytree.tree_structure(()), (), guards)
 
 
-def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
-    """Exports ``model`` for keyword inputs like ``kwargs``, with a dynamic batch.
+def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "forward") -> Capture:
+    """Exports a method of ``model`` for keyword inputs like ``kwargs``, with a dynamic batch.
 
     Tensors whose first dimension equals that of the first tensor are batched; the example is
-    remade with a batch of 2, since a batch of 1 would be baked into the graph.
+    remade with a batch of 2, since a batch of 1 would be baked into the graph. Where that cannot
+    be done, the first tensor alone is batched, or the graph is made for this batch size alone.
 
     Raises:
-        TomeError: if ``torch.export`` cannot capture the model.
+        NotCapturedError: if ``torch.export`` cannot capture the model.
+        TomeError: if there is no tensor, or if the model writes to its own state.
     """
+    _check_place(model, kwargs)
     refuse_skipped_modules(model)
-    example, dynamic = batch_of_two(kwargs)
-    try:
-        program = torch.export.export(
-            _ByKeyword(model), (example,), dynamic_shapes=(dynamic,), strict=False
+    failed: list[tuple[Exception, Twin]] = []
+    with one_at_a_time():
+        for form in forms(kwargs):
+            example, dynamic = form.remade(kwargs)
+            twin = Twin(model)
+            try:
+                program = _exported(model, twin, forward, example, dynamic)
+            except Exception as error:
+                failed.append((error, twin))
+                continue
+            if kept := [(reads, reads.kept) for reads in twin.reads if reads.kept]:
+                later = Twin(model)
+                for reads, values in kept:
+                    vars(later.of(reads.original)).update(values)
+                _check_state(
+                    model, program, _exported(model, later, forward, example, dynamic), kept
+                )
+            captured = _captured(model, program, twin, tuple(pytree.tree_leaves(example)), form)
+            if can_be_held(kwargs):
+                hold_against(model, captured, kwargs, forward)
+            return captured
+    first, twin = failed[0]
+    if isinstance(first, TomeError):
+        raise first
+    raise NotCapturedError(
+        f"torch.export could not capture {type(model).__name__} for inputs "
+        f"{describe_inputs(kwargs)}: {type(first).__name__}: {_first_lines(first)}",
+        advice="call the model itself with these inputs first; if that works, the model "
+        "branches on tensor values, which no graph can hold",
+        guards=Guards(model, twin.reads, twin.edited),
+    ) from first
+
+
+def _exported(
+    model: nn.Module, twin: Twin, method: str, example: dict[str, Any], dynamic: dict[str, Any]
+) -> torch.export.ExportedProgram:
+    with marking(model):
+        return torch.export.export(
+            _ByKeyword(twin, method), (example,), dynamic_shapes=(dynamic,), strict=False
         )
-    except TomeError:
-        raise
-    except Exception as error:
+
+
+def _check_state(
+    model: nn.Module,
+    first: torch.export.ExportedProgram,
+    second: torch.export.ExportedProgram,
+    kept: list[tuple[Reads, dict[str, Any]]],
+) -> None:
+    """Refuses a model whose second call is another than its first; a mere counter is forgotten."""
+    if first.graph_module.code != second.graph_module.code:
+        names = sorted(name for _, values in kept for name in values)
+        raise NotCapturedError(
+            f"the model keeps state from call to call in {', '.join(names)}, on which what it "
+            "computes depends",
+            advice="keep it in an input, or call the model so that it computes the same each time",
+            guards=Guards(model, [reads for reads, _ in kept]),
+        )
+    for reads, values in kept:
+        for name in values:
+            del reads.names[name]
+
+
+def _check_place(model: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Refuses a model whose parameters are brought from elsewhere while it runs."""
+    given = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor)]
+    held = [name for name, value in model.named_parameters() if value.is_meta]
+    if held and not all(value.is_meta for value in given):
         raise TomeError(
-            f"torch.export could not capture {type(model).__name__} for inputs "
-            f"{describe_inputs(kwargs)}: {type(error).__name__}: {_first_lines(error)}",
-            advice="call the model itself with these inputs first; if that works, the model "
-            "branches on tensor values, which no graph can hold, or reads the batch size as a "
-            "Python number: x.shape[0] stays symbolic where len(x) does not",
-        ) from error
+            f"parameters of {type(model).__name__} are on the meta device ({held[0]} is the first "
+            f"of {len(held)}) and its inputs are not: their values are elsewhere, and hooks bring "
+            "them while its parts run, as accelerate does when it offloads; a graph reads all at "
+            "once",
+            advice="load the model whole, without device_map= or offloading, then apply",
+        )
+
+
+def _captured(
+    model: nn.Module,
+    program: torch.export.ExportedProgram,
+    twin: Twin,
+    example: tuple[Any, ...],
+    form: Form,
+) -> Capture:
+    """An exported program in the dialect, with its state named after the model's."""
     module, signature = program.graph_module, program.graph_signature
     _to_dialect(module)
+    guards = Guards(model, twin.reads, twin.edited, _has_fused_layer(module))
     if (written := _written_input(module)) is not None:
-        raise TomeError(
+        raise NotCapturedError(
             "the model writes to its inputs or its own state in its forward",
             node=written.name,
             source=source_line(written),
             advice="switch it to eval mode",
+            guards=guards,
         )
     constants = program.constants
     state: list[str | Tensor] = []
@@ -153,8 +252,8 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any]) -> Capture:
     module.recompile()
     graph = CanonicalGraph(module, frozenset(data), False, frozenset(learned))
     assert program.call_spec.out_spec is not None
-    leaves = tuple(pytree.tree_leaves(example))
-    return Capture(graph, tuple(state), program.call_spec.out_spec, leaves)
+    grad = torch.is_grad_enabled()
+    return Capture(graph, tuple(state), program.call_spec.out_spec, example, guards, form, grad)
 
 
 def capture_dynamo(
@@ -291,12 +390,23 @@ class _ByKeyword(nn.Module):
     torch.export cannot tell shapes apart from inputs that fall into a forward's ``**kwargs``.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, twin: Twin, method: str) -> None:
         super().__init__()
-        self.model = model
+        self.model = twin.model
+        self.method = method
+        self.twin = twin
+        self.untraced = Untraced.now()
 
     def forward(self, call: dict[str, Any]) -> Any:
-        return self.model(**call)
+        # A forward is called as the module is: with its hooks.
+        called = self.model if self.method == "forward" else getattr(self.model, self.method)
+        with self.untraced.elsewhere(), self.twin.noting():
+            return call_with(called, call)
+
+
+def _has_fused_layer(module: fx.GraphModule) -> bool:
+    """PyTorch fuses encoder layers and attention only where nothing needs gradients."""
+    return any(node.target in _FUSED for node in module.graph.nodes)
 
 
 def _path(target: str) -> str:
@@ -306,32 +416,7 @@ def _path(target: str) -> str:
 
 def batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Inputs remade with a batch of 2, and their dynamic shapes for ``torch.export``."""
-    tensors = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor) and v.ndim]
-    if not tensors:
-        raise TomeError("no tensor among the inputs, so there is no batch to capture with")
-    for value in tensors:
-        if value.layout is not torch.strided or value.is_nested:
-            kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-            raise TomeError(
-                f"expected dense tensors as inputs, got a {kind} one of {value.dtype}",
-                advice="call to_dense() on it first; a nested tensor must be padded",
-            )
-    batch = tensors[0].shape[0]
-    dimension = torch.export.Dim("batch", min=1)
-
-    def two(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.ndim or value.shape[0] != batch:
-            return value
-        if batch == 0:
-            return value.new_zeros((2, *value.shape[1:]))
-        return torch.cat([value[:1], value[-1:]]).detach()
-
-    def batched(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return {0: dimension} if value.ndim and value.shape[0] == batch else {}
-        return None
-
-    return pytree.tree_map(two, kwargs), pytree.tree_map(batched, kwargs)
+    return ANY.remade(kwargs)
 
 
 def _to_dialect(module: fx.GraphModule) -> None:
@@ -358,8 +443,9 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
     arguments: list[Any] = list(region.args)
     at = _REGIONS[region.target]
     body, *operands = arguments[at:]
-    without_gradients = at == 1 and arguments[0] is False
     inner = cast(fx.GraphModule, module.get_submodule(body.target)).graph
+    # Reentrant checkpoints run without gradients, and again with them in the backward.
+    without_gradients = at == 1 and arguments[0] is False and not is_reentrant(inner.nodes)
     placed = dict(zip(inner.find_nodes(op="placeholder"), operands, strict=True))
     results: Any = ()
     with module.graph.inserting_before(region):
@@ -381,7 +467,7 @@ def _inline(module: fx.GraphModule, region: fx.Node) -> None:
 
 def _spell_out(literal: fx.Node, value: Tensor) -> None:
     """Makes a number written ``torch.tensor(0.0)`` a number in the graph, for masks to be read."""
-    if value.ndim or not isinstance(number := value.item(), (bool, int, float)):
+    if value.ndim or value.is_meta or not isinstance(number := value.item(), (bool, int, float)):
         return
     for copy in [n for n in literal.users if n.target is aten.lift_fresh_copy.default]:
         with copy.graph.inserting_before(copy):

@@ -54,11 +54,18 @@ def _value(node: fx.Node, known: _Known) -> Any:
         if known.up_to_broadcast and (row := _row(node, known)) is not None:
             known.values[node] = row
             return row
-        args, kwargs = fx.node.map_arg(
-            (node.args, node.kwargs), lambda argument: _value(argument, known)
+        args, kwargs = fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda argument: _argument(argument, known)
         )
         known.values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
     return known.values[node]
+
+
+def _argument(argument: Any, known: _Known) -> Any:
+    if isinstance(argument, fx.Node):
+        return _value(argument, known)
+    # A model without values is still computed with where its constants are.
+    return torch.device("cpu") if argument == torch.device("meta") else argument
 
 
 def _row(node: fx.Node, known: _Known) -> Tensor | None:

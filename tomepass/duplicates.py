@@ -12,11 +12,13 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
+from tomepass.axis import shape_of
 from tomepass.capture import Capture
-from tomepass.graphs import relative_error, with_outputs, zeroed
+from tomepass.graphs import relative_error, with_outputs, without_places
 from tomepass.methods import Method
 from tomepass.module import read_state
 from tomepass.origins import position_terms
+from tomepass.outcomes import Carried
 from tomepass.planning import Planned, plan_graph
 from tomepass.rewrite import Rewritten, rewrite
 from tomepass.schedule import Schedule, parse_schedule
@@ -24,6 +26,9 @@ from tomepass.schedule import Schedule, parse_schedule
 # Heights of the constant regions, as shares: unequal, so that sizes matter.
 REGIONS = (0.4, 0.3, 0.2, 0.1)
 TOLERANCE = 1e-4
+
+Places = dict[str, int | None]
+"""Names of nodes that tell places apart, as :func:`without_places` takes them."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +51,10 @@ class DuplicatesResult:
 def check_duplicates(
     model: nn.Module, capture: Capture, method: Method, call: dict[str, Any]
 ) -> DuplicatesResult:
-    """Merged against unmerged on an input of a few constant regions, position terms zeroed.
+    """Merged against unmerged on an input of a few constant regions, told apart by no position.
 
-    Position biases of the attention are position terms too.
+    Position embeddings and position biases of the attention are zeroed; of a table that multiplies
+    the tokens (rotary) all have the first one's row.
 
     ``r`` is halved until only duplicates merge: a schedule that must merge different tokens
     loses information by design.
@@ -57,14 +63,10 @@ def check_duplicates(
         return DuplicatesResult(0.0, 0.0, method.schedule, method.lossy)
     if not method.prop_attn:
         return DuplicatesResult(0.0, 0.0, method.schedule, "proportional attention is off")
-    planned = plan_graph(capture.graph, method)
-    if any(side.how == "kept" for stream in planned.streams for side in stream.sides):
-        reason = "tokens are multiplied by position (rotary), so that no two are alike"
-        return DuplicatesResult(0.0, 0.0, method.schedule, reason)
+    places = _places(capture, plan_graph(capture.graph, method))
     # Bands along one dimension can put all duplicates at positions of one parity.
-    positions = _position_names(capture, planned)
-    result = _along(model, capture, method, call, positions, -2)
-    return result if result.blind is None else _along(model, capture, method, call, positions, -1)
+    result = _along(model, capture, method, call, places, -2)
+    return result if result.blind is None else _along(model, capture, method, call, places, -1)
 
 
 def _along(
@@ -72,19 +74,19 @@ def _along(
     capture: Capture,
     method: Method,
     call: dict[str, Any],
-    positions: set[str],
+    places: Places,
     dim: int,
 ) -> DuplicatesResult:
     inputs = pytree.tree_map(lambda value: constant_regions(value, dim), call)
     values = [*read_state(model, capture), *pytree.tree_leaves(inputs)]
-    original = zeroed(capture.graph.module, positions)(*values)
+    original = without_places(capture.graph.module, places)(*values)
     schedule = _as_counts(capture, method)
     while any(schedule.values[:1] if schedule.kind == "linear" else schedule.values):
         attempt = method.replace(r=schedule, trace_source=False)
         rewritten = rewrite(capture.graph, plan_graph(capture.graph, attempt), sizes=True)
-        merged, alike = _run(rewritten, positions, values)
+        merged, alike = _run(rewritten, places, values)
         if alike:
-            control = _control(capture, attempt, positions, values)
+            control = _control(capture, attempt, places, values)
             error, without = _worst(merged, original), _worst(control, original)
             blind = None
             if without <= TOLERANCE:
@@ -143,11 +145,11 @@ def _ends(size: int) -> list[int]:
     return [round(size * sum(REGIONS[: i + 1])) for i in range(len(REGIONS))]
 
 
-def _run(rewritten: Rewritten, positions: set[str], values: list[Any]) -> tuple[Any, bool]:
+def _run(rewritten: Rewritten, places: Places, values: list[Any]) -> tuple[Any, bool]:
     """The outputs, and whether every token merged with its like alone, however they combine."""
-    renamed = {rewritten.renamed[p] for p in positions if p in rewritten.renamed}
+    renamed = {new: places[old] for old, new in rewritten.renamed.items() if old in places}
     names = list(dict.fromkeys(n for x, assign, _ in rewritten.joined for n in (x, assign)))
-    outputs, held = zeroed(with_outputs(rewritten.module, names), renamed)(*values)
+    outputs, held = without_places(with_outputs(rewritten.module, names), renamed)(*values)
     found = dict(zip(names, held, strict=True))
     joined = ((found[x], found[assign], tokens) for x, assign, tokens in rewritten.joined)
     return outputs, all(_alike(x, assign, tokens) for x, assign, tokens in joined)
@@ -161,20 +163,24 @@ def _alike(x: Tensor, assign: Tensor, tokens: int) -> bool:
     return relative_error(lowest, highest) <= TOLERANCE / 10
 
 
-def _control(capture: Capture, method: Method, positions: set[str], values: list[Any]) -> Any:
+def _control(capture: Capture, method: Method, places: Places, values: list[Any]) -> Any:
     planned = plan_graph(capture.graph, method.replace(prop_attn=False))
-    return _run(rewrite(capture.graph, planned), positions, values)[0]
+    return _run(rewrite(capture.graph, planned), places, values)[0]
 
 
-def _position_names(capture: Capture, planned: Planned) -> set[str]:
-    names = {
-        term.name
-        for s in planned.streams
-        for term in position_terms(s.stream.entry, s.layout.tokens.dim, capture.graph.data)
-    }
+def _places(capture: Capture, planned: Planned) -> Places:
+    """All that tells one place from another."""
+    places: Places = {}
     for stream in planned.streams:
-        names |= {side.node.name for side in stream.sides if side.how in ("mean", "bias")}
-    return names
+        entry, dim = stream.stream.entry, stream.layout.tokens.dim
+        terms = position_terms(entry, dim, capture.graph.data)
+        places |= dict.fromkeys((term.name for term in terms), None)
+        places |= {s.node.name: None for s in stream.sides if s.how in ("mean", "bias")}
+        for node, outcome in stream.flow.outcomes.items():
+            if isinstance(outcome, Carried):
+                rows = outcome.layout.tokens.dim - len(shape_of(node))
+                places |= {s.node.name: rows for s in outcome.sides if s.how == "kept"}
+    return places
 
 
 def _worst(ours: Any, theirs: Any) -> float:

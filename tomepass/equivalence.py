@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from tomepass import reference
 from tomepass.backend import Inner, resolve_inner
+from tomepass.calls import call_with
 from tomepass.capture import describe_inputs
 from tomepass.duplicates import check_duplicates
 from tomepass.errors import TomeError, no_foreign_errors, the_models_own
@@ -30,6 +31,7 @@ from tomepass.module import (
     Applied,
     MergedModel,
     apply,
+    captured,
     check_model,
     check_one_graph,
     make_applied,
@@ -119,8 +121,8 @@ def check(
     """
     if isinstance(model, MergedModel):
         if method is None and r is None:
-            method = model.method
-        model = model.original
+            method = model._tome.method
+        model = model._tome.model
     method = resolve_method(method, r)
     check_model(model)
     check_one_graph(method, "check")
@@ -155,8 +157,8 @@ class _Subject:
         options: dict[str, Any],
     ) -> None:
         self.model, self.merged = model, merged
-        self.call = merged.bind(inputs)
-        self.applied: Applied = merged.captured(inputs)
+        self.call = merged._tome.call_of(inputs)
+        self.applied: Applied = captured(merged, inputs)
         self.leaves = pytree.tree_leaves(self.call)
         compile_graph = resolve_inner(inner, options)
         self.backend = lambda gm, example: compile_graph(gm, example)
@@ -199,7 +201,7 @@ class _Subject:
         return torch.compile(alone, backend=self.backend, fullgraph=True)
 
     def run_compiled(self, call: dict[str, Any]) -> list[Tensor]:
-        return tensors(self.compiled(**call))
+        return tensors(call_with(self.compiled, call))
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -225,7 +227,7 @@ def _fast_path_off() -> Iterator[None]:
 
 def _identity_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     captured = subject.applied.capture.graph
-    plain = subject.merged.method.replace(r=0, trace_source=False)
+    plain = subject.merged._tome.method.replace(r=0, trace_source=False)
     rewritten = rewrite(captured, plan_graph(captured, plain)).module
     ours = tensors(rewritten(*subject.values))
     with _fast_path_off(), the_models_own():
@@ -296,7 +298,7 @@ def _low_precision_line(subject: _Subject) -> CheckLine:
     model = copy.deepcopy(subject.model).double()
     call = pytree.tree_map(_double, subject.call)
     merged = subject.merged
-    exact = make_applied(model, merged.method, call, outputs=merged.outputs)
+    exact = make_applied(model, merged._tome.method, call, outputs=merged._tome.outputs)
     assert exact.graph is not None
     values = [*read_state(model, exact.capture), *pytree.tree_leaves(call)]
     truth = tensors(replayed(exact.graph)(*values, *assigns))
@@ -327,8 +329,8 @@ def _duplicates_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     if subject.low_precision:
         model = copy.deepcopy(model).float()
         call = pytree.tree_map(_single, call)
-        applied = make_applied(model, subject.merged.method, call)
-    found = check_duplicates(model, applied.capture, subject.merged.method, call)
+        applied = make_applied(model, subject.merged._tome.method, call)
+    found = check_duplicates(model, applied.capture, subject.merged._tome.method, call)
     passed: bool | None = found.error <= FLOAT32_TOLERANCE
     note = f"{found.schedule!r}; without proportional attention {found.control:.1e}"
     if found.blind is not None:
@@ -361,7 +363,7 @@ def _own_rows(subject: _Subject, call: dict[str, Any], images: int) -> list[bool
 
     A similarity of images and texts does not.
     """
-    first = tensors(subject.model(**call))
+    first = tensors(call_with(subject.model, call))
     changed = tensors(subject.model(**pytree.tree_map(_other_neighbours, call)))
     pairs = zip(first, changed, strict=True)
     return [a.ndim > 0 and a.shape[0] == images and _same_bits(a[:1], b[:1]) for a, b in pairs]

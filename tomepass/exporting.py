@@ -12,13 +12,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tomepass.adaptive import AdaptiveModel
+from tomepass.calls import call_with
 from tomepass.capture import batch_of_two
 from tomepass.decompositions import FOR_RUNTIMES
 from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.methods import Method, RLike, resolve_method
 from tomepass.module import (
-    SHARED,
     MergedModel,
     Outputs,
     call_of,
@@ -27,6 +27,7 @@ from tomepass.module import (
     make_applied,
 )
 from tomepass.ops.library import COMPOSITES
+from tomepass.standin import SHARED
 
 # Runtimes convert no reduction into places that several tokens go to, or convert it differently.
 _PLAIN = ("aten", "prims")
@@ -69,10 +70,10 @@ def export(
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
     """
     if isinstance(model, (MergedModel, AdaptiveModel)):
-        method = model.method if method is None and r is None else method
+        method = model._tome.method if method is None and r is None else method
         if isinstance(model, MergedModel) and outputs is None:
-            outputs = model.outputs
-        model = model.original
+            outputs = model._tome.outputs
+        model = model._tome.model
     method, outputs = resolve_method(method, r), outputs or "original"
     check_choices("raise", outputs)
     check_model(model)
@@ -89,7 +90,7 @@ def export_unmerged(
     """The model as it is, exported the way :func:`export` does: what to measure against."""
     check_model(model)
     call = call_of(model, inputs_from_config(model) if example_inputs is None else example_inputs)
-    return _program(model, call, dynamic_batch, lambda call: model(**call))
+    return _program(model, call, dynamic_batch, lambda call: call_with(model, call))
 
 
 def operators(program: ExportedProgram) -> dict[str, int]:

@@ -1,8 +1,8 @@
-"""Small surgeries on graphs: other outputs; for the harness: record, replay, zero."""
+"""Small surgeries on graphs: other outputs; for the harness: record, replay, without places."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,8 @@ from tomepass.ops.match_sets import match_sets
 from tomepass.ops.prune import fuse_rest, order_by, select
 from tomepass.ops.sample import sample
 from tomepass.ops.threshold import match_threshold
+
+aten = torch.ops.aten
 
 MATCHES = (match, match_by)
 """Operators whose answers are held against the plain reference."""
@@ -119,14 +121,24 @@ def replayed(module: fx.GraphModule) -> fx.GraphModule:
     return _cleaned(module, graph)
 
 
-def zeroed(module: fx.GraphModule, names: Collection[str]) -> fx.GraphModule:
-    """A copy in which the named tensors are zero to all their readers."""
+def without_places(module: fx.GraphModule, places: Mapping[str, int | None]) -> fx.GraphModule:
+    """A copy in which the named tensors say nothing about where a token stands.
+
+    Args:
+        places: by a node's name: None makes it zero to all its readers, a dimension, counted from
+            the end, gives all rows along it the values of the first.
+    """
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in module.graph.nodes:
-        copies[node] = graph.node_copy(node, copies.__getitem__)
-        if node.name in names:
-            copies[node] = graph.call_function(torch.ops.aten.zeros_like.default, (copies[node],))
+        copies[node] = copy = graph.node_copy(node, copies.__getitem__)
+        if node.name not in places:
+            continue
+        if (dim := places[node.name]) is None:
+            copies[node] = graph.call_function(aten.zeros_like.default, (copy,))
+        else:
+            first = graph.call_function(aten.slice.Tensor, (copy, dim, 0, 1))
+            copies[node] = graph.call_function(aten.expand_as.default, (first, copy))
     return _cleaned(module, graph)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from tomepass.calls import call_with
 from tomepass.costs import ModelCosts
 from tomepass.errors import TomeError
 from tomepass.methods import Method
@@ -77,7 +78,7 @@ class Judge:
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], labels: Tensor | None = None
     ) -> None:
-        self.model = model.original if isinstance(model, MergedModel) else model
+        self.model = model._tome.model if isinstance(model, MergedModel) else model
         check_model(self.model)
         if self.model.training:
             raise TomeError(
@@ -90,7 +91,7 @@ class Judge:
         self.capture, streams = read_streams(self.model, self.calls[0])
         self.costs = ModelCosts.read(self.capture.graph, streams)
         with torch.no_grad():
-            answers = [_read(self.model(**call)) for call in self.calls]
+            answers = [_read(call_with(self.model, call)) for call in self.calls]
         self.unmerged = torch.cat([answer for answer, _ in answers])
         self.classifies = answers[0][1]
 

@@ -147,15 +147,17 @@ class KeptOfBatches:
     @torch.no_grad()
     def share(self, method: Method) -> float:
         """The share of the tokens that is in use after the last block, the mean over images."""
-        from tomepass.module import read_state
+        from tomepass.module import captured, read_state
 
         made: dict[int, Counting] = {}
         kept, tokens = [], 1
         for inputs in self.batches:
-            capture = self.merged.captured(inputs).capture
+            capture = captured(self.merged, inputs).capture
             if (counting := made.get(id(capture))) is None:
                 counting = made[id(capture)] = Counting.of(capture, method)
-            leaves = pytree.tree_leaves(self.merged.bind(inputs))
-            kept.append(counting.counts(read_state(self.merged.original, capture), leaves)[:, -1])
+            leaves = pytree.tree_leaves(self.merged._tome.call_of(inputs))
+            kept.append(
+                counting.counts(read_state(self.merged._tome.model, capture), leaves)[:, -1]
+            )
             tokens = counting.tokens
         return float(torch.cat(kept).double().mean()) / tokens

@@ -13,6 +13,7 @@ from tomepass.errors import TomeError
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+_ADAPTER = "adapter_config.json"  # as PEFT writes it
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 
@@ -40,6 +41,12 @@ def load_model(name: str | Path) -> nn.Module:
     source = locate(str(name))
     import transformers
 
+    if (Path(source) / _ADAPTER).is_file() and not (Path(source) / "config.json").is_file():
+        raise TomeError(
+            f"{str(name)!r} holds an adapter, whose model is saved elsewhere",
+            advice="load that model, PeftModel.from_pretrained(model, DIR), then "
+            "tomepass.apply(model, method), where method, _ = tomepass.saving.read_settings(DIR)",
+        )
     try:
         config = transformers.AutoConfig.from_pretrained(source)
         named = [getattr(transformers, n, None) for n in config.architectures or ()]

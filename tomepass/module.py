@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import functools
-import inspect
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
+from tomepass.alone import exporting
 from tomepass.attention_paths import take_fastest_attention
-from tomepass.capture import Capture, capture_module
+from tomepass.bypass import captured_another, merging
+from tomepass.calls import Inputs, as_call, call_with, check_call
+from tomepass.capture import Capture, capture_module, describe_inputs
+from tomepass.captures import Captures, Check, Make
+from tomepass.checkpointing import recomputing
 from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.examples import example_inputs as inputs_from_config
+from tomepass.fidelity import NotCapturedError, hold_against
 from tomepass.graphs import copied, only_outputs
 from tomepass.kept import Counting, KeptReport
 from tomepass.kernels.choose import on_cuda, take_kernels
@@ -25,14 +30,14 @@ from tomepass.parallel import refuse_sharded
 from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
+from tomepass.standin import StandIn, Tome, gives_way, shadowed, stand_in
+from tomepass.structure import Mismatch
+
+if TYPE_CHECKING:
+    from tomepass.adaptive import Router
 
 OnUnmatched = Literal["raise", "warn"]
 Outputs = Literal["original", "merged"]
-
-# What the applied module shares with the model, and what is made anew when it is unpickled.
-SHARED = ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules")
-_SETTINGS = ("original", "method", "on_unmatched", "outputs")
-_REMADE = {*SHARED, *_SETTINGS, "_captures", "_names", "_optional", "_compiled_call_impl"}
 
 
 @no_foreign_errors("apply itself to the model")
@@ -72,7 +77,7 @@ def apply(
     check_choices(on_unmatched, outputs)
     if isinstance(model, MergedModel):
         raise TomeError(
-            f"the model is already merged with {model.method!r}",
+            f"the model is already merged with {model._tome.method!r}",
             advice="apply tomepass to the original model",
         )
     check_model(model)
@@ -81,14 +86,16 @@ def apply(
 
         return make_adaptive(model, method, example_inputs, on_unmatched, outputs)
     merged = _rebuild(model, method, on_unmatched, outputs)
+    if names := shadowed(merged):
+        warn_of_names(merged, names)
     if example_inputs is not None:
-        merged.prepare(example_inputs)
+        captured(merged, example_inputs)
     else:
         try:
             inputs = inputs_from_config(model)
         except TomeError:
             return merged  # captured on first use
-        merged.prepare(inputs)
+        captured(merged, inputs)
     return merged
 
 
@@ -113,61 +120,65 @@ def explain(
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
     """
     if isinstance(model, MergedModel):
-        method = model.method if method is None and r is None else method
-        model = model.original
+        method = model._tome.method if method is None and r is None else method
+        model = model._tome.model
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
     check_model(model)
     check_one_graph(method, "explain")
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
-    call = _rebuild(model, method, on_unmatched, outputs).bind(inputs)
+    call = call_of(model, inputs)
     return _analyse(model, method, call, outputs).report
 
 
-class MergedModel(nn.Module):
+class MergedModel(StandIn):
     """A model with merging applied; see :func:`apply`, which makes it.
 
-    It shares the parameters, buffers and submodules of the model, so ``state_dict()``,
-    ``to()``, ``train()`` and the rest act on both. What it adds lives beside them: one
-    rewritten graph for each call signature, resolution, dtype and mode.
+    It stands in for the model: attributes, class, parameters, buffers and submodules are the
+    model's, so ``state_dict()``, ``to()``, ``train()`` and the rest act on both. What it adds lives
+    beside them: one rewritten graph for each call signature, resolution, dtype and mode, of the
+    forward and of methods that attend on their own.
+
+    Where the model has an attribute named as one of ours is (``source``, ``method``), it is the
+    model's; ``MergedModel.source(merged, x)`` is ours.
     """
 
-    original: nn.Module
-    method: Method
-    on_unmatched: OnUnmatched
-    outputs: Outputs
-    _captures: dict[tuple[Any, ...], Applied]
-    _names: tuple[str, ...]
-    _optional: frozenset[str]
-
     def __init__(
-        self, model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
+        self,
+        model: nn.Module,
+        method: Method,
+        on_unmatched: OnUnmatched,
+        outputs: Outputs,
+        captures: Captures | None = None,
     ) -> None:
-        super().__init__()
-        # The very dictionaries of the model: one module tree, seen through two objects.
-        self.__dict__.update({name: model.__dict__[name] for name in SHARED})
-        names, optional = _inputs_of(model)
-        # Past nn.Module's own __setattr__, which would make the model a child.
-        self.__dict__.update(
-            original=model,
-            method=method,
-            on_unmatched=on_unmatched,
-            outputs=outputs,
-            _captures={},
-            _names=names,
-            _optional=optional,
+        captures = captures or Captures(
+            _maker(method, on_unmatched, outputs), checker(method, on_unmatched)
         )
+        super().__init__(Tome(model, method, on_unmatched, outputs, captures))
 
     # ---- running ---------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own outputs for the model's own inputs, at any batch size."""
-        call = self._bind(args, kwargs)
-        applied = self._applied(call)
-        if applied.graph is None:
-            return self.original(**call)
-        return applied.run(self.original, pytree.tree_leaves(call))
+        return self._tome_answer(self._tome.bind(args, kwargs), "forward")
 
+    def _tome_answer(self, call: dict[str, Any], method: str) -> Any:
+        tome = self._tome
+        applied = tome.captures.get(tome.model, call, method)
+        if torch.compiler.is_dynamo_compiling():
+            return applied.answer(tome.model, call, method)
+        with merging():
+            return applied.answer(tome.model, call, method)
+
+    def _tome_called(self, call: dict[str, Any], method: str) -> Any:
+        """Like its answer; a forward is called as the module is, compiled if that is compiled."""
+        return call_with(self, call) if method == "forward" else self._tome_answer(call, method)
+
+    def _tome_remade(self) -> tuple[Any, tuple[Any, ...]]:
+        tome = self._tome
+        return _rebuild, (tome.model, tome.method, tome.on_unmatched, tome.outputs)
+
+    @gives_way
     def prepare(self, inputs: Any) -> MergedModel:
         """Captures and rewrites ahead of the first call with inputs like these.
 
@@ -177,26 +188,28 @@ class MergedModel(nn.Module):
         Returns:
             itself.
         """
-        self.captured(inputs)
+        captured(self, inputs)
         return self
 
+    @gives_way
     def source(self, *args: Any, **kwargs: Any) -> Tensor:
         """The final token of every original token: ``[B, N]`` indices into the merged sequence.
 
         Takes the model's inputs; needs ``trace_source=True`` in the method.
         """
-        if not self.method.trace_source:
+        tome = self._tome
+        if not tome.method.trace_source:
             raise TomeError(
                 "the source map is not traced",
-                advice=f"apply with {self.method.replace(trace_source=True)!r}",
+                advice=f"apply with {tome.method.replace(trace_source=True)!r}",
             )
-        call = self._bind(args, kwargs)
-        applied = self._applied(call)
+        call = tome.bind(args, kwargs)
+        applied = tome.captures.get(tome.model, call)
         if applied.graph is None:
             raise TomeError("this model is left unmerged, so there is no source map")
         leaves = pytree.tree_leaves(call)
         if applied.source_graph is not None:
-            (source,) = applied.run(self.original, leaves, graph=applied.source_graph)
+            (source,) = applied.run(tome.model, leaves, graph=applied.source_graph)
             return source  # type: ignore[no-any-return]
         first, stream = _first_tensor(call), applied.report.streams[0]
         assert first is not None
@@ -204,6 +217,7 @@ class MergedModel(nn.Module):
         # Nothing merges: every token is its own.
         return torch.arange(stream.tokens, device=first.device).expand(first.shape[0], -1)
 
+    @gives_way
     def kept(self, *args: Any, **kwargs: Any) -> Tensor:
         """Tokens in use after each block of the first stream, for each image: ``[B, blocks]``.
 
@@ -212,133 +226,42 @@ class MergedModel(nn.Module):
         Raises:
             TomeError: if the model is left unmerged.
         """
-        call = self._bind(args, kwargs)
-        applied = self._applied(call)
+        tome = self._tome
+        call = tome.bind(args, kwargs)
+        applied = tome.captures.get(tome.model, call)
         if applied.graph is None:
             raise TomeError("this model is left unmerged, so no block loses a token")
-        state = read_state(self.original, applied.capture)
+        state = read_state(tome.model, applied.capture)
         return applied.counting.counts(state, pytree.tree_leaves(call))
 
+    @gives_way
     def kept_report(self, inputs: Any) -> KeptReport:
         """The distribution of :meth:`kept` over the images of inputs like those it takes."""
-        call = self.bind(inputs)
-        kept = self.kept(**call)
-        (stream, *_) = self._applied(call).report.streams
-        return KeptReport.of(type(self.original).__name__, self.method, stream, kept)
+        args, kwargs = as_call(inputs)
+        kept = MergedModel.kept(self, *args, **kwargs)
+        (stream, *_) = captured(self, inputs).report.streams
+        return KeptReport.of(type(self._tome.model).__name__, self._tome.method, stream, kept)
 
+    @gives_way
     def report(self, inputs: Any) -> Report:
         """What was read off the graph for inputs like these, and done."""
-        return self.captured(inputs).report
+        return captured(self, inputs).report
 
+    @gives_way
     def captured(self, inputs: Any) -> Applied:
         """The rewritten graph for inputs like these, made if it is not there yet."""
-        return self._applied(self.bind(inputs))
+        return captured(self, inputs)
 
+    @gives_way
     def bind(self, inputs: Any) -> dict[str, Any]:
         """Inputs in the shapes :meth:`prepare` takes them, as keyword inputs of the model."""
-        return self._bind(*_as_call(inputs))
+        return self._tome.call_of(inputs)
 
-    def _applied(self, call: dict[str, Any]) -> Applied:
-        signature = self._signature(call)
-        if signature not in self._captures:
-            if torch.compiler.is_compiling():
-                _refuse_to_capture()
-            self._captures[signature] = make_applied(
-                self.original, self.method, call, self.on_unmatched, self.outputs
-            )
-        return self._captures[signature]
 
-    def _bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        """Positional and keyword inputs as keywords, in the order of the model's signature."""
-        names = self._names
-        if len(args) > len(names):
-            raise TypeError(
-                f"{type(self.original).__name__} takes at most {len(names)} positional inputs, "
-                f"got {len(args)}"
-            )
-        given = dict(zip(names, args, strict=False))
-        for name in kwargs:
-            if name in given:
-                raise TypeError(f"input {name!r} was given twice, by position and by name")
-        given.update(kwargs)
-        ordered = {name: given.pop(name) for name in names if name in given}
-        ordered.update((name, given[name]) for name in sorted(given))
-        # An optional input left out or given as None is one call.
-        optional = self._optional
-        return {n: v for n, v in ordered.items() if not (v is None and n in optional)}
-
-    def _signature(self, call: dict[str, Any]) -> tuple[Any, ...]:
-        model, first = self.original, _first_tensor(call)
-        state = next(model.parameters(), None)
-        batch = 0 if first is None else first.shape[0]
-        return (
-            # A part may be in another mode than the whole: a frozen backbone in eval.
-            tuple(module.training for module in model.modules()),
-            None if state is None else (state.dtype, _device(state)),
-            tuple((name, _shape_of(value, batch)) for name, value in call.items()),
-        )
-
-    # ---- being the model -------------------------------------------------------------------
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "original" or name.startswith("__"):
-                raise
-            return getattr(self.original, name)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # Captures are made again where they are needed. The user's hooks and attributes go along.
-        settings = tuple(self.__dict__[name] for name in _SETTINGS)
-        return _rebuild, settings, {n: v for n, v in self.__dict__.items() if n not in _REMADE}
-
-    @property
-    def training(self) -> bool:
-        """The model's mode: there is one."""
-        return self.original.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        if "original" in self.__dict__:  # nn.Module.__init__ sets it before there is a model
-            self.original.training = mode
-
-    def _apply(self, fn: Any, recurse: bool = True) -> MergedModel:
-        self.original._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
-    def train(self, mode: bool = True) -> MergedModel:
-        """Sets training mode, of the model too."""
-        self.original.train(mode)
-        return self
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self.original.state_dict(*args, **kwargs)
-
-    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's."""
-        return self.original.load_state_dict(*args, **kwargs)
-
-    def save_pretrained(self, directory: Any, **options: Any) -> Any:
-        """Saves the model as usual, and beside it ``tomepass.json``: :func:`tomepass.load` reads
-        both.
-
-        Raises:
-            TomeError: if the model has no ``save_pretrained`` of its own.
-        """
-        from tomepass.saving import save
-
-        return save(self.original, self.method, self.outputs, directory, **options)
-
-    def push_to_hub(self, *args: Any, **options: Any) -> NoReturn:
-        """Raises a TomeError that says how else: the model's own would leave the method behind."""
-        from tomepass.saving import refuse_to_push
-
-        refuse_to_push()
-
-    def extra_repr(self) -> str:
-        return f"merged by tomepass with {self.method!r}"
+def captured(merged: MergedModel, inputs: Any) -> Applied:
+    """The rewritten graph of a merged model for inputs like these, made if it is not there."""
+    tome = merged._tome
+    return tome.captures.get(tome.model, tome.call_of(inputs))
 
 
 @dataclass(frozen=True)
@@ -352,6 +275,8 @@ class Applied:
         report: what was found and done.
         on_device: the graph with kernels for its device, where there are some that run anywhere
             but in an exported program.
+        recomputed: the graph that runs where gradients are wanted, where the model recomputes
+            parts of itself in its backward (gradient checkpointing).
     """
 
     capture: Capture
@@ -359,6 +284,7 @@ class Applied:
     source_graph: fx.GraphModule | None
     report: Report
     on_device: fx.GraphModule | None = None
+    recomputed: fx.GraphModule | None = None
 
     @property
     def graph(self) -> fx.GraphModule | None:
@@ -366,9 +292,22 @@ class Applied:
         return None if self.rewritten is None else self.rewritten.module
 
     @functools.cached_property
+    def router(self) -> Router:
+        """What tells how redundant an image is, made when it is asked for."""
+        from tomepass.adaptive import Router
+
+        return Router.of(self.capture)
+
+    @functools.cached_property
     def counting(self) -> Counting:
         """A graph that counts tokens, made when it is asked for."""
         return Counting.of(self.capture, self.report.method)
+
+    def answer(self, model: nn.Module, call: dict[str, Any], method: str) -> Any:
+        """What a method of the model gives for a call, merged if it can be."""
+        if self.graph is None:
+            return call_with(model if method == "forward" else getattr(model, method), call)
+        return self.run(model, pytree.tree_leaves(call))
 
     def run(
         self, model: nn.Module, leaves: Iterable[Any], graph: fx.GraphModule | None = None
@@ -378,9 +317,10 @@ class Applied:
         if graph is not None:
             return graph(*values)
         own = self.graph
-        # Dynamo of torch 2.11 takes `is_exporting()` for true whatever it compiles for.
-        if self.on_device is not None and not torch.compiler._is_exporting_flag:
+        if self.on_device is not None and not exporting():
             own = self.on_device
+        if self.recomputed is not None and torch.is_grad_enabled():
+            own = self.recomputed
         assert own is not None
         return pytree.tree_unflatten(list(own(*values)), self.capture.out_spec)
 
@@ -392,23 +332,81 @@ def make_applied(
     call: dict[str, Any],
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
+    forward: str = "forward",
 ) -> Applied:
     """Captures, plans and rewrites a model for keyword inputs like ``call``.
+
+    Args:
+        forward: the name of the model's method that takes them.
 
     Raises:
         TomeError: if it cannot be captured, or is refused and ``on_unmatched`` is ``"raise"``.
     """
-    applied = _analyse(model, method, call, outputs)
+    try:
+        applied = _analyse(model, method, call, outputs, forward)
+    except NotCapturedError as error:
+        if on_unmatched == "raise":
+            raise
+        applied = _not_captured(model, method, call, error)
+    return accepted(applied, on_unmatched)
+
+
+def accepted(applied: Applied, on_unmatched: OnUnmatched) -> Applied:
+    """What was made of a model, unless it is refused.
+
+    Raises:
+        TomeError: if it is refused and ``on_unmatched`` is ``"raise"``; ``"warn"`` warns.
+    """
     if applied.graph is None:
         refusal = applied.report.refusal()
         if on_unmatched == "raise":
             raise refusal
-        warnings.warn(f"left unmerged: {refusal}", stacklevel=4)
+        warnings.warn(f"left unmerged: {refusal}", stacklevel=5)
     return applied
 
 
-def _analyse(model: nn.Module, method: Method, call: dict[str, Any], outputs: Outputs) -> Applied:
-    return apply_capture(model, capture_module(model, call), method, outputs)
+def _not_captured(
+    model: nn.Module, method: Method, call: dict[str, Any], error: NotCapturedError
+) -> Applied:
+    """A model that is left as it is, since no graph can stand for it."""
+    reason = Mismatch(error.reason, error.block, error.node, error.source, error.advice)
+    inputs = describe_inputs(call)
+    report = Report(type(model).__name__, inputs, method, (), (reason,), (), 0, 0, 0)
+    return Applied(Capture.of_nothing(error.guards), None, None, report)
+
+
+def _maker(method: Method, on_unmatched: OnUnmatched, outputs: Outputs) -> Make:
+    def make(model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        captured_another()
+        return make_applied(model, method, call, on_unmatched, outputs, forward)
+
+    return make
+
+
+def checker(method: Method, on_unmatched: OnUnmatched) -> Check:
+    def check(applied: Applied, model: nn.Module, call: dict[str, Any], forward: str) -> Applied:
+        if applied.graph is None:
+            return applied  # then the model itself runs
+        try:
+            hold_against(model, applied.capture, call, forward)
+        except NotCapturedError as error:
+            if on_unmatched == "raise":
+                raise
+            warnings.warn(f"left unmerged: {error}", stacklevel=4)
+            return _not_captured(model, method, call, error)
+        return applied
+
+    return check
+
+
+def _analyse(
+    model: nn.Module,
+    method: Method,
+    call: dict[str, Any],
+    outputs: Outputs,
+    forward: str = "forward",
+) -> Applied:
+    return apply_capture(model, capture_module(model, call, forward), method, outputs)
 
 
 def apply_capture(
@@ -434,12 +432,15 @@ def apply_capture(
     source_graph = None
     if method.trace_source and rewritten is not None and rewritten.source is not None:
         source_graph = only_outputs(rewritten.module, [rewritten.source])
-    return Applied(capture, rewritten, source_graph, report, on_device)
+    recomputed = None if rewritten is None else recomputing(on_device or rewritten.module)
+    return Applied(capture, rewritten, source_graph, report, on_device, recomputed)
 
 
 def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
     """Inputs in the shapes :meth:`MergedModel.prepare` takes them, as a model's keyword inputs."""
-    return _rebuild(model, ToMe(0), "raise", "original").bind(inputs)
+    call = Inputs.of(model).bind(*as_call(inputs))
+    check_call(call, type(model).__name__)
+    return call
 
 
 def read_streams(
@@ -465,14 +466,19 @@ def read_state(model: nn.Module, capture: Capture) -> list[Tensor]:
 def _rebuild(
     model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
 ) -> MergedModel:
-    cls: Any = type(model)
-    return _class_like(cls)(model, method, on_unmatched, outputs)
+    made: MergedModel = stand_in(MergedModel, model)(model, method, on_unmatched, outputs)
+    return made
 
 
-@functools.cache
-def _class_like(cls: type[Any]) -> type[MergedModel]:
-    # HuggingFace pipelines look a model's class up by its name.
-    return type(cls.__name__, (MergedModel,), {"__doc__": MergedModel.__doc__})
+def warn_of_names(merged: StandIn, names: list[str]) -> None:
+    """Says which names of ours are the model's."""
+    model, kind = type(merged._tome.model).__name__, type(merged).__mro__[1]
+    warnings.warn(
+        f"{model} has attributes of its own that are named as some of a merged model's: "
+        f"{', '.join(names)}. merged.{names[0]} is the model's; tomepass's is "
+        f"{kind.__module__}.{kind.__name__}.{names[0]}(merged)",
+        stacklevel=3,
+    )
 
 
 def _attribute(model: nn.Module, path: str) -> Tensor:
@@ -482,47 +488,9 @@ def _attribute(model: nn.Module, path: str) -> Tensor:
     return value  # type: ignore[no-any-return]
 
 
-def _inputs_of(model: nn.Module) -> tuple[tuple[str, ...], frozenset[str]]:
-    """The names of the forward's inputs in order, and those whose default is None."""
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = inspect.signature(model.forward).parameters.values()
-    names = tuple(p.name for p in parameters if p.kind in kinds)
-    return names, frozenset(p.name for p in parameters if p.default is None)
-
-
 def _first_tensor(call: dict[str, Any]) -> Tensor | None:
     """The input whose first dimension is the batch."""
     return next((v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim), None)
-
-
-def _shape_of(value: Any, batch: int) -> Any:
-    """What a capture depends on in an input: all but the batch size and the tensor's values."""
-    if isinstance(value, Tensor):
-        batched = value.ndim > 0 and value.shape[0] == batch
-        sizes = value.shape[1:] if batched else value.shape
-        return (batched, tuple(int(s) for s in sizes), value.dtype, _device(value))
-    if isinstance(value, (tuple, list)):
-        return (type(value).__name__, *(_shape_of(v, batch) for v in value))
-    if isinstance(value, dict):
-        return ("dict", *((name, _shape_of(v, batch)) for name, v in value.items()))
-    return repr(value)
-
-
-def _device(tensor: Tensor) -> tuple[str, int | None]:
-    return (tensor.device.type, tensor.device.index)
-
-
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-    if isinstance(inputs, Tensor):
-        return (inputs,), {}
-    if isinstance(inputs, (tuple, list)):
-        return tuple(inputs), {}
-    if isinstance(inputs, Mapping):
-        return (), inputs
-    raise TypeError(
-        "inputs must be a tensor, a tuple of positional inputs or a dict of keyword inputs, "
-        f"got {type(inputs).__name__}"
-    )
 
 
 def check_model(model: object) -> None:
@@ -539,8 +507,8 @@ def check_model(model: object) -> None:
         )
     if isinstance(model, AdaptiveModel):
         raise TomeError(
-            f"the model is already merged with {model.method!r}, which routes images to several "
-            "graphs",
+            f"the model is already merged with {model._tome.method!r}, which routes images to "
+            "several graphs",
             advice="give its .original, or one of its .budgets, which is a graph of its own",
         )
     refuse_sharded(model)
@@ -565,17 +533,3 @@ def check_choices(on_unmatched: object, outputs: object) -> None:
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
-
-
-class _NotPreparedError(TomeError, AssertionError):
-    """Dynamo raises an AssertionError as it is and wraps every other error."""
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _refuse_to_capture() -> None:
-    """Raises while Dynamo traces, not when what it traced runs."""
-    raise _NotPreparedError(
-        "this call signature was not captured before compiling, and a capture inside a "
-        "compiled region is impossible",
-        advice="call merged.prepare(inputs) with inputs like these first",
-    )

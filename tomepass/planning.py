@@ -228,7 +228,7 @@ def _obstacle(flow: TokenFlow, block: Block, ancestry: Ancestry) -> Mismatch | N
 def _is_batch(size: Size, captured: CanonicalGraph) -> bool:
     """Is it the symbol that stands for the number of images?"""
     inputs = captured.graph.find_nodes(op="placeholder")
-    first = [shape_of(n)[0] for n in inputs if n.name in captured.data]
+    first = [shape[0] for n in inputs if n.name in captured.data and (shape := shape_of(n))]
     return not isinstance(size, int) and any(same(size, images) for images in first)
 
 

@@ -184,7 +184,7 @@ def plan(
     """
     asked = ToMe(r, macs=macs, speedup=speedup)
     if isinstance(model, MergedModel):
-        model = model.original
+        model = model._tome.model
 
     with progress_bar(progress) as bar:
 

@@ -232,7 +232,8 @@ def _stream(
 
 _HOW = {
     "mean": "added by position: the mean of the rows of the merged tokens",
-    "kept": "multiplied by position (rotary): the row of the token merged into",
+    "kept": "multiplied by position (rotary): the row of the token merged into; tokens alike but "
+    "for their places merge approximately",
     "bias": "position bias of the attention: log-mean-exp over merged keys, mean over queries",
 }
 

@@ -415,7 +415,7 @@ class _Sweep:
         if merges.tokens[epoch] != plan.tokens_in or merges.epoch != epoch:
             raise self.writer.error(node, "the residual stream does not follow from the last merge")
         if epoch == 0 and (mask := merges.planned.padding) is not None:
-            merges.sizes[0] = self.writer.emit(node, padded_size, self.new[mask])
+            merges.sizes[0] = self.writer.emit(node, padded_size, self.new[mask], self.new[node])
         reduction = self._reduction(node, merges, block)
         assign, size = reduction.assign, merges.sizes[epoch]
         merges.reductions.append(reduction)

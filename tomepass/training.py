@@ -127,7 +127,7 @@ class _Training:
     def __init__(self, model: nn.Module, method: Learned, inputs: Any) -> None:
         self.model = model
         self.binding = MergedModel(model, method, "raise", "original")
-        call = self.binding.bind(inputs)
+        call = self.binding._tome.call_of(inputs)
         self.leaves = _shapes(call)
         self.capture = capture_module(model, call)
         self.stream = _planned(model, self.capture, method)
@@ -154,7 +154,7 @@ class _Training:
 
     def loss(self, inputs: Any, labels: Tensor | None) -> Tensor:
         """Of one batch."""
-        call = self.binding.bind(inputs)
+        call = self.binding._tome.call_of(inputs)
         if _shapes(call) != self.leaves:
             raise TomeError(
                 "a batch of other inputs than the first: all must have one resolution and dtype"

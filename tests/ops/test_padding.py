@@ -19,8 +19,12 @@ def mask(lengths: list[int]) -> Tensor:
     return seen[:, None, None].expand(-1, 1, TOKENS, TOKENS)
 
 
+def tokens(images: int) -> Tensor:
+    return torch.empty(images, TOKENS, 3)
+
+
 def test_real_tokens_count_one_and_padding_next_to_nothing() -> None:
-    size = padded_size(mask([16, 10]))
+    size = padded_size(mask([16, 10]), tokens(2))
     assert size.dtype == torch.float32
     assert torch.equal(size[0], torch.ones(TOKENS))
     assert torch.equal(size[1, :10], torch.ones(10))
@@ -31,7 +35,7 @@ def test_padding_merges_with_padding_alone() -> None:
     torch.manual_seed(0)
     keys = torch.randn(3, 2, TOKENS, 4)
     keys[:, :, 9] = keys[:, :, 10]  # the most alike are a real token and a padded one
-    size = padded_size(mask([16, 10, 7]))
+    size = padded_size(mask([16, 10, 7]), tokens(3))
     assign = match(keys, 4, [0], size)
     assert torch.equal(assign, reference.match(keys, 4, (0,), padding=size < PADDED))
     assert not torch.equal(assign, match(keys, 4, [0]))
@@ -40,7 +44,7 @@ def test_padding_merges_with_padding_alone() -> None:
 
 
 def test_merged_padding_is_still_a_number_and_still_left_out() -> None:
-    size = padded_size(mask([6]))
+    size = padded_size(mask([6]), tokens(1))
     assign = reference.match(torch.randn(1, 1, TOKENS, 4), 7, (), padding=size < PADDED)
     x = torch.randn(1, TOKENS, 3)
     assert merge(x, size, assign, 9).isfinite().all()
@@ -53,7 +57,7 @@ def test_merged_padding_is_still_a_number_and_still_left_out() -> None:
 
 
 def test_a_real_token_forced_onto_padding_stays_what_it_was() -> None:
-    size = padded_size(mask([1]))
+    size = padded_size(mask([1]), tokens(1))
     x = torch.randn(1, TOKENS, 3)
     assign = match(torch.randn(1, 1, TOKENS, 4), 8, [], size)  # the cap: every even token merges
     merged = merge(x, size, assign, 8)

@@ -6,6 +6,9 @@
 | CUDA, with triton | float32, bfloat16, float16 | those of ``gpu_match.py`` and ``gpu_merge.py`` |
 | all others | | none: the composite operators |
 
+Whatever a kernel would refuse when it runs (:mod:`tomepass.kernels.given`) keeps its composite
+operator as well.
+
 Kernels for the CPU have no gradients and need Inductor's compiler, so a graph that is trained or
 handed to another backend keeps the composite operators. Those for CUDA have gradients, and run in
 eager mode too. What is exported has the composite operators everywhere.
@@ -14,7 +17,7 @@ eager mode too. What is exported has the composite operators everywhere.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +27,17 @@ from tomepass.attention import FUSED
 from tomepass.attention_gpu import take_gpu_attention
 from tomepass.capture import carry_origin, value_of
 from tomepass.kernels.choose_gpu import take_gpu_kernels
-from tomepass.kernels.cpu import DTYPES, match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
+from tomepass.kernels.cpu import (
+    check_match,
+    check_merge,
+    check_merge_bias,
+    check_pad_keys,
+    match_cpu,
+    merge_bias_cpu,
+    merge_cpu,
+    pad_keys_cpu,
+)
+from tomepass.kernels.given import why_not
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
@@ -74,19 +87,16 @@ def on_cuda(module: fx.GraphModule) -> bool:
 
 def _take_cpu_kernels(module: fx.GraphModule) -> None:
     for node in module.graph.find_nodes(op="call_function", target=match):
-        if _takes(node.args[0]):
+        if _takes(check_match, node):
             node.target = match_cpu
     sizes = {n.args: n for n in module.graph.find_nodes(op="call_function", target=merge_size)}
     for node in module.graph.find_nodes(op="call_function", target=merge):
-        if _takes(node.args[0]):
+        if _takes(check_merge, node):
             size = sizes.get(node.args[1:])
             together = size is not None and node < size
             _merge_at_once(node, sizes.pop(node.args[1:]) if together else None)
     for node in module.graph.find_nodes(op="call_function", target=merge_bias):
-        bias = node.args[0]
-        # One for all images, from all queries to all keys.
-        shape = list(value_of(bias).shape)
-        if _takes(bias) and shape[-1] == shape[-2] > 1 and shape[:-3] in ([], [1]):
+        if _takes(check_merge_bias, node):  # one for all images, from all queries to all keys
             node.target = merge_bias_cpu
     for node in module.graph.find_nodes(op="call_function", target=FUSED):
         if _pads_keys(node):
@@ -94,9 +104,9 @@ def _take_cpu_kernels(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _takes(operand: Any) -> bool:
-    value = value_of(operand)
-    return value.device.type == "cpu" and value.dtype in DTYPES
+def _takes(check: Callable[..., None], node: fx.Node, args: Sequence[Any] = ()) -> bool:
+    """Whether a kernel for the CPU takes what a node, or these arguments, would give it."""
+    return value_of(node.args[0]).device.type == "cpu" and not why_not(check, node, args)
 
 
 def _merge_at_once(node: fx.Node, size: fx.Node | None) -> None:
@@ -111,8 +121,12 @@ def _pads_keys(attention: fx.Node) -> bool:
         isinstance(x, fx.Node) and x.target is _PAD and len(x.users) == 1 for x in operands
     ):
         return False
-    keys, _, bias = (x.args[0] for x in operands)  # type: ignore[union-attr]
-    return _takes(keys) and bias.target is log_size  # type: ignore[union-attr]
+    keys, values, bias = (x.args[0] for x in operands)  # type: ignore[union-attr]
+    if bias.target is not log_size:  # type: ignore[union-attr]
+        return False
+    missing = operands[0].args[1][-1]  # type: ignore[union-attr, index]
+    sizes = bias.args[0]  # type: ignore[union-attr]
+    return _takes(check_pad_keys, attention, (keys, values, sizes, missing))
 
 
 def _pad_at_once(attention: fx.Node) -> None:

@@ -13,10 +13,13 @@ from torch import Tensor, fx
 
 from tomepass.capture import carry_origin, carry_value, value_of
 from tomepass.graphs import CHOICES
+from tomepass.kernels.given import why_not
 from tomepass.kernels.gpu import DTYPES, shared_memory
-from tomepass.kernels.gpu_match import match_triton, unfit
+from tomepass.kernels.gpu_match import check_match, match_triton, unfit
 from tomepass.kernels.gpu_merge import (
     MOST_CHANNELS,
+    check_merge,
+    check_unmerge,
     merge_norm_triton,
     merge_triton,
     sources_triton,
@@ -106,7 +109,8 @@ class _Taking:
             keys = value_of(node.args[0])
             shape = tuple(_number(s) for s in keys.shape)
             memory = shared_memory(keys.device)
-            if reason := unfit(shape, keys.dtype, _ints(node.args[2]), memory):
+            reason = unfit(shape, keys.dtype, _ints(node.args[2]), memory)
+            if reason := reason or why_not(check_match, node):
                 self._leave("match", reason)
                 continue
             node.target = match_triton
@@ -116,7 +120,7 @@ class _Taking:
         sizes = {n.args: n for n in self._calls(merge_size)}
         for node in self._calls(merge):
             x = value_of(node.args[0])
-            if reason := _unfit_rows(x):
+            if reason := _unfit_rows(x) or why_not(check_merge, node):
                 self._leave("merge", reason)
                 continue
             size = sizes.pop(node.args[1:], None)
@@ -153,7 +157,7 @@ class _Taking:
             if value_of(x).ndim != 3 or dim != 1:
                 self.others += 1  # of sizes and of scores: little, or not by rows
                 continue
-            if reason := _unfit_rows(value_of(x)):
+            if reason := _unfit_rows(value_of(x)) or why_not(check_unmerge, node):
                 self._leave("unmerge", reason)
                 continue
             node.target, node.args = unmerge_triton, (x, source)

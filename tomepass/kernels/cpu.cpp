@@ -211,24 +211,33 @@ void merge(const T* x, const int64_t* strides, const float* size, const int64_t*
                 const float* sizes = size == nullptr ? nullptr : size + b * tokens;
                 const int32_t head = first[b * left + j];
                 float total = 0.f;
-                for (int32_t i = head; i >= 0; i = next[i]) total += sizes ? sizes[i] : 1.f;
+                int32_t base = head;  // the last one of any size
+                for (int32_t i = head; i >= 0; i = next[i]) {
+                    total += sizes ? sizes[i] : 1.f;
+                    if (!sizes || sizes[i] > 0.f) base = i;
+                }
                 size_out[b * left + j] = total;
                 T* to = out + (b * left + j) * width;
-                if (!(total > 0.f)) {  // out of use: nothing goes there, or nothing of any size
+                // Out of use: nothing goes there, or nothing of any size. A size that is not a
+                // number stays one.
+                if (head < 0 || total <= 0.f) {
                     std::fill(to, to + width, T{});
                     continue;
                 }
-                if (next[head] < 0) {
-                    std::memcpy(to, x + b * strides[0] + head * strides[1], width * sizeof(T));
+                const T* own = x + b * strides[0] + base * strides[1];
+                if (next[head] < 0 && total / total == 1.f) {
+                    std::memcpy(to, own, width * sizeof(T));
                     continue;
                 }
+                // Summed is how far tokens are from one of them: nothing, where they are equal.
                 std::fill(sum.begin(), sum.end(), 0.f);
                 for (int32_t i = head; i >= 0; i = next[i]) {
                     const T* from = x + b * strides[0] + i * strides[1];
                     const float weight = (sizes ? sizes[i] : 1.f) / total;
-                    for (int64_t c = 0; c < width; ++c) sum[c] += weight * widen(from[c]);
+                    for (int64_t c = 0; c < width; ++c)
+                        sum[c] += weight * (widen(own[c]) - widen(from[c]));
                 }
-                for (int64_t c = 0; c < width; ++c) narrow(sum[c], to[c]);
+                for (int64_t c = 0; c < width; ++c) narrow(widen(own[c]) - sum[c], to[c]);
             }
     }
 }
@@ -271,24 +280,37 @@ void merge_head(const float* plain, const float* exponential, const float* large
                 float* sum, float* columns, T* out) {
     for (int64_t j = 0; j < left; ++j) {
         const bool single = first[j] >= 0 && successor[first[j]] < 0;
+        const float* own = plain + std::max(first[j], 0) * tokens;
         std::fill(sum, sum + tokens, 0.f);
-        int64_t count = 0;
-        for (int32_t i = first[j]; i >= 0; i = successor[i], ++count) {
-            const float* key = (single ? plain : exponential) + i * tokens;
-            for (int64_t q = 0; q < tokens; ++q) sum[q] += key[q];
+        if (single) {
+            std::copy(own, own + tokens, sum);
+        } else if (first[j] >= 0) {  // without a key it stays 0
+            // Summed is how far keys are from the first: nothing, where they are equal.
+            const float* one = exponential + first[j] * tokens;
+            int64_t count = 0;
+            for (int32_t i = first[j]; i >= 0; i = successor[i], ++count) {
+                const float* key = exponential + i * tokens;
+                for (int64_t q = 0; q < tokens; ++q) sum[q] += one[q] - key[q];
+            }
+            for (int64_t q = 0; q < tokens; ++q) {
+                const float mean = one[q] - sum[q] / float(count);
+                sum[q] = mean == one[q] ? own[q] : logarithm(mean) + largest[q];
+            }
         }
-        if (!single && count > 0)  // without a key it stays 0
-            for (int64_t q = 0; q < tokens; ++q)
-                sum[q] = logarithm(sum[q] / float(count)) + largest[q];
         for (int64_t q = 0; q < tokens; ++q) columns[q * left + j] = sum[q];
     }
     for (int64_t i = 0; i < left; ++i) {
         std::fill(sum, sum + left, 0.f);
         int64_t count = 0;
+        const float* own = columns + std::max(first[i], 0) * left;
         for (int32_t q = first[i]; q >= 0; q = successor[q], ++count)
-            for (int64_t j = 0; j < left; ++j) sum[j] += columns[q * left + j];
+            for (int64_t j = 0; j < left; ++j) {
+                const float other = columns[q * left + j];
+                sum[j] += own[j] == other ? 0.f : own[j] - other;  // both may be -inf
+            }
         const float number = float(std::max<int64_t>(count, 1));
-        for (int64_t j = 0; j < left; ++j) narrow(sum[j] / number, out[i * left + j]);
+        for (int64_t j = 0; j < left; ++j)
+            narrow(count > 0 ? own[j] - sum[j] / number : 0.f, out[i * left + j]);
     }
 }
 
@@ -310,7 +332,7 @@ void merge_bias(const T* bias, const int64_t* source, int64_t batch, int64_t hea
         for (int64_t h = 0; h < heads; ++h)
             turn(bias + h * square, tokens, plain + h * square, exponential + h * square,
                  largest + h * tokens);
-        std::vector<float> sum(tokens), columns(tokens * left);
+        std::vector<float> sum(std::max(tokens, left)), columns(tokens * left);
 #pragma omp for collapse(2)
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t h = 0; h < heads; ++h)
@@ -338,19 +360,19 @@ void pad(const T* x, const int64_t* strides, int64_t heads, int64_t tokens, int6
 template <class T>
 void pad_keys(const T* keys, const int64_t* key_strides, const T* values,
               const int64_t* value_strides, const float* size, int64_t batch, int64_t heads,
-              int64_t tokens, int64_t width, int64_t padded_tokens, float lowest, T* keys_out,
-              T* values_out, T* bias, int threads) {
-    const int64_t per_image = padded_tokens * heads * width;
+              int64_t tokens, int64_t key_width, int64_t value_width, int64_t padded_tokens,
+              float lowest, T* keys_out, T* values_out, T* bias, int threads) {
+    const int64_t rows = padded_tokens * heads;
 #pragma omp parallel for num_threads(threads)
     for (int64_t image = 0; image < 2 * batch; ++image) {
         const int64_t b = image / 2;
         if (image % 2) {
-            pad(values + b * value_strides[0], value_strides, heads, tokens, width, padded_tokens,
-                values_out + b * per_image);
+            pad(values + b * value_strides[0], value_strides, heads, tokens, value_width,
+                padded_tokens, values_out + b * rows * value_width);
             continue;
         }
-        pad(keys + b * key_strides[0], key_strides, heads, tokens, width, padded_tokens,
-            keys_out + b * per_image);
+        pad(keys + b * key_strides[0], key_strides, heads, tokens, key_width, padded_tokens,
+            keys_out + b * rows * key_width);
         for (int64_t n = 0; n < padded_tokens; ++n) {
             const float weight = n < tokens ? size[b * tokens + n] : 0.f;
             narrow(weight < PADDED ? lowest : std::log(weight), bias[b * padded_tokens + n]);
@@ -383,11 +405,12 @@ void pad_keys(const T* keys, const int64_t* key_strides, const T* values,
     }                                                                                             \
     extern "C" void pad_keys_##NAME(const T* keys, const int64_t* key_strides, const T* values,   \
                                     const int64_t* value_strides, const float* size,              \
-                                    int64_t batch, int64_t heads, int64_t tokens, int64_t width,  \
+                                    int64_t batch, int64_t heads, int64_t tokens,                 \
+                                    int64_t key_width, int64_t value_width,                       \
                                     int64_t padded_tokens, float lowest, T* keys_out,             \
                                     T* values_out, T* bias, int threads) {                        \
-        pad_keys(keys, key_strides, values, value_strides, size, batch, heads, tokens, width,     \
-                 padded_tokens, lowest, keys_out, values_out, bias, threads);                     \
+        pad_keys(keys, key_strides, values, value_strides, size, batch, heads, tokens, key_width, \
+                 value_width, padded_tokens, lowest, keys_out, values_out, bias, threads);        \
     }
 
 EXPORTED(float, float32)

@@ -2,6 +2,8 @@
 
 Compiled once, by the compiler that Inductor found, into Inductor's cache. They have no gradients
 and cannot be exported: the composite operators of :mod:`tomepass.ops` stay what they compute.
+The compiled code is given addresses: each operator checks what it was handed first, on fake tensors
+as well.
 """
 
 from __future__ import annotations
@@ -14,6 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tomepass.kernels.given import (
+    Operand,
+    check_left,
+    check_operands,
+    lengths_of,
+    size_operand,
+    sizes_of,
+)
 from tomepass.ops.library import register_for
 from tomepass.ops.match import check_r, free_positions
 
@@ -24,7 +34,15 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 _ROWS, _LANES = 4, 16
 
 
+def check_match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> None:
+    """Raises ValueError if ``match_cpu`` does not take these."""
+    batch, _, tokens, _ = lengths_of("match_cpu", "keys", keys, 4, DTYPES)
+    check_operands("match_cpu", keys, size_operand(size, batch, tokens))
+    check_r(r, tokens, protected)
+
+
 def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
+    check_match(keys, r, protected, size)
     return keys.new_empty((keys.shape[0], keys.shape[2]), dtype=torch.int64)
 
 
@@ -34,18 +52,20 @@ def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | Non
     _match_result,
 )
 def match_cpu(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
-    """``tome::match`` for ``r`` above 0 and a dtype of :data:`DTYPES`: see there.
+    """``tome::match`` for a dtype of :data:`DTYPES`: see there.
 
     Raises:
-        ValueError: if ``r`` is more than can merge.
+        ValueError: if ``r`` is more than can merge, or an operand is another than expected.
     """
-    keys = keys if keys.stride(3) == 1 else keys.contiguous()
-    size = None if size is None else size.contiguous()
+    assign = _match_result(keys, r, protected, size)
     batch, heads, tokens, width = keys.shape
-    even, odd, held = _sequence(r, tokens, tuple(protected))
+    if r == 0:
+        return assign.copy_(torch.arange(tokens))
+    keys = keys if keys.stride(3) == 1 else keys.contiguous()
+    size = sizes_of(size, batch, tokens)
+    even, odd, held = _sequence(tokens, tuple(protected))
     columns = -(-len(odd) // _LANES) * _LANES
     scratch = keys.new_empty((len(even) + _ROWS + columns) * width * batch, dtype=torch.float32)
-    assign = _match_result(keys, r, protected)
     getattr(_library(), f"match_{DTYPES[keys.dtype]}")(
         keys.data_ptr(),
         (ctypes.c_int64 * 4)(*keys.stride()),
@@ -59,9 +79,18 @@ def match_cpu(keys: Tensor, r: int, protected: list[int], size: Tensor | None = 
     return assign
 
 
+def check_merge(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> None:
+    """Raises ValueError if ``merge_cpu`` does not take these."""
+    batch, before, _ = lengths_of("merge_cpu", "x", x, 3, DTYPES)
+    index = Operand("assign", assign, (batch, before), (torch.int64,))
+    check_operands("merge_cpu", x, size_operand(size, batch, before), index)
+    check_left("merge_cpu", tokens)
+
+
 def _merge_result(
     x: Tensor, size: Tensor | None, assign: Tensor, tokens: int
 ) -> tuple[Tensor, Tensor]:
+    check_merge(x, size, assign, tokens)
     shape = (x.shape[0], tokens)
     return x.new_empty((*shape, x.shape[2])), x.new_empty(shape, dtype=torch.float32)
 
@@ -74,13 +103,17 @@ def _merge_result(
 def merge_cpu(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """``tome::merge`` and ``tome::merge_size`` at once: see there.
 
-    Summed in float32 and rounded once. A token that nothing merges with is copied bit by bit.
+    Summed in float32 and rounded once. A token that nothing merges with is copied bit by bit, and
+    equal ones stay what they are. What is no index below ``tokens`` goes nowhere.
+
+    Raises:
+        ValueError: if an operand is another than expected.
     """
-    x = x if x.stride(2) == 1 else x.contiguous()
-    size = None if size is None else size.contiguous()
-    assign = assign.contiguous()
-    batch, before, width = x.shape
     merged, merged_size = _merge_result(x, size, assign, tokens)
+    batch, before, width = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    size = sizes_of(size, batch, before)
+    assign = assign.contiguous()
     getattr(_library(), f"merge_{DTYPES[x.dtype]}")(
         x.data_ptr(),
         (ctypes.c_int64 * 2)(*x.stride()[:2]),
@@ -94,7 +127,25 @@ def merge_cpu(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> tu
     return merged, merged_size
 
 
+def check_merge_bias(bias: Tensor, source: Tensor, tokens: int) -> None:
+    """Raises ValueError if ``merge_bias_cpu`` does not take these."""
+    name = "merge_bias_cpu"
+    rank = 3 if bias is not None and bias.ndim == 3 else 4
+    *leading, _, before = lengths_of(name, "bias", bias, rank, DTYPES)
+    square = (*[1, None][-len(leading) :], before, before)
+    check_operands(
+        name,
+        bias,
+        Operand("bias", bias, square, DTYPES),
+        Operand("source", source, (None, before), (torch.int64,)),
+    )
+    if before < 2:  # an axis of length 1 is one to broadcast
+        raise ValueError(f"tome::{name}: expected a bias of two tokens or more, got {before}")
+    check_left(name, tokens)
+
+
 def _merge_bias_result(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
+    check_merge_bias(bias, source, tokens)
     return bias.new_empty(source.shape[0], bias.shape[-3], tokens, tokens)
 
 
@@ -107,10 +158,13 @@ def merge_bias_cpu(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
     """``tome::merge_bias`` of one bias for all images, ``[H, N, N]`` or ``[1, H, N, N]``.
 
     A sum a key instead of a product with ``[N, N']``: see there for what it computes.
+
+    Raises:
+        ValueError: if an operand is another than expected.
     """
+    made = _merge_bias_result(bias, source, tokens)
     bias, source = bias.contiguous(), source.contiguous()
     heads, before = bias.shape[-3], bias.shape[-1]
-    made = _merge_bias_result(bias, source, tokens)
     scratch = bias.new_empty(heads * before * (2 * before + 1), dtype=torch.float32)
     getattr(_library(), f"merge_bias_{DTYPES[bias.dtype]}")(
         bias.data_ptr(),
@@ -123,12 +177,25 @@ def merge_bias_cpu(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
     return made
 
 
+def check_pad_keys(keys: Tensor, values: Tensor, size: Tensor, missing: int) -> None:
+    """Raises ValueError if ``pad_keys_cpu`` does not take these."""
+    name = "pad_keys_cpu"
+    batch, heads, tokens, _ = lengths_of(name, "keys", keys, 4, DTYPES)
+    like = Operand("values", values, (batch, heads, tokens, None), (keys.dtype,))
+    sizes = size_operand(size, batch, tokens)._replace(optional=False)
+    check_operands(name, keys, like, sizes)
+    if missing < 0:
+        raise ValueError(f"tome::{name}: expected a number of tokens to add, got {missing}")
+    check_left(name, tokens + missing)
+
+
 def _pad_keys_result(
     keys: Tensor, values: Tensor, size: Tensor, missing: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    batch, heads, tokens, width = keys.shape
+    check_pad_keys(keys, values, size, missing)
+    batch, heads, tokens, _ = keys.shape
     padded = tokens + missing
-    made = (x.new_empty(batch, padded, heads, width).transpose(1, 2) for x in (keys, values))
+    made = (x.new_empty(batch, padded, heads, x.shape[3]).transpose(1, 2) for x in (keys, values))
     return (*made, keys.new_empty(batch, 1, 1, padded))  # type: ignore[return-value]
 
 
@@ -145,23 +212,26 @@ def pad_keys_cpu(
 
     Args:
         keys: ``[B, H, N, D]``.
-        values: ``[B, H, N, D]``.
-        size: ``[B, N]`` float32.
+        values: ``[B, H, N, E]``, of the same dtype.
+        size: ``[B, N]``, or ``[1, N]`` for all images.
         missing: tokens to add.
 
     Returns:
-        keys and values ``[B, H, N + missing, D]``, zeros at the end, and the bias of attention
+        keys and values with N + missing tokens, zeros at the end, and the bias of attention
         ``[B, 1, 1, N + missing]``, the lowest number there is at the end.
+
+    Raises:
+        ValueError: if an operand is another than expected.
     """
-    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (keys, values))
-    size = size.contiguous()
-    batch, heads, tokens, width = keys.shape
     made = _pad_keys_result(keys, values, size, missing)
+    batch, heads, tokens, width = keys.shape
+    keys, values = (x if x.stride(3) == 1 else x.contiguous() for x in (keys, values))
+    sizes = sizes_of(size, batch, tokens)
     getattr(_library(), f"pad_keys_{DTYPES[keys.dtype]}")(
         *(keys.data_ptr(), (ctypes.c_int64 * 4)(*keys.stride())),
         *(values.data_ptr(), (ctypes.c_int64 * 4)(*values.stride())),
-        size.data_ptr(),
-        *(batch, heads, tokens, width, tokens + missing),
+        sizes.data_ptr(),
+        *(batch, heads, tokens, width, values.shape[3], tokens + missing),
         torch.finfo(keys.dtype).min,
         *(x.data_ptr() for x in made),
         torch.get_num_threads(),
@@ -170,9 +240,8 @@ def pad_keys_cpu(
 
 
 @lru_cache
-def _sequence(r: int, tokens: int, protected: tuple[int, ...]) -> tuple[Any, Any, Any]:
+def _sequence(tokens: int, protected: tuple[int, ...]) -> tuple[Any, Any, Any]:
     """The even, odd and protected positions, as C arrays."""
-    check_r(r, tokens, protected)
     return tuple(
         (ctypes.c_int64 * len(positions))(*positions)
         for positions in free_positions(tokens, protected)
@@ -185,7 +254,11 @@ def _library() -> ctypes.CDLL:
 
     # Inductor vectorises its loops itself, and tells the compiler not to.
     source, flags = Path(__file__).with_suffix(".cpp").read_text(), ("-ftree-loop-vectorize",)
-    library: ctypes.CDLL = CppCodeCache.load(source, extra_flags=flags)
+    return prototyped(CppCodeCache.load(source, extra_flags=flags))
+
+
+def prototyped(library: ctypes.CDLL) -> ctypes.CDLL:
+    """A library made of ``cpu.cpp``, told what its functions take."""
     number, pointer, threads = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int
     sequence = [pointer, number] * 3
     for dtype in DTYPES.values():
@@ -196,7 +269,7 @@ def _library() -> ctypes.CDLL:
         match.argtypes = [pointer] * 2 + [number] * 5 + sequence + [pointer] * 3 + [threads]
         merge.argtypes = [pointer] * 4 + [number] * 4 + [pointer] * 2 + [threads]
         pad_keys.argtypes = (
-            [pointer] * 5 + [number] * 5 + [ctypes.c_float] + [pointer] * 3 + [threads]
+            [pointer] * 5 + [number] * 6 + [ctypes.c_float] + [pointer] * 3 + [threads]
         )
         merge_bias.argtypes = [pointer] * 2 + [number] * 4 + [pointer] * 2 + [threads]
         for kernel in (match, merge, merge_bias, pad_keys):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tomepass.kernels.given import check_operands, lengths_of, size_operand, sizes_of
 from tomepass.kernels.gpu import DTYPES, need_triton, on_device, power, shared_memory
 from tomepass.kernels.tuning import Configuration, run_fastest
 from tomepass.ops.library import register_differentiable
@@ -24,7 +25,18 @@ MOST_STRETCHES = 8
 _ONE_PROGRAM = 128 * 64
 
 
+def check_match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> None:
+    """Raises ValueError if ``match_triton`` does not take these, but for how large they are."""
+    name = "match_triton"
+    batch, heads, tokens, _ = lengths_of(name, "keys", keys, 4, DTYPES)
+    if heads == 0:
+        raise ValueError(f"tome::{name}: expected keys of some heads, got {list(keys.shape)}")
+    check_operands(name, keys, size_operand(size, batch, tokens))
+    check_r(r, tokens, protected)
+
+
 def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:
+    check_match(keys, r, protected, size)
     return keys.new_empty((keys.shape[0], keys.shape[2]), dtype=torch.int64)
 
 
@@ -37,15 +49,19 @@ def match_triton(keys: Tensor, r: int, protected: list[int], size: Tensor | None
     products of TensorFloat-32, which is next to float32.
 
     Raises:
-        ValueError: if ``r`` is more than can merge.
+        ValueError: if ``r`` is more than can merge, an operand is another than expected, or no
+            configuration fits it.
         TomeError: on a CPU, unless Triton interprets.
     """
-    tokens = keys.shape[2]
+    assign = _match_result(keys, r, protected, size)
+    batch, _, tokens, width = keys.shape
     held, first_odd, nearest_odd = _positions(tokens, r, tuple(protected))
     if r == 0:
-        return torch.arange(tokens, device=keys.device).repeat(keys.shape[0], 1)
+        return torch.arange(tokens, device=keys.device).repeat(batch, 1)
     need_triton(keys)
-    assign = _match_result(keys, r, protected, size)
+    memory = shared_memory(keys.device)
+    if reason := unfit(tuple(keys.shape), keys.dtype, protected, memory):
+        raise ValueError(f"tome::match_triton: no configuration fits {reason}")
     sequence = {"tokens": tokens, "r": r, "first_odd": first_odd}
     scored = {
         "nearest_odd": nearest_odd,
@@ -54,9 +70,9 @@ def match_triton(keys: Tensor, r: int, protected: list[int], size: Tensor | None
         # AMD's compiler knows no products of TensorFloat-32 in three.
         "PRECISION": "ieee" if keys.dtype is torch.float32 or torch.version.hip else "tf32x3",
     }
-    size = None if size is None else size.contiguous()
+    size = sizes_of(size, batch, tokens)
     block = _even_block(tokens)
-    if in_one_program(tokens, keys.shape[3], shared_memory(keys.device)):
+    if in_one_program(tokens, width, memory):
         _match_image(keys, size, assign, sequence, scored, block)
     else:
         _match_in_three(keys, size, assign, sequence, scored, block)

@@ -11,17 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.kernels.gpu import need_triton, power, wide, with_rows
+from tomepass.kernels.given import (
+    Operand,
+    check_left,
+    check_operands,
+    lengths_of,
+    size_operand,
+    sizes_of,
+)
+from tomepass.kernels.gpu import DTYPES, need_triton, power, wide, with_rows
 from tomepass.kernels.tuning import Configuration, run_fastest
+from tomepass.ops.arguments import each_image
 from tomepass.ops.library import at_least_float32, register_differentiable
 
 MOST_CHANNELS = 8192
+
+_INDEX, _PLACE = (torch.int64,), (torch.int32,)
+_WIDE = (*DTYPES, torch.float64)
 
 
 # ---- what is sent where --------------------------------------------------------------------
 
 
 def _sources_result(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    lengths_of("sources_triton", "assign", assign, 2, _INDEX)
+    check_left("sources_triton", tokens)
     return (
         assign.new_empty(assign.shape, dtype=torch.int32),
         assign.new_empty((assign.shape[0], tokens + 1), dtype=torch.int32),
@@ -35,7 +49,7 @@ def sources_triton(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """An index map the other way round, for sums in a fixed order.
 
     Args:
-        assign: ``[B, N]`` int64 below ``tokens``.
+        assign: ``[B, N]`` int64; what is no index below ``tokens`` is sent nowhere.
         tokens: N', places there are.
 
     Returns:
@@ -44,8 +58,8 @@ def sources_triton(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """
     from tomepass.kernels.triton_merge import sources_kernel
 
-    need_triton(assign)
     order, start = _sources_result(assign, tokens)
+    need_triton(assign)
     assign = assign.contiguous()
     batch, before = assign.shape
     most = max(before, tokens + 1)
@@ -63,6 +77,46 @@ def sources_triton(assign: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     return order, start
 
 
+def check_merge(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -> None:
+    """Raises ValueError if ``merge_triton`` does not take what ``tome::merge`` is given."""
+    batch, before, _ = lengths_of("merge_triton", "x", x, 3, _WIDE)
+    index = Operand("assign", assign, (batch, before), _INDEX)
+    check_operands("merge_triton", x, size_operand(size, batch, before), index)
+    check_left("merge_triton", tokens)
+
+
+def check_unmerge(x: Tensor, source: Tensor, dim: int) -> None:
+    """Raises ValueError if ``unmerge_triton`` does not take what ``tome::unmerge`` is given."""
+    batch, *_ = lengths_of("unmerge_triton", "x", x, 3, _WIDE)
+    index = Operand("source", source, (batch, None), _INDEX)
+    check_operands("unmerge_triton", x, index)
+
+
+def _check_sums(
+    kernel: str,
+    x: Tensor,
+    added: Tensor | None,
+    size: Tensor | None,
+    assign: Tensor,
+    order: Tensor,
+    start: Tensor,
+) -> None:
+    """Raises ValueError if :func:`_sum_up` does not take these."""
+    batch, before, width = lengths_of(kernel, "x", x, 3, _WIDE)
+    if width > MOST_CHANNELS:
+        raise ValueError(f"tome::{kernel}: expected at most {MOST_CHANNELS} channels, got {width}")
+    check_operands(
+        kernel,
+        x,
+        Operand("added", added, (batch, before, width), _WIDE, optional=True),
+        size_operand(size, batch, before),
+        Operand("assign", assign, (batch, before), _INDEX),
+        Operand("order", order, (batch, before), _PLACE),
+        Operand("start", start, (batch, None), _PLACE),
+    )
+    check_left(kernel, start.shape[1] - 1)
+
+
 # ---- merge ---------------------------------------------------------------------------------
 
 
@@ -74,6 +128,7 @@ def _merge_result(
     order: Tensor,
     start: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    _check_sums("merge_triton", x, added, size, assign, order, start)
     dtype = x.dtype if added is None else torch.promote_types(x.dtype, added.dtype)
     shape = (x.shape[0], start.shape[1] - 1)
     return (
@@ -123,10 +178,12 @@ def merge_triton(
     Summed in float32 and rounded once. A token that nothing merges with is copied bit by bit.
 
     Args:
-        order: as :func:`sources_triton` answers it for ``assign``.
+        order: as :func:`sources_triton` answers it for ``assign``. What another says is summed up
+            as it says, of the image's own tokens.
         start: likewise.
 
     Raises:
+        ValueError: if an operand is another than expected.
         TomeError: on a CPU, unless Triton interprets.
     """
     merged, total = _merge_result(x, added, size, assign, order, start)
@@ -146,6 +203,11 @@ def _merge_norm_result(
     eps: float,
 ) -> tuple[Tensor, ...]:
     merged, total = _merge_result(x, added, size, assign, order, start)
+    # What is summed in float32 makes no float64 of it.
+    dtypes = _WIDE if merged.dtype is torch.float64 else DTYPES
+    lengths = (x.shape[2],)
+    affine = Operand("weight", weight, lengths, dtypes), Operand("bias", bias, lengths, dtypes)
+    check_operands("merge_norm_triton", x, *affine)
     moment = total.new_empty((*total.shape, 1), dtype=at_least_float32(merged.dtype))
     normed = torch.empty_like(merged, dtype=torch.promote_types(merged.dtype, weight.dtype))
     return merged, total, normed, moment, torch.empty_like(moment)
@@ -215,6 +277,7 @@ def merge_norm_triton(
         gradients their means and reciprocal deviations, ``[B, N', 1]``.
 
     Raises:
+        ValueError: if an operand is another than expected.
         TomeError: on a CPU, unless Triton interprets.
     """
     made = _merge_norm_result(x, added, size, assign, order, start, weight, bias, eps)
@@ -226,6 +289,7 @@ def merge_norm_triton(
 def _sum_result(
     x: Tensor, weight: Tensor | None, assign: Tensor, order: Tensor, start: Tensor
 ) -> Tensor:
+    _check_sums("sum_triton", x, None, weight, assign, order, start)
     return x.new_empty((x.shape[0], start.shape[1] - 1, x.shape[2]))
 
 
@@ -273,7 +337,7 @@ def _sum_up(
     need_triton(x)
     x, added = with_rows(x), None if added is None else with_rows(added)
     order, start = order.contiguous(), start.contiguous()
-    size = None if size is None else size.contiguous()
+    size = sizes_of(size, *x.shape[:2])
     weight, bias, eps, *outputs = norm or (None, None, 0.0, None, None, None)
     batch, before, width = x.shape
     left = made.shape[1]
@@ -312,6 +376,11 @@ def row_configurations(width: int, *, norm: bool = False) -> list[Configuration]
 
 
 def _unmerge_result(x: Tensor, source: Tensor, weight: Tensor | None = None) -> Tensor:
+    check_unmerge(x, source, 1)
+    name, (batch, _, width) = "unmerge_triton", x.shape
+    check_operands(name, x, size_operand(weight, batch, source.shape[1], "weight"))
+    if width > MOST_CHANNELS:
+        raise ValueError(f"tome::{name}: expected at most {MOST_CHANNELS} channels, got {width}")
     return x.new_empty((x.shape[0], source.shape[1], x.shape[2]))
 
 
@@ -337,22 +406,24 @@ def unmerge_triton(x: Tensor, source: Tensor, weight: Tensor | None = None) -> T
     """``tome::unmerge`` of ``[B, N', C]`` on its second dimension: see there.
 
     Args:
-        weight: ``[B, N]`` float32, multiplies the tokens of the result; None for ones.
+        source: ``[B, N]`` int64; where it is no index of ``x`` the result is not a number.
+        weight: ``[B, N]``, multiplies the tokens of the result; None for ones.
 
     Raises:
+        ValueError: if an operand is another than expected.
         TomeError: on a CPU, unless Triton interprets.
     """
     from tomepass.kernels.triton_merge import gather_kernel
 
-    need_triton(x)
     made = _unmerge_result(x, source, weight)
+    need_triton(x)
     x, source = with_rows(x), source.contiguous()
-    weight = None if weight is None else weight.contiguous()
     batch, tokens, width = made.shape
+    weight = None if weight is None else each_image(weight, batch, tokens).contiguous()
 
     def run(configuration: Configuration) -> None:
         gather_kernel[(batch * -(-tokens // configuration.block),)](
-            *(x, source, weight, made, tokens, width, *x.stride()[:2]),
+            *(x, source, weight, made, tokens, x.shape[1], width, *x.stride()[:2]),
             WEIGHTED=weight is not None,
             WIDE=wide(x.dtype),
             BLOCK_C=power(width),

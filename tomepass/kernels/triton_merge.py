@@ -11,6 +11,12 @@ import triton.language as tl
 
 
 @triton.jit
+def _index(given, places):
+    """Indices in 32 bits: -1 and ``places`` are what is below and above all there are."""
+    return tl.minimum(tl.maximum(given, -1), places).to(tl.int32)
+
+
+@triton.jit
 def sources_kernel(assign, order, start, tokens, left, BLOCK: tl.constexpr, CHUNK: tl.constexpr):
     """The tokens sorted by the place they are sent to, then by position; where each place starts.
 
@@ -20,12 +26,13 @@ def sources_kernel(assign, order, start, tokens, left, BLOCK: tl.constexpr, CHUN
     image = (tl.program_id(0) // blocks).to(tl.int64)
     here = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     row = assign + image * tokens
-    mine = tl.load(row + here, mask=here < tokens, other=0).to(tl.int32)
+    mine = _index(tl.load(row + here, mask=here < tokens, other=0), left)
     before = tl.zeros([BLOCK], tl.int32)
     below = tl.zeros([BLOCK], tl.int32)
     for first in range(0, tokens, CHUNK):
         position = first + tl.arange(0, CHUNK)
-        other = tl.load(row + position, mask=position < tokens, other=0x7FFFFFFF).to(tl.int32)
+        other = _index(tl.load(row + position, mask=position < tokens, other=left), left)
+        other = tl.where(position < tokens, other, 0x7FFFFFFF)
         earlier = (other[None, :] == mine[:, None]) & (position[None, :] < here[:, None])
         earlier = earlier | (other[None, :] < mine[:, None])
         before += tl.sum(earlier.to(tl.int32), 1)
@@ -74,8 +81,9 @@ def merge_kernel(
     place = tl.program_id(0) % blocks * ROWS + tl.arange(0, ROWS)
     there = place < left
     starts = start + image * (left + 1) + place
-    begin = tl.load(starts, mask=there, other=0)
-    count = tl.load(starts + 1, mask=there, other=0) - begin
+    # Whatever these say, nothing is read beside the image's own tokens.
+    begin = tl.maximum(tl.load(starts, mask=there, other=0), 0)
+    count = tl.minimum(tl.load(starts + 1, mask=there, other=0), tokens) - begin
     channel = tl.arange(0, BLOCK_C)
     inside = channel < width
     total = tl.zeros([ROWS], tl.float32)
@@ -83,6 +91,7 @@ def merge_kernel(
     for step in range(tl.max(count, 0)):
         on = step < count
         source = tl.load(order + image * tokens + begin + step, mask=on, other=0).to(tl.int64)
+        source = tl.minimum(tl.maximum(source, 0), tokens - 1)
         if SIZED:
             share = tl.load(size + image * tokens + source, mask=on, other=0.0)
         else:
@@ -101,8 +110,8 @@ def merge_kernel(
             # Sizes are compared, as a device's quotient of equal ones need not be 1.
             whole = tl.where(total > 0, total, 1.0)
             part = (share.to(WIDE) / whole.to(WIDE))[:, None]
-            first = (share == whole)[:, None]
-            grown = tl.where(first, token, value + (token - value) * part)
+            first = ((share == whole) & (whole < float("inf")))[:, None]
+            grown = tl.where(first, token, value - (value - token) * part)
             value = tl.where(on[:, None], grown, value)
         else:
             value += token * share.to(WIDE)[:, None]
@@ -132,6 +141,7 @@ def gather_kernel(
     weight,
     result,
     tokens,
+    places,
     width,
     x_image,
     x_row,
@@ -149,7 +159,9 @@ def gather_kernel(
     channel = tl.arange(0, BLOCK_C)
     kept = there[:, None] & (channel < width)[None, :]
     at = x + image * x_image + source[:, None] * x_row + channel[None, :]
-    value = tl.load(at, mask=kept, other=0.0)
+    # There is nothing to be had at what is no index: nothing else is read, and it shows.
+    inside = (source >= 0) & (source < places)
+    value = tl.load(at, mask=kept & inside[:, None], other=float("nan"))
     if WEIGHTED:
         share = tl.load(weight + image * tokens + token, mask=there, other=0.0).to(WIDE)
         value = value.to(WIDE) * share[:, None]

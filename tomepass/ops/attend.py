@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tomepass.ops.arguments import each_image
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.log_size import log_size
 
@@ -33,12 +34,13 @@ def attend_channel(
         query: ``[B, H, N, D]``.
         key: ``[B, H, N', D]``.
         value: ``[B, H, N', D]``.
-        size: ``[B, N']`` float32, of the keys.
+        size: ``[B, N']`` of the keys, or ``[1, N']`` for all images.
         scale: of the scores; None for the root of 1 / D.
 
     Returns:
         ``[B, H, N, D]`` in the dtype of ``query``.
     """
+    size = each_image(size, *key.shape[::2])
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
     with torch.no_grad(), without_autocast(size.device):
@@ -66,6 +68,7 @@ def attend_scaled(
     Sizes are taken relative to the greatest of an image, which keeps float16 from overflowing.
     Arguments and result are those of :func:`attend_channel`.
     """
+    size = each_image(size, *key.shape[::2])
     width = query.shape[-1]
     scale = width**-0.5 if scale is None else scale
     with torch.no_grad(), without_autocast(size.device):
@@ -91,6 +94,7 @@ def attend_cudnn(
     The bias has the dtype of the queries: one of another has been silently wrong. Arguments and
     result are those of :func:`attend_channel`; CUDA, float16 and bfloat16 only.
     """
+    size = each_image(size, *key.shape[::2])
     with torch.no_grad():
         bias = log_size(size, query).expand(*query.shape[:3], key.shape[2])
     needs = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.log_size import log_size
 from tomepass.ops.padding import PADDED
@@ -29,6 +30,8 @@ def attention_to(
     Returns:
         ``[B, N]`` float32 or wider, summing to 1. No gradient flows through it.
     """
+    check_heads(key)
+    size = each_image(size, *key.shape[::2])
     with without_autocast(key.device), torch.no_grad():
         wide = at_least_float32(key.dtype)
         query, key = query.to(wide), key.to(wide)
@@ -53,5 +56,5 @@ def received(paid: Tensor, size: Tensor) -> Tensor:
         paid: the attention weights, float32 or wider.
         size: ``[B, N]`` of the tokens that pay: padding and what is out of use has next to none.
     """
-    pays = (size >= PADDED).to(paid.dtype)
+    pays = (each_image(size, *paid.shape[:2]) >= PADDED).to(paid.dtype)
     return (pays.unsqueeze(1) @ paid).squeeze(1) / pays.sum(-1, keepdim=True)

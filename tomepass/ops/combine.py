@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_map, check_tokens
 from tomepass.ops.library import at_least_float32, register, without_autocast
-from tomepass.ops.positions import sent
+from tomepass.ops.merge import Means
 
 
 @register("merge_max(Tensor x, Tensor assign, SymInt tokens) -> Tensor")
@@ -20,7 +21,12 @@ def merge_max(x: Tensor, assign: Tensor, tokens: int) -> Tensor:
 
     Returns:
         ``[B, N', C]`` in the dtype of ``x``.
+
+    Raises:
+        ValueError: if indices are not one a token.
     """
+    check_tokens(x)
+    check_map(assign, x.shape[:2])
     index = assign.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     blank = x.new_zeros(x.shape[0], tokens, x.shape[-1])
     return blank.scatter_reduce(1, index, x, "amax", include_self=False)
@@ -32,35 +38,37 @@ def mlerp(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int, norm: str
 
     Args:
         x: ``[B, N, C]``.
-        size: ``[B, N]`` float32, the weights, or None for all ones.
-        assign: ``[B, N]``, as ``tome::match`` returns it.
+        size: ``[B, N]``, the weights, or ``[1, N]`` for all images; None for all ones.
+        assign: ``[B, N]`` int64, as ``tome::match`` returns it.
         tokens: N' of the result.
         norm: ``"max"``: the weighted mean, at the greatest norm among its tokens; ``"mean"``: the
             weighted mean of the directions, at the weighted mean of the norms.
 
     Returns:
-        ``[B, N', C]`` in the dtype of ``x``. A token by itself stays as it is; 0 where no token
-        goes, or none of any size.
+        ``[B, N', C]`` in the dtype of ``x``. A token by itself and equal ones stay as they are; 0
+        where no token goes, or none of any size.
+
+    Raises:
+        ValueError: if sizes or indices are not one a token.
     """
     with without_autocast(x.device):
         wide = x.to(at_least_float32(x.dtype))
-        goes = sent(assign, tokens)
-        weight = goes.to(wide.dtype)
-        if size is not None:
-            weight = weight * size.to(wide.dtype).unsqueeze(1)
-            goes = goes & (size > 0).unsqueeze(1)  # what is out of use has no say
-        weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(wide.dtype).tiny)
+        means = Means(wide, size, assign, tokens)
         length = torch.linalg.vector_norm(wide, dim=-1)
+        weight = means.weight
+        with torch.no_grad():
+            goes = weight > 0  # what is out of use has no say
+            # One by itself, and equal ones, stay what they are to the bit.
+            apart = (goes & (means.offset != 0).any(-1).unsqueeze(1)).any(-1, keepdim=True)
         if norm == "max":
-            direction = weight @ wide
+            direction = means.mean
             goal = torch.where(goes, length.unsqueeze(1), 0.0).amax(-1)
         else:
             direction = weight @ (wide / length.clamp(min=_SHORT).unsqueeze(-1))
             goal = (weight @ length.unsqueeze(-1)).squeeze(-1)
         reached = torch.linalg.vector_norm(direction, dim=-1).clamp(min=_SHORT)
         made = direction * (goal / reached).unsqueeze(-1)
-        alone = goes.sum(-1, keepdim=True) == 1
-        return torch.where(alone, goes.to(wide.dtype) @ wide, made).to(x.dtype)
+        return torch.where(apart, made, means.mean).to(x.dtype)
 
 
 _SHORT = 1e-12

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import each_image
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.sequence import free_mask
@@ -27,6 +28,7 @@ def halting(
     Returns:
         ``[B, N]``, float32 or wider. No gradient flows through it.
     """
+    size = each_image(size, *hidden.shape[:2])
     with torch.no_grad(), without_autocast(hidden.device):
         first = hidden[..., 0].to(at_least_float32(hidden.dtype))
         score = torch.sigmoid(gamma * first + beta)
@@ -51,6 +53,7 @@ def halt(
     Returns:
         ``[B, N]`` float32; and ``[B, N]``, the higher the farther a token is from halting.
     """
+    size = each_image(size, *total.shape)
     with torch.no_grad(), without_autocast(total.device):
         size = torch.ones_like(total, dtype=torch.float32) if size is None else size
         free = free_mask(total.shape[1], protected, total.device).expand_as(total)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tomepass.ops.arguments import each_image, held_positions
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant
@@ -107,6 +108,7 @@ def used_size(score: Tensor, size: Tensor | None, stands: Tensor, protected: lis
     Returns:
         ``[B, N']`` float32.
     """
+    size = each_image(size, *score.shape)
     with torch.no_grad():
         kept = gather_size(size, stands)
         lowest = torch.finfo(score.dtype).min  # what is not a number still is some token's
@@ -121,8 +123,10 @@ def used_size(score: Tensor, size: Tensor | None, stands: Tensor, protected: lis
 def _mean(x: Tensor, size: Tensor | None, protected: list[int]) -> Tensor:
     """The mean over tokens that are not protected, by what each counts: ``[B, C]``, wide."""
     wide = at_least_float32(x.dtype)
+    size = each_image(size, *x.shape[:2])
     count = x.new_ones(x.shape[:2], dtype=wide) if size is None else size.to(wide)
-    count = count.scatter(1, constant(sorted(protected), x.shape[0], x.device), 0.0)
+    held = held_positions(x.shape[1], protected)
+    count = count.scatter(1, constant(held, x.shape[0], x.device), 0.0)
     total = count.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     mean: Tensor = torch.matmul((count / total).unsqueeze(1), x.to(wide))
     return mean.squeeze(1)

@@ -88,6 +88,12 @@ def without_autocast(device: torch.device) -> Any:
     return torch.autocast(device_type=device.type, enabled=False)
 
 
+def autocasts(device: torch.device) -> bool:
+    """Does autocast change what operators compute on a device? A meta device has none."""
+    kind = device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in for a value of ``dtype``: float64 stays exact, the rest widens."""
     return torch.promote_types(dtype, torch.float32)

@@ -8,6 +8,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image, held_positions
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant, take
@@ -27,8 +28,8 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
         keys: ``[B, H, N, D]``, as attention sees them.
         r: tokens to merge, already capped.
         protected: positions that neither merge nor are merged into.
-        size: ``[B, N]``, given where there is padding: it merges with padding alone, as long as
-            there is some left to merge with.
+        size: ``[B, N]``, or ``[1, N]`` for all images, given where there is padding: it merges
+            with padding alone, as long as there is some left to merge with.
 
     Returns:
         ``[B, N]`` int64: for each token its index in the merged sequence, whose order is the
@@ -36,9 +37,11 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
         nothing merges the sequence stays as it was.
 
     Raises:
-        ValueError: if ``r`` is more than can merge.
+        ValueError: if ``r`` is more than can merge, there is no such protected position, or there
+            is not one size a token.
     """
-    tokens = keys.shape[2]
+    check_heads(keys)
+    batch, _, tokens, _ = keys.shape
     even, odd, held = free_positions(tokens, protected)
     check_r(r, tokens, held)
     if r == 0:
@@ -47,7 +50,8 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
         metric = torch.nn.functional.normalize(head_mean(keys), dim=-1)
         kinds = None
         if size is not None:
-            kinds = [take(size < PADDED, places) for places in (even, odd)]
+            padding = each_image(size, batch, tokens) < PADDED
+            kinds = [take(padding, places) for places in (even, odd)]
         scores = comparable(take(metric, even) @ take(metric, odd).transpose(1, 2), kinds)
         similarity, partner = scores.max(dim=-1)
         merged = rank(similarity) < r
@@ -60,15 +64,15 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
 
 
 def check_r(r: int, tokens: int, protected: Sequence[int]) -> None:
-    """Raises ValueError if ``r`` is more than can merge."""
-    held = tuple(sorted(set(protected)))
+    """Raises ValueError if ``r`` is more than can merge, or there is no such protected position."""
+    held = held_positions(tokens, protected)
     if r != (most := capped(r, tokens, held)):
         raise ValueError(f"{most} of {tokens} tokens can merge, {len(held)} protected: got r={r}")
 
 
 def free_positions(tokens: int, protected: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """The even positions that may merge, the odd ones they may merge into, the protected ones."""
-    held = sorted(set(protected))
+    held = held_positions(tokens, protected)
     even = [i for i in range(0, tokens, 2) if i not in held]
     odd = [i for i in range(1, tokens, 2) if i not in held]
     return even, odd, held

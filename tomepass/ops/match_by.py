@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image, held_positions
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import check_r, free_positions, rank
 from tomepass.ops.padding import PADDED
@@ -61,10 +62,13 @@ def match_by(
     Raises:
         ValueError: if ``r`` is more than can merge.
     """
-    tokens = features.shape[2]
+    check_heads(features, "features")
+    batch, _, tokens, _ = features.shape
+    size = each_image(size, batch, tokens)
+    importance = each_image(importance, batch, tokens, "importance")
     if partition != "kth":
         check_r(r, tokens, protected)
-    held = constant(sorted(set(protected)), 1, features.device)[0]
+    held = constant(held_positions(tokens, protected), 1, features.device)[0]
     sources, destinations = _halves(tokens, protected, partition, seed, features.device)
     with without_autocast(features.device), torch.no_grad():
         metric = head_mean(features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import check_r
 from tomepass.ops.padding import PADDED
@@ -39,7 +40,9 @@ def match_greedy(
     Raises:
         ValueError: if ``r`` is more than can merge.
     """
+    check_heads(features, "features")
     batch, _, tokens, _ = features.shape
+    size = each_image(size, batch, tokens)
     check_r(r, tokens, protected)
     with torch.no_grad(), without_autocast(features.device):
         metric = head_mean(features)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image, held_positions
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import gather, sent
@@ -46,8 +47,10 @@ def match_kmeans(
     Raises:
         ValueError: if not even one cluster is left.
     """
+    check_heads(features, "features")
     batch, _, tokens, _ = features.shape
-    free = tokens - len(set(protected))
+    size = each_image(size, batch, tokens)
+    free = tokens - len(held_positions(tokens, protected))
     clusters = free - r
     if clusters < 1:
         raise ValueError(f"{free} free tokens can lose {free - 1}, got r={r}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import rank
 from tomepass.ops.padding import PADDED
@@ -50,7 +51,9 @@ def match_sets(
     if r > sources.shape[1] or (r and not destinations.shape[1]):
         pair = f"{sources.shape[1]} sources and {destinations.shape[1]} destinations"
         raise ValueError(f"{pair} cannot merge r={r} tokens")
+    check_heads(features, "features")
     batch, _, tokens, _ = features.shape
+    size = each_image(size, batch, tokens)
     with torch.no_grad(), without_autocast(features.device):
         metric = head_mean(features)
         sides = gather(metric, sources, 1), gather(metric, destinations, 1)
@@ -82,6 +85,8 @@ def energy(
     Returns:
         ``[B, N]`` float32 or wider.
     """
+    check_heads(features, "features")
+    size = each_image(size, *features.shape[::2])
     with torch.no_grad(), without_autocast(features.device):
         metric = head_mean(features)
         scores = torch.nn.functional.elu(similarities(metric, metric, "cosine") - margin)

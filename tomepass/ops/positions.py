@@ -37,7 +37,13 @@ def take(x: Tensor, positions: list[int]) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor, dim: int) -> Tensor:
-    """``x``, batch first, at each image's own indices ``[B, N']`` of dimension ``dim``."""
+    """``x``, batch first, at each image's own indices ``[B, N']`` of dimension ``dim``.
+
+    Raises:
+        ValueError: if there are no indices for each image.
+    """
+    if index.ndim != 2 or index.shape[0] != x.shape[0]:
+        raise ValueError(f"expected indices [{x.shape[0]}, N], got {list(index.shape)}")
     narrow, wide = [1] * x.ndim, list(x.shape)
     narrow[0], narrow[dim] = index.shape
     wide[0], wide[dim] = index.shape

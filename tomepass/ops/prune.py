@@ -7,6 +7,7 @@ import random
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image, held_positions
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.match import rank
 from tomepass.ops.padding import PADDED
@@ -31,16 +32,16 @@ def select(score: Tensor, tokens: int, protected: list[int], size: Tensor | None
     Raises:
         ValueError: if fewer than the protected ones or more than all are to be kept.
     """
-    if not len(protected) <= tokens <= score.shape[1]:
-        raise ValueError(f"{tokens} of {score.shape[1]} tokens, {len(protected)} of them protected")
+    held = held_positions(score.shape[1], protected)
+    if not len(held) <= tokens <= score.shape[1]:
+        raise ValueError(f"{tokens} of {score.shape[1]} tokens, {len(held)} of them protected")
     with torch.no_grad():
         place = falling(score, protected, size)
-        kept = (place >= 0) & (place < tokens - len(protected))
+        kept = (place >= 0) & (place < tokens - len(held))
         position = torch.arange(score.shape[1], device=score.device)
         places = torch.where(kept, kept.cumsum(-1) - 1, -1)
-        chosen = torch.where(sent(places, tokens - len(protected)), position, 0).sum(-1)
-        held = constant(sorted(protected), score.shape[0], score.device)
-        return torch.cat([held, chosen], dim=1)
+        chosen = torch.where(sent(places, tokens - len(held)), position, 0).sum(-1)
+        return torch.cat([constant(held, score.shape[0], score.device), chosen], dim=1)
 
 
 @register("order_by(Tensor score, int[] protected, Tensor? size=None) -> Tensor")
@@ -66,6 +67,7 @@ def order_by(score: Tensor, protected: list[int], size: Tensor | None = None) ->
 def falling(score: Tensor, protected: list[int], size: Tensor | None) -> Tensor:
     """Each token's place by falling score, ``[B, N]`` int64; -1 for a protected one."""
     free = free_mask(score.shape[1], protected, score.device)
+    size = each_image(size, *score.shape)
     wide = torch.where(score.isnan(), -float("inf"), score)
     if size is not None:
         wide = torch.where(size < PADDED, -float("inf"), wide)
@@ -86,6 +88,7 @@ def places(stands: Tensor, tokens: int, size: Tensor | None = None) -> Tensor:
         ``[B, N]`` int64.
     """
     here = sent(stands, tokens).transpose(1, 2)
+    size = each_image(size, *stands.shape)
     if size is not None:
         here = here & (size != 0).unsqueeze(-1)
     place = torch.arange(stands.shape[1], device=stands.device)[:, None]
@@ -108,6 +111,8 @@ def nearest(
     Returns:
         ``[B, N]`` int64 indices into the tokens kept.
     """
+    check_heads(features, "features")
+    size = each_image(size, *stands.shape)
     with torch.no_grad(), without_autocast(features.device):
         metric = torch.nn.functional.normalize(head_mean(features), dim=-1)
         scores = metric @ gather(metric, stands, 1).transpose(1, 2)
@@ -145,7 +150,8 @@ def gather_size(size: Tensor | None, stands: Tensor) -> Tensor:
     """Sizes of the tokens kept: ``[B, N]`` or None and ``[B, N']`` to ``[B, N']`` float32."""
     if size is None:
         return torch.ones_like(stands, dtype=torch.float32)
-    return size.gather(1, stands)
+    size = each_image(size, stands.shape[0], size.shape[-1])
+    return gather(size.to(torch.float32), stands, 1)
 
 
 @register("random_score(Tensor like, SymInt tokens, int seed) -> Tensor")
@@ -188,6 +194,7 @@ def weights_of(score: Tensor, size: Tensor | None) -> Tensor:
         score: ``[B, N]``.
         size: ``[B, N]``, 0 for tokens out of use, which weigh nothing.
     """
+    size = each_image(size, *score.shape)
     with torch.no_grad():
         weight = torch.where(score.isnan(), 0.0, score).float().clamp(min=1e-20)
         return weight if size is None else torch.where(size < PADDED, size, weight)
@@ -205,4 +212,5 @@ def counted(size: Tensor | None, dropped: Tensor, tokens: int) -> Tensor:
     blank = torch.zeros_like(dropped, dtype=torch.float32)
     if size is None:
         size = torch.ones(dropped.shape[0], tokens, dtype=torch.float32, device=dropped.device)
+    size = each_image(size, dropped.shape[0], tokens).to(torch.float32)
     return size.scatter(1, dropped, blank)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32
+from tomepass.ops.library import at_least_float32, autocasts
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
@@ -28,7 +28,8 @@ def _merge_result(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int) -
 def _log_size_result(size: Tensor, like: Tensor, dim: int = 3, fold: int = 1) -> Tensor:
     at_least_float32(like.dtype)  # raises where nothing wider is known, as the operator would
     shape: list[Any] = [1] * like.ndim
-    shape[0], shape[dim] = size.shape[0] * fold, size.shape[1]
+    images = size.shape[0] * fold if size.shape[0] != 1 else 1
+    shape[0], shape[dim] = images, size.shape[1]
     return like.new_empty(shape)
 
 
@@ -42,7 +43,7 @@ def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tens
 
 def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     plain = x.is_contiguous() and x.dtype is weight.dtype and x.shape[-1] == weight.shape[-1]
-    if not plain or torch.is_autocast_enabled(x.device.type):
+    if not plain or autocasts(x.device):
         result: Tensor = torch.ops.aten.linear.default(x, weight, bias)
         return result
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
@@ -50,7 +51,7 @@ def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
 
 def _layer_norm_result(x: Tensor, shape: list[int], *rest: Any) -> Tensor:
     plain = x.is_contiguous() and x.shape[-len(shape) :] == tuple(shape)
-    if not plain or torch.is_autocast_enabled(x.device.type):
+    if not plain or autocasts(x.device):
         result: Tensor = torch.ops.aten.layer_norm.default(x, shape, *rest)
         return result
     return x.new_empty(x.shape)

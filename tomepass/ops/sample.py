@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import each_image, held_positions
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant
@@ -54,17 +55,19 @@ def sample(
     Raises:
         ValueError: if no token but the protected ones is to be kept, or more than all are.
     """
-    if not len(protected) < tokens <= score.shape[1]:
-        raise ValueError(f"{tokens} of {score.shape[1]} tokens, {len(protected)} of them protected")
+    places = held_positions(score.shape[1], protected)
+    if not len(places) < tokens <= score.shape[1]:
+        raise ValueError(f"{tokens} of {score.shape[1]} tokens, {len(places)} of them protected")
+    size = each_image(size, *score.shape)
     with torch.no_grad(), without_autocast(score.device):
         batch, total = score.shape
-        held = constant(sorted(protected), batch, score.device)
+        held = constant(places, batch, score.device)
         usable = free_mask(total, protected, score.device).expand_as(score)
         if size is not None:
             usable = usable & (size >= PADDED)
         reached = _distribution(torch.where(usable, score, 0.0), usable)
-        places = tokens - len(protected)
-        goal = (2 * torch.arange(places, device=score.device) + 1) / (2 * places)
+        count = tokens - len(places)
+        goal = (2 * torch.arange(count, device=score.device) + 1) / (2 * count)
         # The first position that reaches a goal has as many before it as do not.
         found = (reached.unsqueeze(1) < goal.to(reached.dtype).unsqueeze(-1)).sum(-1)
         found = found.clamp(max=total - 1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import held_positions
 from tomepass.ops.positions import constant, sent
 
 
@@ -20,7 +21,7 @@ def in_sequence(into: Tensor, left: int, protected: list[int]) -> tuple[Tensor, 
         ``[B, N]`` int64, each token's index, and ``[B, N']`` int64, the position at each index.
     """
     position = torch.arange(into.shape[1], device=into.device)
-    held = constant(sorted(set(protected)), into.shape[0], into.device)
+    held = constant(held_positions(into.shape[1], protected), into.shape[0], into.device)
     stays = into == position
     free = stays.scatter(1, held, False)
     own = torch.where(free, held.shape[1] + free.cumsum(-1) - 1, -1)
@@ -68,5 +69,5 @@ def partitioned(
 
 def free_mask(tokens: int, protected: list[int], device: torch.device) -> Tensor:
     """``[N]`` bool, the positions that are not protected."""
-    held = constant(sorted(set(protected)), 1, device)[0]
+    held = constant(held_positions(tokens, protected), 1, device)[0]
     return torch.ones(tokens, dtype=torch.bool, device=device).scatter(0, held, False)

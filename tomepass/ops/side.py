@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_map
 from tomepass.ops.library import at_least_float32, register, without_autocast
-from tomepass.ops.merge import merge
+from tomepass.ops.merge import merge, standing
 from tomepass.ops.positions import gather, sent, without
 
 
@@ -63,7 +64,7 @@ def merge_rows(table: Tensor, source: Tensor, tokens: int) -> Tensor:
         tokens: N' there are now.
 
     Returns:
-        ``[B, N', C]`` in the dtype of ``table``.
+        ``[B, N', C]`` in the dtype of ``table``; of equal rows what they are, to the bit.
     """
     wide = table.expand(source.shape[0], *table.shape[-2:])
     merged: Tensor = merge(wide, None, source, tokens)
@@ -84,21 +85,59 @@ def merge_bias(bias: Tensor, source: Tensor, tokens: int) -> Tensor:
 
     Returns:
         ``[B, H or 1, N', N']`` in the dtype of ``bias``; 0 to and from a token that holds none.
+        Of equal biases what they are, to the bit.
+
+    Raises:
+        ValueError: if there is not one index a token, for every image of the bias.
     """
+    check_map(source, name="source")
+    batch, before = source.shape
+    lengths = [1] * (4 - bias.ndim) + list(bias.shape)
+    wrong = any(length not in (1, before) for length in lengths[2:])
+    if len(lengths) != 4 or wrong or lengths[0] not in (1, batch):
+        wanted = f"[{batch}, H, {before}, {before}]"
+        raise ValueError(f"expected a bias that broadcasts to {wanted}, got {list(bias.shape)}")
+    if tokens < 1:
+        raise ValueError(f"expected tokens to be left, got {tokens}")
     with without_autocast(bias.device):
         wide = bias.to(at_least_float32(bias.dtype))
-        wide = wide.reshape([1] * (4 - bias.ndim) + list(bias.shape))
+        wide = wide.reshape(lengths).expand(batch, -1, -1, -1)
         held = sent(source, tokens).to(wide.dtype)
-        count = held.sum(-1, keepdim=True)
-        weight = (held / count.clamp(min=1)).unsqueeze(1)
+        weight = (held / held.sum(-1, keepdim=True).clamp(min=1)).unsqueeze(1)
+        stands = standing(held)
+        # What each token is held against: one of those that it is merged with.
+        near = stands.gather(1, source.clamp(0, tokens - 1)).clamp(min=0)
+        places = stands, near
         if wide.shape[-1] > 1:
-            # The largest of a row stays out of the exponential, or it could overflow.
-            largest = wide.detach().amax(-1, keepdim=True)
-            mean = (wide - largest).exp() @ weight.transpose(-1, -2)
-            # The logarithm of nothing would spread to all rows, and its gradient to all biases.
-            nothing = (count == 0).transpose(-1, -2).unsqueeze(1)
-            merged = torch.where(nothing, 1.0, mean).log() + largest
-            wide = torch.where(nothing, 0.0, merged)
+            wide = _merged_columns(wide, weight, *places)
         if wide.shape[-2] > 1:
-            wide = weight @ wide
+            wide = _merged_rows(wide, weight, *places)
         return wide.to(bias.dtype)
+
+
+def _merged_columns(bias: Tensor, weight: Tensor, stands: Tensor, near: Tensor) -> Tensor:
+    """The log-mean-exp over the columns of each index; of equal ones what they are, to the bit."""
+    nothing = (stands < 0)[:, None, None]
+    stands = stands.clamp(min=0)
+    # The largest of a row stays out of the exponential, or it could overflow.
+    largest = bias.detach().amax(-1, keepdim=True)
+    shares = (bias - largest).exp()
+    with torch.no_grad():
+        one = gather(shares, stands, 3)
+        others = gather(shares, near, 3)
+    mean = one - (others - shares) @ weight.transpose(-1, -2)
+    # The logarithm of nothing would spread to all rows, and its gradient to all biases.
+    blank = nothing | (mean == 0)
+    merged = torch.where(blank, 1.0, mean).log() + largest
+    with torch.no_grad():
+        value = torch.where(mean == one, gather(bias, stands, 3), merged)
+    return torch.where(nothing, 0.0, value + (merged - merged.detach()))
+
+
+def _merged_rows(bias: Tensor, weight: Tensor, stands: Tensor, near: Tensor) -> Tensor:
+    """The mean over the rows of each index; of equal ones what they are, to the bit."""
+    with torch.no_grad():
+        one = gather(bias, stands.clamp(min=0), 2)
+        one = torch.where((stands >= 0)[:, None, :, None], one, 0.0)
+        others = gather(bias, near, 2)
+    return one - weight @ (others - bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import each_image, held_positions
 from tomepass.ops.library import at_least_float32, register, without_autocast
 from tomepass.ops.positions import constant
 
@@ -39,7 +40,8 @@ def gumbel_keep(
     tiny = torch.finfo(score.dtype).eps
     drawn = torch.rand_like(score).clamp(tiny, 1 - tiny)
     odds = score + drawn.logit()
-    held = constant(sorted(protected), score.shape[0], score.device)
+    places = held_positions(score.shape[1], protected)
+    held = constant(places, score.shape[0], score.device)
     mask = ((odds - _threshold(odds, keep, held, count, fewer)) / TEMPERATURE).sigmoid()
     mask = mask.scatter(1, held, 1.0)
     return mask if keep is None else torch.minimum(mask, keep)
@@ -87,6 +89,7 @@ def masked_attention(
     Returns:
         ``[B, H, N, E]`` in the dtype of ``value``.
     """
+    keep = each_image(keep, key.shape[0], key.shape[2], "keep")
     wide = at_least_float32(query.dtype)
     with without_autocast(query.device):
         factor = query.shape[-1] ** -0.5 if scale is None else scale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tomepass.ops.arguments import check_heads, each_image
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.match import check_r, free_positions, rank
 from tomepass.ops.padding import PADDED
@@ -42,7 +43,9 @@ def match_threshold(
     Raises:
         ValueError: if ``r`` is more than can merge.
     """
-    tokens = keys.shape[2]
+    check_heads(keys)
+    batch, _, tokens, _ = keys.shape
+    size = each_image(size, batch, tokens)
     even, odd, held = free_positions(tokens, protected)
     check_r(r, tokens, held)
     with torch.no_grad(), without_autocast(keys.device):

@@ -27,7 +27,7 @@ def unmerge(x: Tensor, source: Tensor, dim: int) -> Tensor:
 @register("compose(Tensor? source, Tensor assign) -> Tensor")
 def compose(source: Tensor | None, assign: Tensor) -> Tensor:
     """The source map after one more merge: ``[B, N]`` and ``[B, N_in]`` to ``[B, N]``."""
-    return assign if source is None else assign.gather(1, source)
+    return assign if source is None else gather(assign, source, 1)
 
 
 @register("compose_held(Tensor? held, Tensor assign) -> Tensor")
@@ -35,7 +35,7 @@ def compose_held(held: Tensor | None, assign: Tensor) -> Tensor:
     """As :func:`compose`, where -1 is a token that was dropped: it stays dropped."""
     if held is None:
         return assign
-    return torch.where(held < 0, held, assign.gather(1, held.clamp(min=0)))
+    return torch.where(held < 0, held, gather(assign, held.clamp(min=0), 1))
 
 
 @register("narrow_source(Tensor source, int[] positions, int[] removed) -> Tensor")
