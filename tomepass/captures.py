@@ -105,7 +105,8 @@ class Captures:
     def _find(self, model: nn.Module, call: dict[str, Any], method: str) -> _Kept | None:
         # A capture for which the first tensor alone is batched was made knowing the others' sizes.
         # One with a batch of its own is asked last: reading a symbolic batch would fix it.
-        for form in sorted(forms(call)[::-1], key=lambda form: isinstance(form.size, SymInt)):
+        asked = forms(call)[::-1]
+        for form in sorted(asked, key=lambda form: isinstance(form.size, SymInt)):
             for kept in self._kept.get(signature_of(model, call, method, form), ()):
                 if kept.applied.capture.guards.hold():
                     kept.used = next(_clock)
