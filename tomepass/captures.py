@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import SymInt, Tensor, nn
 
 from tomepass.alone import one_at_a_time
 from tomepass.batches import Form, first_of, forms
@@ -104,7 +104,9 @@ class Captures:
 
     def _find(self, model: nn.Module, call: dict[str, Any], method: str) -> _Kept | None:
         # A capture for which the first tensor alone is batched was made knowing the others' sizes.
-        for form in reversed(forms(call)):
+        # One with a batch of its own is asked last: reading a symbolic batch would fix it.
+        asked = forms(call)[::-1]
+        for form in sorted(asked, key=lambda form: isinstance(form.size, SymInt)):
             for kept in self._kept.get(signature_of(model, call, method, form), ()):
                 if kept.applied.capture.guards.hold():
                     kept.used = next(_clock)
