@@ -149,3 +149,13 @@ def test_what_it_cannot_do_is_refused(model: Any, images: Tensor) -> None:
         ToMe(8, adaptive=(0.5, 0.2))
     with pytest.raises(TypeError, match="adaptive must be"):
         ToMe(8, adaptive=3)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def test_the_more_redundant_an_image_the_more_it_loses() -> None:
+    noise, plain = torch.randn(3, 3, 32, 32), torch.randn(3, 3, 1, 1).expand(-1, -1, 32, 32)
+    between = torch.cat([noise[..., :16], plain[..., 16:]], dim=-1)
+    images = torch.cat([plain, noise, between])
+    model = make_vit(num_hidden_layers=1)
+    merged = tomepass.apply(model, ToMe(4, adaptive=True), example_inputs=images)
+    assert merged.routes(images).tolist() == [2] * 3 + [0] * 3 + [1] * 3

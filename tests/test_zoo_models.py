@@ -6,6 +6,8 @@ import pytest
 import torch
 from zoo import FAMILIES, make_inputs, make_model, output_of, relative_error
 
+import tomepass
+
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
@@ -35,3 +37,10 @@ def test_no_matrix_or_table_of_a_model_is_constant(name: str) -> None:
     for key, parameter in make_model(name).named_parameters():
         if parameter.numel() > 1:
             assert parameter.min() < parameter.max(), key
+
+
+def test_text_beside_images_is_left_alone() -> None:
+    inputs = make_inputs("siglip")
+    report = tomepass.explain(make_model("siglip"), r=4, example_inputs=inputs)
+    assert len(report.streams) == 1
+    assert any("looked up by ids" in refused.reason for refused in report.refused)

@@ -165,7 +165,7 @@ MUTANTS = [
         file="tomepass/adaptive.py",
         old="torch.bucketize(found, limits.to(found.device), right=True)",
         new="2 - torch.bucketize(found, limits.to(found.device), right=True)",
-        tests="tests/test_adaptive.py -k 'evenly or thresholds'",
+        tests="tests/test_adaptive.py -k more_redundant",
     ),
     Mutant(
         name="a_token_is_most_like_itself",

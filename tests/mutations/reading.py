@@ -144,21 +144,21 @@ MUTANTS = [
         file="tomepass/tokens.py",
         old='return argument(node, 2, "bias") is None',
         new="return True",
-        tests="tests/test_property.py -k 'near_miss_is_exact and TalkingHeadsWithBias'",
+        tests="tests/test_refused_attentions.py -k TalkingHeadsWithBias",
     ),
     Mutant(
         name="weights_may_be_squared",
         file="tomepass/tokens.py",
         old="return above and node.args.count(weights) == 1",
         new="return above",
-        tests="tests/test_property.py -k 'near_miss_is_exact and SquaredWeights'",
+        tests="tests/test_refused_attentions.py -k SquaredWeights",
     ),
     Mutant(
         name="weights_may_be_sharpened",
         file="tomepass/tokens.py",
         old="return node.target in _HOMOGENEOUS and _is_float(node)",
         new="return _is_float(node)",
-        tests="tests/test_property.py -k 'near_miss_is_exact and SharpenedWeights'",
+        tests="tests/test_refused_attentions.py -k SharpenedWeights",
     ),
     Mutant(
         name="scores_may_be_masked_by_a_number",
@@ -174,7 +174,7 @@ MUTANTS = [
         file="tomepass/tokens.py",
         old="along != layout.keys.dim or not layout.keys.whole",
         new="not layout.keys.whole",
-        tests="tests/test_property.py -k 'near_miss_is_exact and OverQueries'",
+        tests="tests/test_refused_attentions.py -k OverQueries",
     ),
     Mutant(
         name="rows_beside_tokens_are_not_seen",
@@ -188,7 +188,7 @@ MUTANTS = [
         file="tomepass/structure.py",
         old="SUMS = (aten.add.Tensor, aten.add_.Tensor)",
         new="SUMS = (aten.add.Tensor, aten.add_.Tensor, aten.sub.Tensor)",
-        tests="tests/test_property.py -k 'near_miss_is_exact and SubtractedUpdate'",
+        tests="tests/test_refused_attentions.py -k SubtractedUpdate",
     ),
     Mutant(
         name="any_sum_is_a_residual_sum",

@@ -138,7 +138,7 @@ MUTANTS = [
         file="tomepass/rewrite.py",
         old="if counted and merges.planned.padding is not None:",
         new="if False:",
-        tests="tests/test_padding.py -k counts_padding",
+        tests="tests/test_padded_readouts.py -k counts_padding",
     ),
     Mutant(
         name="without_sizes_padding_is_attended_to",
