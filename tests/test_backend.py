@@ -125,7 +125,7 @@ def test_equals_the_plain_reference(name: str, r: Any, prop_attn: bool, inner: I
     assert inner.merges == [sum(a > b for a, b in itertools.pairwise(counts))]
 
 
-# tests/test_rewrite.py and tests/methods/test_compiled.py say so of others.
+# tests/test_rewrite.py and tests/methods/test_generated_code.py say so of others.
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["dinov2", "clip_vision_projection", "vit_msn", "ast"])
 def test_both_doors_agree(name: str) -> None:

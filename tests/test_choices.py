@@ -142,7 +142,7 @@ def test_compiled_is_eager_and_an_exported_graph_is_plain_aten() -> None:
 @pytest.mark.parametrize("choice", TOGETHER, ids=lambda choice: "-".join(map(str, choice.values())))
 @torch.no_grad()
 def test_every_choice_compiles(choice: dict[str, Any]) -> None:
-    """Through AOTAutograd; tests/methods/test_compiled.py makes code."""
+    """Through AOTAutograd; tests/methods/test_generated_code.py makes code."""
     model, x = SMALL, pixels()
     merged = tomepass.apply(model, ToMe([9, 0], **choice), example_inputs=x)
     compiled = torch.compile(merged, fullgraph=True, backend="aot_eager")(x)

@@ -91,7 +91,7 @@ def hides_attention(node: fx.Node) -> bool:
     operator: Any = node.target
     if operator is FUSED or not isinstance(operator, _OPERATORS):
         return False
-    name = str(operator.name())  # type: ignore[no-untyped-call]
+    name: str = operator.name()  # type: ignore[no-untyped-call]
     named = _ATTENTION_NAMES.search(name) is not None and not name.startswith("tome::")
     return named or any(has_attention(body.graph) for body in bodies(node))
 

@@ -99,7 +99,7 @@ def test_nothing_reduced_is_the_original_bit_for_bit(
         assert torch.equal(ours, theirs)
 
 
-@pytest.mark.deep  # tests/methods/test_compiled.py compiles what they add to a graph
+@pytest.mark.deep  # tests/methods/test_generated_code.py compiles what they add to a graph
 @every_method
 @torch.no_grad()
 def test_compiled_is_eager_through_both_doors(name: str, shared_models: Any) -> None:

@@ -324,7 +324,7 @@ def test_scores_add_up_in_blocks_that_drop_nothing(shared_models: Any) -> None:
 # ---- doors -----------------------------------------------------------------------------------
 
 
-# tests/methods/test_compiled.py compiles what they add to a graph.
+# tests/methods/test_generated_code.py compiles what they add to a graph.
 @pytest.mark.deep
 @pytest.mark.parametrize("name", ["ats", "threshold"])  # pruned with holes, merged with holes
 @torch.no_grad()

@@ -193,7 +193,7 @@ def test_they_vanish_in_an_exported_program() -> None:
         torch.testing.assert_close(got, expected)
 
 
-# tests/methods/test_compiled.py has code generated of them.
+# tests/methods/test_generated_code.py has code generated of them.
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)]
 )

@@ -148,7 +148,7 @@ class Merging(nn.Module):
         return merge(x, size, again, 7), merge_size(size, again, 7), stands
 
 
-# tests/methods/test_compiled.py has code generated of them.
+# tests/methods/test_generated_code.py has code generated of them.
 @pytest.mark.parametrize(
     "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.deep)]
 )
