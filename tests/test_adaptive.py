@@ -60,7 +60,8 @@ def test_images_are_split_evenly_and_keep_their_order(
 
 
 def test_routing_runs_nothing_but_the_embedding(adaptive: AdaptiveModel) -> None:
-    nodes = adaptive._router.graph.graph.nodes
+    (applied, *_) = adaptive._captures
+    nodes = applied.router.graph.graph.nodes
     attention = torch.ops.aten.scaled_dot_product_attention.default
     assert not [node for node in nodes if node.target == attention]
 

@@ -131,14 +131,7 @@ def check_call(call: Mapping[str, Any], method: str = "forward") -> None:
     if torch._C._get_tracing_state() is not None or any(
         isinstance(v, fx.Proxy) for v in pytree.tree_leaves(call)
     ):
-        raise TomeError(
-            "a merged model cannot be traced by torch.jit.trace or torch.fx.symbolic_trace, which "
-            "would fix the batch size and record choices of tokens as constants (tracers stand "
-            "behind torch.onnx.export(dynamo=False), openvino.convert_model and fvcore too)",
-            advice="tomepass.export(model, method, example_inputs=inputs) gives a program that "
-            "keeps the batch dynamic; tomepass export on the command line writes it for ONNX "
-            "Runtime, OpenVINO and others",
-        )
+        raise no_tracing()
     for name, value in call.items():
         if (strange := _strange(value)) is not None:
             raise TomeError(
@@ -146,6 +139,18 @@ def check_call(call: Mapping[str, Any], method: str = "forward") -> None:
                 "a capture cannot tell from another one",
                 advice="give tensors, numbers and strings, in tuples, lists or dicts",
             )
+
+
+def no_tracing() -> TomeError:
+    """The refusal of tracers, which cannot follow a merged model."""
+    return TomeError(
+        "a merged model cannot be traced by torch.jit.trace or torch.fx.symbolic_trace, which "
+        "would fix the batch size and record choices of tokens as constants (tracers stand "
+        "behind torch.onnx.export(dynamo=False), openvino.convert_model and fvcore too)",
+        advice="tomepass.export(model, method, example_inputs=inputs) gives a program that "
+        "keeps the batch dynamic; tomepass export on the command line writes it for ONNX "
+        "Runtime, OpenVINO and others",
+    )
 
 
 def _strange(value: Any) -> Any:

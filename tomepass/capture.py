@@ -30,7 +30,7 @@ from tomepass.clone import Reads, Twin
 from tomepass.decompositions import DECOMPOSITIONS
 from tomepass.errors import TomeError
 from tomepass.fast_paths import refuse_skipped_modules
-from tomepass.fidelity import NotCapturedError, can_be_held, hold_against
+from tomepass.fidelity import NotCapturedError, called_once, can_be_held, hold_against
 from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
 from tomepass.regions import Inlining
@@ -149,12 +149,9 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
                 failed.append((error, twin))
                 continue
             if kept := [(reads, reads.kept) for reads in twin.reads if reads.kept]:
-                later = Twin(model)
-                for reads, values in kept:
-                    vars(later.of(reads.original)).update(values)
-                _check_state(
-                    model, program, _exported(model, later, forward, example, dynamic), kept
-                )
+                later = called_once(model, forward, example)
+                again = _exported(model, later, forward, example, dynamic)
+                _check_state(model, program, again, kept)
             captured = _captured(model, program, twin, tuple(pytree.tree_leaves(example)), form)
             if can_be_held(kwargs):
                 hold_against(model, captured, kwargs, forward)

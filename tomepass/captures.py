@@ -158,11 +158,18 @@ class Captures:
 def signature_of(model: nn.Module, call: dict[str, Any], method: str, form: Form) -> Signature:
     """What tells captures apart before the model is asked: the method, the inputs, its type."""
     state, first = next(model.parameters(), None), first_of(call)
+    state = _of_a_replica(model) if state is None else state
     return (
         method,
         None if state is None else (state.dtype, _device(state)),
         tuple((name, _shape_of(value, first, form)) for name, value in call.items()),
     )
+
+
+def _of_a_replica(model: nn.Module) -> Tensor | None:
+    """A weight of what ``DataParallel`` makes for a device: a plain tensor there."""
+    held = (value for module in model.modules() for value in vars(module).values())
+    return next((value for value in held if isinstance(value, Tensor)), None)
 
 
 def _shape_of(value: Any, first: Tensor | None, form: Form) -> Any:

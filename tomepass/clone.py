@@ -102,10 +102,6 @@ class Twin:
         """What was read of each object, in the order of the copies."""
         return [reads for reads in self._reads.values() if reads.names or reads.whole]
 
-    def of(self, original: Any) -> Any:
-        """The twin of an object."""
-        return self._memo[id(original)]
-
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Notes what this thread reads of the twin in the block."""

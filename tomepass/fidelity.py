@@ -64,7 +64,9 @@ def hold_against(model: nn.Module, capture: Capture, call: dict[str, Any], metho
     Raises:
         NotCapturedError: if the outputs differ: the capture is not the model.
     """
-    with torch.inference_mode(False), torch.set_grad_enabled(capture.grad):
+    # Nothing of this is kept for a backward: hooks that count what is do not see it.
+    unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
+    with torch.inference_mode(False), torch.set_grad_enabled(capture.grad), unseen:
         inputs = pytree.tree_map(_plain, capture.form.few(call))
         try:
             expected, form = _of_the_model(model, method, inputs)
@@ -83,6 +85,10 @@ def hold_against(model: nn.Module, capture: Capture, call: dict[str, Any], metho
     raise _another(model, capture, found)
 
 
+def _same(value: Tensor) -> Tensor:
+    return value
+
+
 def _another(model: nn.Module, capture: Capture, difference: str) -> NotCapturedError:
     return NotCapturedError(
         f"the graph that torch.export makes of {type(model).__name__} is another function than "
@@ -92,6 +98,15 @@ def _another(model: nn.Module, capture: Capture, difference: str) -> NotCaptured
         'on_unmatched="warn"',
         guards=capture.guards,
     )
+
+
+def called_once(model: nn.Module, method: str, inputs: dict[str, Any]) -> Twin:
+    """A twin as a first call leaves it: with its flags, hooks and all that it stored."""
+    twin = Twin(model, noting=False)
+    called = twin.model if method == "forward" else getattr(twin.model, method)
+    with torch.no_grad(), _seeded(inputs, 0):
+        call_with(called, inputs)
+    return twin
 
 
 def _of_the_model(

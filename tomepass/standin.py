@@ -17,9 +17,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
-from tomepass.calls import Inputs, as_call, check_call, forward_signature
+from tomepass.calls import Inputs, as_call, check_call, forward_signature, no_tracing
 from tomepass.captures import Captures
 from tomepass.methods import Method
 
@@ -318,6 +318,8 @@ def stand_in(kind: type[StandIn], model: nn.Module) -> type[Any]:
         return found
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(args, fx.Proxy):
+            raise no_tracing()  # torch.fx has one proxy for all of them
         return kind.forward(self, *args, **kwargs)
 
     receiver = inspect.Parameter("_tome", inspect.Parameter.POSITIONAL_ONLY)
