@@ -140,8 +140,8 @@ def read(graph: CanonicalGraph) -> None:
 def test_twice_the_layers_are_twice_the_steps(model: Callable[[int], Any]) -> None:
     none, short, long = (captured(model(layers)) for layers in (0, 15, 30))
     fixed = steps(lambda: read(none))
-    once = steps(lambda: read(short), 20_000) - fixed
-    twice = steps(lambda: read(long), 20_000) - fixed
+    once = steps(lambda: read(short), 60_000) - fixed
+    twice = steps(lambda: read(long), 60_000) - fixed
     assert 0 < once < twice < 2.2 * once, (fixed, once, twice)
 
 

@@ -147,7 +147,7 @@ def bias_factor(added: fx.Node, bias: fx.Node) -> float | None:
 
 def _scaled_by(reader: fx.Node, scores: fx.Node) -> float:
     """What an operator multiplies scores by, if a number says it; 1 otherwise."""
-    if scores not in reader.args[:2]:
+    if len(reader.args) < 2 or scores not in reader.args[:2]:
         return 1.0
     other = reader.args[1] if reader.args[0] is scores else reader.args[0]
     if reader.target is aten.sub.Tensor and other is reader.args[0]:

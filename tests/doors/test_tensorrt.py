@@ -117,7 +117,10 @@ def test_a_program_is_handed_over_with_its_ranges_of_shapes(
     compiled = tensorrt_program.compile_program(exported.program)
     assert tensorrt_program.engines(compiled) == 1
     ((program, inputs),) = recorder.asked
-    assert operators(program) == operators(exported.program)
+    given, handed = operators(exported.program), operators(program)
+    # Which token a merge is measured from is gathered; that is written out as a product.
+    fewer = {name for name, count in given.items() if handed.get(name, 0) < count}
+    assert fewer == {"aten.gather.default"}
     least, usual, most = tensorrt_program.BATCHES
     fields = inputs["pixel_values"].fields
     assert fields["min_shape"] == [least, 3, 32, 32]

@@ -13,7 +13,7 @@ import tomepass
 from tomepass.adaptive import BUDGETS
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def limits(shared_models: Any) -> tuple[float, ...]:
     """Thresholds that give each of three images a budget of its own."""
     method = tomepass.ToMe(1, adaptive=True)
