@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ Check = Callable[["Applied", nn.Module, dict[str, Any], str], "Applied"]
 Signature = tuple[Any, ...]
 
 _clock = itertools.count(1)
+_stores: weakref.WeakValueDictionary[int, Captures] = weakref.WeakValueDictionary()
 
 
 @dataclass(eq=False)
@@ -59,6 +61,11 @@ class Captures:
     # What compiled code has taken in stays, by number, and so do the signatures it looks up.
     _compiled: dict[int, Applied] = field(default_factory=dict)
     _numbers: dict[Signature, int] = field(default_factory=dict)
+    # What a function that Dynamo takes for constant is given are constants: numbers.
+    _place: int = field(default_factory=lambda: next(_clock))
+
+    def __post_init__(self) -> None:
+        _stores[self._place] = self
 
     def get(self, model: nn.Module, call: dict[str, Any], method: str = "forward") -> Applied:
         """The capture of a method of the model as it is now, made if there is none.
@@ -73,7 +80,7 @@ class Captures:
                 or if it would have to be made while Dynamo traces.
         """
         if torch.compiler.is_dynamo_compiling():
-            return self._compiled[_taken_in(self, self._number(model, call, method))]
+            return self._compiled[_taken_in(self._place, self._number(model, call, method))]
         if (kept := self._find(model, call, method)) is None:
             with one_at_a_time():
                 if (kept := self._find(model, call, method)) is None:
@@ -157,8 +164,9 @@ class Captures:
 
 def signature_of(model: nn.Module, call: dict[str, Any], method: str, form: Form) -> Signature:
     """What tells captures apart before the model is asked: the method, the inputs, its type."""
-    state, first = next(model.parameters(), None), first_of(call)
+    state: Tensor | None = next(model.parameters(), None)
     state = _of_a_replica(model) if state is None else state
+    first = first_of(call)
     return (
         method,
         None if state is None else (state.dtype, _device(state)),
@@ -194,9 +202,9 @@ class NotPreparedError(TomeError, AssertionError):
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _taken_in(captures: Captures, known: int) -> int:
+def _taken_in(store: int, known: int) -> int:
     """Runs while Dynamo traces, not when what it traced runs."""
-    number = captures._take_in(known)
+    number = _stores[store]._take_in(known)
     if number is None:
         raise NotPreparedError(
             "this call signature was not captured before compiling, or the model has changed "
