@@ -91,6 +91,7 @@ def test_it_takes_counts_and_rates(method: Method, model: Any, images: Tensor) -
     assert len({budget.method for budget in found.budgets}) == 3
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_compiled_is_eager(adaptive: AdaptiveModel, model: Any, images: Tensor) -> None:
     fast = tomepass.apply(model, adaptive.method, example_inputs=images)

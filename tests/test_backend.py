@@ -150,6 +150,7 @@ def test_outputs_merged_are_short(vit: Any, images: Tensor) -> None:
         assert relative_error(ours, theirs) < 1e-6
 
 
+@pytest.mark.deep
 def test_autocast(model: Any, images: Tensor, expected: Tensor) -> None:
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         got = torch.compile(model, backend=eager())(images).logits
@@ -564,6 +565,7 @@ def test_the_users_settings_stay_as_they_are(small: Any, few: Tensor) -> None:
         torch.compile(small, backend=TomeBackend(inner="nope"))(few)
 
 
+@pytest.mark.deep
 def test_parameters_stay_static_inputs(model: Any, images: Tensor) -> None:
     """Otherwise CUDA graphs would copy all weights on every call."""
     from torch._inductor.compile_fx import compile_fx

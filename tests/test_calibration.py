@@ -315,6 +315,7 @@ def test_too_few_images_are_refused(model: Any, batches: list[Any]) -> None:
         tomepass.calibrate(model, [batches[0][:3]], macs=0.6, progress=False)
 
 
+@pytest.mark.deep
 def test_a_speedup_is_measured_and_what_is_missed_is_said(
     model: Any, batches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

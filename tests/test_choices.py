@@ -173,6 +173,7 @@ def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
     assert all(list(node.args[3]) == [] for node in nodes)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "choice",
     at_hand(

@@ -126,6 +126,7 @@ def test_a_fused_layer_that_stays_fused_counts_as_an_attention_nobody_can_read()
     assert [node.target for node in unread] == [FUSED_LAYERS[1]]
 
 
+@pytest.mark.deep
 def test_the_harness_passes_on_it() -> None:
     report = tomepass.check(made(), PIXELS, r=6, inner="eager")
     assert report.ok, str(report)

@@ -165,6 +165,7 @@ def test_reports_of_a_function_and_of_a_module_of_torchs_own() -> None:
     assert [r.ok for r in BACKEND.reports(chain)] == [True]
 
 
+@pytest.mark.deep
 def test_reports_keep_no_model_alive() -> None:
     model = make()
     torch.compile(model, backend=BACKEND)(pixels())
@@ -359,6 +360,7 @@ def test_checkpointed_blocks_are_marked_to_be_computed_again() -> None:
     assert marks[torch.ops.tome.merge.default] == wanted
 
 
+@pytest.mark.deep
 def test_checkpointed_blocks_keep_as_little_as_unmerged_ones() -> None:
     """What AOTAutograd keeps between the forward and the backward."""
 
@@ -485,6 +487,7 @@ def shard(model: nn.Module, parts: Any = ()) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("process_group")
 def test_a_sharded_model_is_named_and_the_advice_works() -> None:
     whole = make()

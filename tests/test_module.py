@@ -637,6 +637,7 @@ def test_explain_refuses_wrong_arguments(vit: Any) -> None:
 # What the documentation promises first
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("inductor")
 def test_the_first_example_runs_as_written(tmp_path: Path) -> None:
     make_vit(num_hidden_layers=2).save_pretrained(tmp_path)

@@ -124,6 +124,7 @@ def test_one_of_the_three_targets_at_most() -> None:
         planned(r=8, speedup=1.5)
 
 
+@pytest.mark.deep
 def test_a_real_measurement_becomes_a_plan() -> None:
     with torch.no_grad():
         plan = planned(r=[9], inner="eager", rounds=1)

@@ -175,6 +175,7 @@ def test_two_towers_are_two_streams() -> None:
     ]
 
 
+@pytest.mark.deep
 def test_reading_and_rewriting_48_blocks_costs_no_more_than_linear_time() -> None:
     def seconds(depth: int) -> float:
         graph = exported(make(depth=depth), {"pixels": pixels()})

@@ -75,6 +75,7 @@ def test_trainer_saves_what_load_reads(tmp_path: Path) -> None:
     assert torch.equal(again(x).logits, merged.eval()(x).logits)
 
 
+@pytest.mark.deep
 def test_trainer_with_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
     found = [
         losses(run)

@@ -59,6 +59,7 @@ def test_gradients_equal_the_references_in_both_doors(name: str) -> None:
     assert worst(got, expected) < 2e-5
 
 
+@pytest.mark.deep
 def test_gradients_of_a_compiled_applied_module() -> None:
     model, inputs = make_model("ijepa"), make_inputs("ijepa")
     merged = tomepass.apply(model, r=8)

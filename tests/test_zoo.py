@@ -457,6 +457,7 @@ def siglip2() -> tuple[Any, dict[str, Tensor]]:
     return scaled_up(hf.Siglip2VisionModel(config)), inputs
 
 
+@pytest.mark.deep
 @pytest.mark.skipif(not installed("transformers>=5.2"), reason="its mask was one of floats")
 @torch.no_grad()
 def test_siglip2_merges_behind_its_graph_break_where_protected_tokens_are_given() -> None:

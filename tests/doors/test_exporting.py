@@ -50,6 +50,7 @@ def test_attention_and_norms_stay_whole(exported: Any) -> None:
     assert "aten.softmax.int" not in found
 
 
+@pytest.mark.deep
 def test_it_loads_and_runs_without_tomepass_and_transformers(
     exported: Any, archive: Path, tmp_path: Path
 ) -> None:

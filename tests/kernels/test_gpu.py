@@ -201,6 +201,7 @@ def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+@pytest.mark.deep
 def test_gradients_of_float64_are_exact_to_the_second_order() -> None:
     assign, size = assignments(1, 5, 3, 0), torch.tensor([[1.0, 2.0, 4.0, 1.0, 8.0]])
     sources = sources_triton(assign, 3)

@@ -289,6 +289,7 @@ def test_the_report_tells_of_the_distribution(shared_models: Any) -> None:
 # ---- what each does --------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_a_threshold_of_one_merges_what_tome_does(shared_models: Any) -> None:
     for family in ("vit", "siglip_vision"):
@@ -336,6 +337,7 @@ def test_kernels_compute_what_eager_does(name: str, shared_models: Any) -> None:
     assert relative_error(ours, theirs) < 1e-4
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("name", "compiler"),
     # Biases are merged alike.

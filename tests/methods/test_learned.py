@@ -218,6 +218,7 @@ def test_the_same_seed_gives_the_same_weights(kind: type[Learned], vit: Any) -> 
     assert short(vit, first) == first  # what it had is not built on
 
 
+@pytest.mark.deep
 def test_labels_and_returned_tokens_take_part(vit: Any) -> None:
     method = DynamicViT(keep_rate=0.5)
     plain = short(vit, method)

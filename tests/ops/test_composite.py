@@ -248,6 +248,7 @@ def test_a_chain_exports_with_a_dynamic_batch() -> None:
         assert_same(decomposed.module()(keys(size), hidden(size)), expected)
 
 
+@pytest.mark.deep
 @pytest.mark.xdist_group("generated code")
 def test_inductor_agrees_for_any_batch_and_to_the_bit_on_ties() -> None:
     counter = CompileCounterWithBackend("inductor")

@@ -194,6 +194,7 @@ def test_they_vanish_in_an_exported_program(partition: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.deep
 def test_opcheck() -> None:
     heads, x = torch.randn(2, 3, 12, 4), torch.randn(2, 12, 5)
     paid = torch.rand(2, 12)
