@@ -41,7 +41,7 @@ def worst(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     )
 
 
-@pytest.mark.parametrize("name", at_hand(FORWARDS, ["dinov2_registers", "masked_images"]))
+@pytest.mark.parametrize("name", at_hand(FORWARDS, ["masked_images"]))
 def test_gradients_equal_the_references_in_both_doors(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
     if name == "siglip_vision":  # its gradients are too steep for the rounding of float32

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from depth import in_turn
+from depth import at_hand, in_turn
 from table import ROWS
 from torch import Tensor
 from zoo import make_inputs, make_model, make_vit, output_of, relative_error
@@ -25,6 +25,10 @@ from tomepass.ops.soft import gumbel_keep, masked_attention
 KINDS = [DynamicViT, AdaViT]
 SURE = 1e6  # odds times this are not changed by a draw
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+# Trainings take long: of one kind every time.
+one_kind = pytest.mark.parametrize(
+    "kind", at_hand(KINDS, [DynamicViT], [kind.name for kind in KINDS])
+)
 
 
 def trained(kind: type[Learned] = DynamicViT, **fields: Any) -> Any:
@@ -184,7 +188,7 @@ def test_the_training_form_computes_what_is_used(
     assert relative_error(ours, output_of(family, model(**inputs))[:, : ours.shape[1]]) > 1e-3
 
 
-@every_kind
+@one_kind
 def test_training_changes_the_policy_alone(kind: type[Learned], vit: Any) -> None:
     # After the last block nothing reads the tokens but the class token's own head.
     method = kind(keep_rate=0.5, blocks=(0, 1))
@@ -207,7 +211,7 @@ def test_training_changes_the_policy_alone(kind: type[Learned], vit: Any) -> Non
     assert merged(batches()[0]).logits.isfinite().all()
 
 
-@every_kind
+@one_kind
 def test_the_same_seed_gives_the_same_weights(kind: type[Learned], vit: Any) -> None:
     method = kind([9, 0, 9])
     first = short(vit, method)
@@ -293,7 +297,7 @@ def test_a_policy_is_compared_by_content(tmp_path: Path) -> None:
     assert "of blocks 0, 1, 2" in repr(policy)
 
 
-@every_kind
+@one_kind
 @torch.no_grad()
 def test_an_applied_module_is_pickled_and_copied_with_its_policy(
     kind: type[Learned], vit: Any, images: Tensor
@@ -425,7 +429,7 @@ class _Mean(torch.nn.Module):
 # ---- what is learned ---------------------------------------------------------------------------
 
 
-@every_kind
+@one_kind
 def test_a_short_training_beats_random_pruning_on_digits(kind: type[Learned]) -> None:
     """One patch of 64 is left beside the class token: a policy finds one that tells."""
     model, (pixels, _) = digits.load_model(), digits.load_images()
