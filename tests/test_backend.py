@@ -295,6 +295,7 @@ def test_inductor_gets_the_modes_options_and_its_own(
     ]
 
 
+@pytest.mark.deep
 def test_an_inner_backend_without_modes_runs_all_the_same(
     model: Any, images: Tensor, expected: Tensor
 ) -> None:

@@ -60,7 +60,7 @@ def _convolutional() -> tuple[nn.Module, Any]:
     [
         (_convolutional, "holds no attention"),
         (_decoder, "causal|mask"),
-        (_swin, "window|written out as matmul|all tokens"),
+        pytest.param(_swin, "window|written out as matmul|all tokens", marks=pytest.mark.deep),
         pytest.param(
             *(_sam, "window|written out as matmul|all tokens|one sequence"), marks=pytest.mark.deep
         ),

@@ -84,9 +84,7 @@ def test_schedules_give_the_published_macs(
         assert gmacs(SIZES[model], r) == pytest.approx(published, abs=0.11)
 
 
-@pytest.mark.parametrize(
-    ("model", "r"), at_hand([("DeiT-Ti", 8), ("ViT-B", (16, 0))], [("DeiT-Ti", 8)])
-)
+@pytest.mark.parametrize(("model", "r"), at_hand([("DeiT-Ti", 8), ("ViT-B", (16, 0))], []))
 def test_counting_a_real_graph_gives_the_formula(model: str, r: Any) -> None:
     size = SIZES[model]
     config = transformers.ViTConfig(

@@ -286,6 +286,7 @@ def test_captures_follow_the_mode(captures: list[Any]) -> None:
     assert len(captures) == 2  # all that reads its mode is in training, as before
 
 
+@pytest.mark.deep
 def test_casts_and_captures_follow_the_dtype(vit: Any, captures: list[Any]) -> None:
     merged = tomepass.apply(vit, r=FEW)
     images = make_inputs("vit")["pixel_values"]

@@ -141,8 +141,7 @@ KINDS: dict[str, tuple[Kind, str]] = {
 }
 # Every position, norm, and readout of its own, and every spelling, at least once.
 KINDS_AT_HAND = [
-    *("post-norm, mean", "gated MLP, RMSNorm", "rotary", "rotary, folded", "bias, written late"),
-    *("bias gathered", "pooled by attention", "tokens at the end"),
+    *("post-norm, mean", "rotary, folded", "bias gathered", "tokens at the end"),
 ]
 SPELLINGS: dict[str, Spelling] = {
     "sdpa": Spelling(qkv="fused", heads="permute", back="flatten", swapped=True),
@@ -276,9 +275,9 @@ def test_every_near_miss_is_expected_to_be_something() -> None:
     assert EXPECTED.keys() == NEAR_MISSES.keys()
 
 
-# Every third: what they are near to stands beside each other in the table.
+# Every sixth: what they are near to stands beside each other in the table.
 @torch.no_grad()
-@pytest.mark.parametrize("name", at_hand(EXPECTED, [*EXPECTED][::3]))
+@pytest.mark.parametrize("name", at_hand(EXPECTED, [*EXPECTED][::6]))
 def test_a_near_miss_is_exact_or_refused(name: str) -> None:
     model, x = with_zero_positions(near_miss(name, readout="dense")), duplicates(2)
     expected = EXPECTED[name]

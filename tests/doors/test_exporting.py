@@ -76,6 +76,7 @@ def test_an_archive_names_no_file_of_this_machine(archive: Path) -> None:
     assert "site-packages" not in text
 
 
+@pytest.mark.deep
 def test_the_model_is_left_as_it_was(exported: Any) -> None:
     model = make(depth=1)
     before = (dict(model.__dict__), {n: v.clone() for n, v in model.state_dict().items()})
@@ -236,6 +237,7 @@ def test_the_method_of_an_applied_model_is_taken() -> None:
     assert torch.equal(program.module()(**{given: x}), merged(x))
 
 
+@pytest.mark.deep
 def test_a_plan_is_exported_as_its_method() -> None:
     x, model = pixels(), make(depth=2)
     found = tomepass.Plan(ToMe([5, 0]), 1.2, "as measured", (), "inductor", ())

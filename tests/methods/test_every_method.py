@@ -128,6 +128,7 @@ def test_it_repeats_and_takes_any_batch(name: str, shared_models: Any) -> None:
     assert relative_error(merged(inputs[1:2]).logits, first[1:2]) < 1e-5
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("family", "name"),
     at_hand(
@@ -153,7 +154,7 @@ def test_elsewhere_too_it_compiles_and_takes_any_batch(
     at_hand(
         [(f, n) for f in PARTS for n in ROWS if f == "vit" or n in ("prune", "spvit", "kmeans")],
         # One of each method; what its other rows lose is counted alike.
-        [*(("vit", n) for n in WHOLE[::2]), ("ast", "prune")],
+        [*(("vit", n) for n in WHOLE[::2])],
     ),
 )
 def test_tokens_and_macs_are_as_planned(family: str, name: str, shared_models: Any) -> None:

@@ -130,6 +130,7 @@ def test_nor_do_they_pay_attention_where_it_is_written_out() -> None:
     assert same_bits(ours, theirs)
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_attention_is_read_as_it_is_paid_without_the_sizes(shared_models: Any) -> None:
     model, inputs = shared_models["bert_padded"], make_inputs("bert_padded", 3)
@@ -370,6 +371,7 @@ def test_gradients_are_finite(name: str) -> None:
 # ---- calibration -----------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_calibration_finds_the_threshold_of_a_mean_share(shared_models: Any) -> None:
     model = shared_models["vit"]

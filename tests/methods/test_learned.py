@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,11 @@ def sure(method: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), in_turn(["vit", "dinov2_registers", "siglip_vision"], KINDS)
+    ("family", "kind"),
+    at_hand(
+        itertools.product(["vit", "dinov2_registers", "siglip_vision"], KINDS),
+        [("vit", DynamicViT), ("dinov2_registers", AdaViT)],
+    ),
 )
 @torch.no_grad()
 def test_the_training_form_computes_what_is_used(
@@ -211,7 +216,8 @@ def test_training_changes_the_policy_alone(kind: type[Learned], vit: Any) -> Non
     assert merged(batches()[0]).logits.isfinite().all()
 
 
-@one_kind
+@pytest.mark.deep
+@every_kind
 def test_the_same_seed_gives_the_same_weights(kind: type[Learned], vit: Any) -> None:
     method = kind([9, 0, 9])
     first = short(vit, method)
@@ -297,7 +303,8 @@ def test_a_policy_is_compared_by_content(tmp_path: Path) -> None:
     assert "of blocks 0, 1, 2" in repr(policy)
 
 
-@one_kind
+@pytest.mark.deep
+@every_kind
 @torch.no_grad()
 def test_an_applied_module_is_pickled_and_copied_with_its_policy(
     kind: type[Learned], vit: Any, images: Tensor
@@ -404,6 +411,7 @@ def test_bad_arguments_are_refused_by_name(options: Any, error: Any, told: str, 
         train_policy(**arguments, progress=False)
 
 
+@pytest.mark.deep
 def test_what_cannot_be_trained_is_refused(vit: Any, images: Tensor) -> None:
     def refused(told: str, model: Any = vit, given: Any = None, method: Any = None) -> None:
         chosen = DynamicViT(keep_rate=0.5) if method is None else method

@@ -30,7 +30,7 @@ def drawn(images: int, tokens: int, width: int, seed: int) -> tuple[Tensor, Tens
     return features, torch.rand(images, tokens, generator=generator, dtype=torch.float64)
 
 
-@examples(150)
+@examples(60)
 @given(st.data())
 def test_maps_equal_the_reference(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 30), label="tokens")
