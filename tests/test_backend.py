@@ -108,8 +108,6 @@ def refusal(compiled: Any, *args: Any, **kwargs: Any) -> str:
         ],
         [
             ("dinov2_registers", 8, True),
-            ("ijepa", [10, 0, 5], True),
-            ("vit", (6, -0.5), True),
             ("deit_distilled", 8, False),
         ],
     ),
@@ -430,6 +428,7 @@ def test_a_fragment_merges_where_its_protected_tokens_are_given(
     assert inner.merges == [0, 3]
 
 
+@pytest.mark.deep
 def test_tokens_are_whole_again_at_a_break_in_a_tower(
     model: Any, images: Tensor, inner: Inner
 ) -> None:
@@ -483,6 +482,7 @@ def test_merging_twice_is_refused(small: Any, few: Tensor) -> None:
     assert "already merged" in refusal(torch.compile(merged, backend=eager()), few)
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_without_a_method_graphs_are_handed_over_as_they_are(
     model: Any, images: Tensor, inner: Inner
@@ -504,6 +504,7 @@ def test_without_a_method_there_is_none_to_change() -> None:
     assert TomeBackend(None).with_options({"inner": "eager"}) == TomeBackend(None, inner="eager")
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_written_out_attention_merges_as_fused_attention_does(vit: Any, images: Tensor) -> None:
     fused = torch.compile(vit, backend=eager())(images).logits

@@ -162,6 +162,7 @@ def test_a_random_partition_is_the_same_everywhere() -> None:
         assert stands[0, 1:6].tolist() == sources
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
     shared_models: Any,

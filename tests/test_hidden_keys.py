@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from depth import in_turn
 from encoders import ByHand, Encoder, duplicates, make, near, with_zero_positions
 from functional import block, captured
 from torch import Tensor, fx
@@ -134,8 +135,7 @@ ATTEND: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("attend", ATTEND)
-@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(("attend", "mask"), in_turn(ATTEND, MASKS))
 def test_a_mask_that_multiplies_is_found_out(attend: str, mask: str) -> None:
     found = refused(ATTEND[attend], MASKS[mask])
     if (attend, mask) == ("exponentials", "of queries"):

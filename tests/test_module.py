@@ -82,16 +82,26 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("name", "r", "prop_attn"),
-    [
-        *((name, 8, True) for name in REFERENCES),
-        ("vit", [10, 0, 5], True),
-        ("deit_distilled", [30], True),
-        ("dinov2_registers", (6, -0.5), True),
-        ("vit", (9, 1.0), True),
-        ("ijepa", 50, True),  # capped: at most half each time
-        ("vit", 8, False),
-        ("dinov2_registers", 8, False),
-    ],
+    at_hand(
+        [
+            *((name, 8, True) for name in REFERENCES),
+            ("vit", [10, 0, 5], True),
+            ("deit_distilled", [30], True),
+            ("dinov2_registers", (6, -0.5), True),
+            ("vit", (9, 1.0), True),
+            ("ijepa", 50, True),  # capped: at most half each time
+            ("vit", 8, False),
+            ("dinov2_registers", 8, False),
+        ],
+        # One of each form of ``r``, of each model, and one without the sizes.
+        [
+            ("deit_distilled", 8, True),
+            ("vit", [10, 0, 5], True),
+            ("dinov2_registers", (6, -0.5), True),
+            ("ijepa", 50, True),
+            ("vit", 8, False),
+        ],
+    ),
 )
 def test_equals_the_plain_reference(name: str, r: Any, prop_attn: bool, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name)
@@ -350,6 +360,7 @@ def test_an_unprepared_call_in_a_compiled_region_is_refused(
     torch.testing.assert_close(fast(**call).loss, merged(**call).loss)
 
 
+@pytest.mark.deep
 def test_compiled_with_a_dynamic_batch(vit: Any) -> None:
     merged = tomepass.apply(vit, r=FEW)
     fast = torch.compile(merged, fullgraph=True, dynamic=True, backend="eager")
@@ -387,6 +398,7 @@ def test_parameters_are_the_models_own(vit: Any) -> None:
     assert list(merged.named_buffers()) == list(vit.named_buffers())
 
 
+@pytest.mark.deep
 def test_it_answers_for_the_model(vit: Any) -> None:
     merged = tomepass.apply(vit, r=FEW)
     assert isinstance(merged, nn.Module)
@@ -412,6 +424,7 @@ def test_changes_to_the_parameters_are_seen(vit: Any, images: Tensor) -> None:
     assert torch.equal(merged(images).logits, expected)
 
 
+@pytest.mark.deep
 def test_new_parameter_objects_are_seen(vit: Any, images: Tensor) -> None:
     merged, other = tomepass.apply(vit, r=FEW), make_model("vit", seed=1)
     expected = tomepass.apply(other, r=FEW)(images).logits

@@ -89,6 +89,7 @@ def test_merging_nothing_changes_nothing_to_the_bit(kind: Kind, spelling: Spelli
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.deep
 @examples(2)
 @given(kind=kinds(), spelling=spellings())
 def test_merged_encoders_agree_however_they_are_written(kind: Kind, spelling: Spelling) -> None:

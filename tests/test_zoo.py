@@ -422,6 +422,7 @@ def test_half_precision(name: str, dtype: torch.dtype) -> None:
         assert torch.equal(kept, theirs)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", at_hand(["vit", "siglip_vision", "clip_vision"], ["vit"]))
 def test_gradient_checkpointing_gives_the_same_gradients(name: str) -> None:
     model, inputs = make_model(name), make_inputs(name)
