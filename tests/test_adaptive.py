@@ -83,9 +83,8 @@ def test_a_result_does_not_depend_on_its_neighbours(
         assert relative_error(adaptive(images[i : i + 1]).logits, whole[i : i + 1]) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "method", [pytest.param(Prune(20, adaptive=True), marks=pytest.mark.deep), EViT(adaptive=True)]
-)
+@pytest.mark.deep
+@pytest.mark.parametrize("method", [Prune(20, adaptive=True), EViT(adaptive=True)])
 @torch.no_grad()
 def test_it_takes_counts_and_rates(method: Method, model: Any, images: Tensor) -> None:
     found = tomepass.apply(model, method, example_inputs=images)

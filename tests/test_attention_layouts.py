@@ -184,7 +184,9 @@ READERS: dict[str, Reader] = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("reader", at_hand(READERS, [*READERS][::2]))
+@pytest.mark.parametrize(
+    "reader", at_hand(READERS, ["linear of a matrix", "bilinear", *[*READERS][::2]])
+)
 def test_products_with_vectors_read_tokens(reader: str) -> None:
     """Each merges, and what it reads is what it would have read unmerged, up to the merge."""
 

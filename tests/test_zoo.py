@@ -366,7 +366,7 @@ def test_dynamic_shapes_of_the_dynamo_door(name: str, shared_models: Any) -> Non
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", at_hand(["vit", "siglip_vision", "dinov3"], ["dinov3"]))
+@pytest.mark.parametrize("name", at_hand(["vit", "siglip_vision", "dinov3"], []))
 def test_two_resolutions_of_one_model(name: str, shared_models: Any) -> None:
     model = shared_models[name]
     extra = {} if name == "dinov3" else {"interpolate_pos_encoding": True}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from depth import in_turn
 from torch import Tensor
 
 from tests.assignments import assignments
@@ -60,7 +59,8 @@ interpreted = pytest.mark.skipif(
 
 
 @interpreted
-@pytest.mark.parametrize(("dim", "path"), in_turn([0, 1, 2, 3], ["one program", "three kernels"]))
+@pytest.mark.parametrize("dim", [0, 1, 2, 3])
+@pytest.mark.parametrize("path", ["one program", "three kernels"])
 def test_a_match_in_triton(dim: int, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     if path == "three kernels":

@@ -154,7 +154,7 @@ def test_elsewhere_too_it_compiles_and_takes_any_batch(
     at_hand(
         [(f, n) for f in PARTS for n in ROWS if f == "vit" or n in ("prune", "spvit", "kmeans")],
         # One of each method; what its other rows lose is counted alike.
-        [*(("vit", n) for n in WHOLE[::2])],
+        [*(("vit", n) for n in WHOLE[::2]), ("siglip_vision", "spvit"), ("ast", "prune")],
     ),
 )
 def test_tokens_and_macs_are_as_planned(family: str, name: str, shared_models: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from depth import at_hand, in_turn
+from depth import at_hand
 from table import ROWS
 from torch import Tensor
 from zoo import make_inputs, make_model, make_vit, output_of, relative_error
@@ -316,7 +316,10 @@ def test_an_applied_module_is_pickled_and_copied_with_its_policy(
         assert torch.equal(again(images).logits, expected)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), in_turn(KINDS, [torch.bfloat16, torch.float64]))
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    at_hand(itertools.product(KINDS, [torch.bfloat16, torch.float64]), [(AdaViT, torch.bfloat16)]),
+)
 @torch.no_grad()
 def test_weights_follow_the_dtype_of_the_stream(
     kind: type[Learned], dtype: torch.dtype, vit: Any, images: Tensor

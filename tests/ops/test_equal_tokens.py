@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from depth import in_turn
 from torch import Tensor
 
 from tests.assignments import assignments
@@ -65,7 +64,8 @@ PATHS: dict[str, Path] = {
 }
 
 
-@pytest.mark.parametrize(("path", "dtype"), in_turn(PATHS, FLOATS))
+@every_dtype
+@pytest.mark.parametrize("path", PATHS)
 def test_equal_tokens_merge_to_themselves(path: str, dtype: torch.dtype) -> None:
     if path == "kernel" and dtype not in DTYPES:
         pytest.skip("there is no such kernel")
