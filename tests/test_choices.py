@@ -61,8 +61,8 @@ COMBINED = ("weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean"))
         pytest.param(
             *(family, choice),
             id=f"{family}-{'-'.join(map(str, choice.values()))}",
-            # Beyond ViT each family meets some of the choices every time, the others deep.
-            marks=pytest.mark.deep if family != "vit" and number % 6 != turn else (),
+            # Beyond ViT each family meets a few of the choices every time, the others deep.
+            marks=pytest.mark.deep if family != "vit" and number % 12 != turn else (),
         )
         for turn, family in enumerate(FAMILIES)
         for number, choice in enumerate(CHOICES)

@@ -61,7 +61,7 @@ def tokens_after(merged: MergedModel, x: Tensor) -> list[int]:
 def test_any_encoder_is_lossless_on_duplicates_or_refused() -> None:
     outcomes: list[bool] = []
 
-    @examples(5)
+    @examples(3)
     @given(kind=kinds(), spelling=spellings(), counts=COUNTS)
     def check(kind: Kind, spelling: Spelling, counts: list[int]) -> None:
         model, x = without_positions(build(kind, spelling)), duplicates(2)

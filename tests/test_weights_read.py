@@ -37,7 +37,7 @@ KINDS: dict[str, Kind] = {
     "gathered bias": Kind(position="gathered bias", depth=3, start=2, end=1, scale="explicit"),
     "rotary": Kind(position="rotary", depth=3, scale="explicit"),
 }
-# What each method is read on: every kind is there for several methods.
+# What each method is read on: every kind is there for several methods, and quickly for one.
 PAIRS = [
     (name, list(KINDS)[(place + offset) % len(KINDS)])
     for place, name in enumerate(READERS)
@@ -51,7 +51,7 @@ def in_both_spellings(kind: Kind) -> tuple[nn.Module, nn.Module]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "kind"), at_hand(PAIRS, [*PAIRS[::6], PAIRS[3]]))
+@pytest.mark.parametrize(("method", "kind"), at_hand(PAIRS, [*PAIRS[::6], PAIRS[2]]))
 def test_fused_and_written_out_attention_are_read_alike(method: str, kind: str) -> None:
     x, made = pixels(3).double(), READERS[method]()
     fused, written = in_both_spellings(KINDS[kind])

@@ -104,7 +104,8 @@ def assert_read_as_told(name: str, report: Report) -> None:
     [
         *at_hand(
             [(exported, name) for name in FAMILIES],
-            [(exported, name) for name in (*READ, *APART)],
+            # What is special about the other two has tests of its own.
+            [(exported, n) for n in (*READ, *APART) if n not in ("yolos", "clip")],
             [f"export-{name}" for name in FAMILIES],
         ),
         *at_hand(
