@@ -83,6 +83,7 @@ def test_a_result_does_not_depend_on_its_neighbours(
         assert relative_error(adaptive(images[i : i + 1]).logits, whole[i : i + 1]) < 1e-5
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("method", [Prune(20, adaptive=True), EViT(adaptive=True)])
 @torch.no_grad()
 def test_it_takes_counts_and_rates(method: Method, model: Any, images: Tensor) -> None:
@@ -91,6 +92,7 @@ def test_it_takes_counts_and_rates(method: Method, model: Any, images: Tensor) -
     assert len({budget.method for budget in found.budgets}) == 3
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_compiled_is_eager(adaptive: AdaptiveModel, model: Any, images: Tensor) -> None:
     fast = tomepass.apply(model, adaptive.method, example_inputs=images)

@@ -491,7 +491,7 @@ def other_shapes(draw: st.DrawFn, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 @given(steps())
-@examples(150)
+@examples(60)
 def test_any_chain_of_moves_is_followed_as_far_as_tokens_stay_apart(
     chain: tuple[list[str], Callable[[Tensor], Tensor], tuple[int, ...]],
 ) -> None:

@@ -60,8 +60,10 @@ def _convolutional() -> tuple[nn.Module, Any]:
     [
         (_convolutional, "holds no attention"),
         (_decoder, "causal|mask"),
-        (_swin, "window|written out as matmul|all tokens"),
-        (_sam, "window|written out as matmul|all tokens|one sequence"),
+        pytest.param(_swin, "window|written out as matmul|all tokens", marks=pytest.mark.deep),
+        pytest.param(
+            *(_sam, "window|written out as matmul|all tokens|one sequence"), marks=pytest.mark.deep
+        ),
     ],
 )
 def test_a_model_that_cannot_be_merged_is_refused_or_left_whole(make: Any, reason: str) -> None:

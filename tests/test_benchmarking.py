@@ -167,12 +167,14 @@ def test_rounds_are_interleaved_and_swap_their_order(
     assert order[-6:] == [a, b, b, a, a, b]
 
 
+@pytest.mark.deep
 def test_measuring_starts_from_a_dynamo_without_history(vit: Any, images: Tensor) -> None:
     with torch._dynamo.config.patch(recompile_limit=1):
         for r in (2, 4):
             measure(vit, images, r=r, inner="eager", rounds=1)
 
 
+@pytest.mark.deep
 def test_a_model_that_keeps_recompiling_is_not_timed(vit: Any, images: Tensor) -> None:
     class Restless(nn.Module):
         def __init__(self) -> None:

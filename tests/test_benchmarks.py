@@ -152,6 +152,7 @@ def test_results_leave_a_table_and_its_figures_behind(
     assert (tmp_path / "made_up.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.deep
 def test_a_first_call_is_timed_in_a_process_of_its_own(tmp_path: Path) -> None:
     """Not the compile itself: one layer, and a model that is not there."""
     assert compile_time._first_call("start-up", False, str(tmp_path), "none", 4, 2, "fp32") > 0
@@ -180,6 +181,7 @@ def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
 TIMED = ["--backend", "eager", "--batch", "2", "--rounds", "2"]
 
 
+@pytest.mark.deep
 def test_accuracy_compares_methods_at_equal_macs_and_goes_on(
     few_digits: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -219,6 +221,7 @@ def test_accuracy_says_what_it_leaves_out(few_digits: None, tmp_path: Path) -> N
     assert len(json.loads((tmp_path / "accuracy.json").read_text())["rows"]) == 1
 
 
+@pytest.mark.deep
 def test_equal_macs_are_equal_within_a_hundredth(few_digits: None, tmp_path: Path) -> None:
     """One token of the first of few blocks is worth more than that."""
     asked = ["accuracy", "--no-speed", "--methods", "Prune, random", "--macs", "0.6"]

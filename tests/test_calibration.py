@@ -150,7 +150,10 @@ def _not_again(*_: Any, **__: Any) -> None:
     raise AssertionError("measured again")
 
 
-@pytest.mark.parametrize("writing", [pytest.param(False, marks=pytest.mark.doors), True])
+@pytest.mark.parametrize(
+    "writing",
+    [pytest.param(False, marks=pytest.mark.doors), pytest.param(True, marks=pytest.mark.deep)],
+)
 def test_a_run_broken_off_goes_on_and_measures_nothing_twice(
     writing: bool, pruned: tuple[Plan, str], model: Any, batches: list[Any], tmp_path: Path
 ) -> None:
@@ -315,6 +318,7 @@ def test_too_few_images_are_refused(model: Any, batches: list[Any]) -> None:
         tomepass.calibrate(model, [batches[0][:3]], macs=0.6, progress=False)
 
 
+@pytest.mark.deep
 def test_a_speedup_is_measured_and_what_is_missed_is_said(
     model: Any, batches: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -322,6 +322,7 @@ def test_the_source_line_of_a_module_of_torchs_own_is_not_ours() -> None:
     assert "tomepass" not in str(source_line(linear))
 
 
+@pytest.mark.deep
 def test_the_dump_folder_gets_both_graphs(tmp_path: Any, monkeypatch: Any) -> None:
     monkeypatch.setenv("TOMEPASS_DUMP", str(tmp_path))
     tomepass.apply(make_model("vit"), r=8)

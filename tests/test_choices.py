@@ -61,8 +61,8 @@ COMBINED = ("weighted_mean", "mean", "max", "keep", MLERP(), MLERP("mean"))
         pytest.param(
             *(family, choice),
             id=f"{family}-{'-'.join(map(str, choice.values()))}",
-            # Beyond ViT each family meets some of the choices every time, the others deep.
-            marks=pytest.mark.deep if family != "vit" and number % 6 != turn else (),
+            # Beyond ViT each family meets a few of the choices every time, the others deep.
+            marks=pytest.mark.deep if family != "vit" and number % 12 != turn else (),
         )
         for turn, family in enumerate(FAMILIES)
         for number, choice in enumerate(CHOICES)
@@ -139,7 +139,10 @@ def test_compiled_is_eager_and_an_exported_graph_is_plain_aten() -> None:
 
 
 @pytest.mark.usefixtures("shared_models")  # captured once
-@pytest.mark.parametrize("choice", TOGETHER, ids=lambda choice: "-".join(map(str, choice.values())))
+@pytest.mark.parametrize(
+    "choice",
+    at_hand(TOGETHER, TOGETHER[:1], ["-".join(map(str, choice.values())) for choice in TOGETHER]),
+)
 @torch.no_grad()
 def test_every_choice_compiles(choice: dict[str, Any]) -> None:
     """Through AOTAutograd; tests/methods/test_generated_code.py makes code."""
@@ -159,6 +162,7 @@ def test_a_random_partition_is_the_same_everywhere() -> None:
         assert stands[0, 1:6].tolist() == sources
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
     shared_models: Any,
@@ -173,6 +177,7 @@ def test_class_attention_of_a_model_without_a_class_token_is_that_of_all_tokens(
     assert all(list(node.args[3]) == [] for node in nodes)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     "choice",
     at_hand(

@@ -55,6 +55,7 @@ def test_explain_of_a_model_that_is_refused_exits_with_1(tmp_path: Path) -> None
     assert "refused" in _run("explain", "--model", str(tmp_path), status=1)
 
 
+@pytest.mark.deep
 def test_check_passes_with_status_0_and_json(model_dir: str) -> None:
     args = ("check", "--model", model_dir, "--r", "4", "--backend", "eager", "--batch", "2")
     assert "All checks pass" in _run(*args)

@@ -48,6 +48,7 @@ def alike(model: nn.Module, inputs: Any) -> None:
     assert report.macs_overhead == 0
 
 
+@pytest.mark.deep
 @settings(
     max_examples=4, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
 )

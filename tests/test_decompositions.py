@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import at_hand
 from encoders import exported
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -47,9 +48,9 @@ def made(**choices: Any) -> nn.Module:
 
 
 PIXELS = torch.randn(2, 3, 24, 24, generator=torch.Generator().manual_seed(0))
-every_form = pytest.mark.parametrize(
-    "choices", [{}, {"norm_first": True}, {"activation": "gelu"}], ids=str
-)
+FORMS: list[dict[str, Any]] = [{}, {"norm_first": True}, {"activation": "gelu"}]
+every_form = pytest.mark.parametrize("choices", FORMS, ids=str)
+one_form = pytest.mark.parametrize("choices", at_hand(FORMS, [{}], map(str, FORMS)))
 
 
 @every_form
@@ -68,7 +69,7 @@ def test_the_written_out_layers_compute_what_the_fused_ones_do(choices: dict[str
     assert relative_error(got, model(PIXELS)) < 1e-5
 
 
-@every_form
+@one_form
 @torch.no_grad()
 def test_both_doors_merge_it_alike(choices: dict[str, Any]) -> None:
     model = made(**choices)
@@ -126,6 +127,7 @@ def test_a_fused_layer_that_stays_fused_counts_as_an_attention_nobody_can_read()
     assert [node.target for node in unread] == [FUSED_LAYERS[1]]
 
 
+@pytest.mark.deep
 def test_the_harness_passes_on_it() -> None:
     report = tomepass.check(made(), PIXELS, r=6, inner="eager")
     assert report.ok, str(report)

@@ -33,6 +33,7 @@ def test_the_embedded_model_reads_digits() -> None:
     assert (found == labels).float().mean() > 0.96
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("eager")
 def test_the_demo_prints_three_tables_and_writes_two_pictures(tmp_path: Path) -> None:
     console = _console()

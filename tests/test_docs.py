@@ -30,7 +30,7 @@ DOORS = {
 
 
 # Run every time: what all begin with, and a file; the other pages deep.
-FIRST = ("README.md", "pt2.md", "checking.md")
+FIRST = ("README.md", "checking.md")
 
 
 def _with_recipes() -> list[Any]:

@@ -90,6 +90,7 @@ def test_a_schedule_that_must_merge_different_tokens_is_halved(r: Any, schedule:
     assert found.blind is None
 
 
+@pytest.mark.deep
 def test_it_is_blind_where_nothing_is_alike() -> None:
     class Numbered(Encoder):
         """Its tokens differ by position, through no embedding that is added."""

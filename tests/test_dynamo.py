@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch._dynamo.config
 import torch.distributed
+from depth import at_hand
 from encoders import GRID, PATCH, Attention, Block, Causal, Encoder, make, near, pixels
 from torch import Tensor, nn
 from torch._dynamo.exc import BackendCompilerFailed
@@ -165,6 +166,7 @@ def test_reports_of_a_function_and_of_a_module_of_torchs_own() -> None:
     assert [r.ok for r in BACKEND.reports(chain)] == [True]
 
 
+@pytest.mark.deep
 def test_reports_keep_no_model_alive() -> None:
     model = make()
     torch.compile(model, backend=BACKEND)(pixels())
@@ -261,7 +263,7 @@ HIDDEN = {
 }
 
 
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", at_hand(HIDDEN, ["my_attention"]))
 def test_attention_inside_an_operator_is_refused_by_the_operators_name(name: str) -> None:
     model = make(blocks=[near(HIDDEN[name])] * 2)
     with torch.no_grad():
@@ -323,7 +325,7 @@ class TwiceCheckpointed(Checkpointed):
         return checkpoint(super().forward, x, use_reentrant=False)
 
 
-@pytest.mark.parametrize("block", [Checkpointed, TwiceCheckpointed])
+@pytest.mark.parametrize("block", at_hand([Checkpointed, TwiceCheckpointed], [Checkpointed]))
 def test_checkpointed_blocks_merge_and_train(block: type[Block]) -> None:
     model, plain = make(blocks=[block] * 2), make(blocks=[Block] * 2)
     plain.load_state_dict(model.state_dict())
@@ -359,6 +361,7 @@ def test_checkpointed_blocks_are_marked_to_be_computed_again() -> None:
     assert marks[torch.ops.tome.merge.default] == wanted
 
 
+@pytest.mark.deep
 def test_checkpointed_blocks_keep_as_little_as_unmerged_ones() -> None:
     """What AOTAutograd keeps between the forward and the backward."""
 
@@ -485,6 +488,7 @@ def shard(model: nn.Module, parts: Any = ()) -> Any:
     return fully_shard(model, mesh=mesh)
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("process_group")
 def test_a_sharded_model_is_named_and_the_advice_works() -> None:
     whole = make()

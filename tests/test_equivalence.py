@@ -97,6 +97,7 @@ def test_inductor_passes(shared_models: Any) -> None:
     assert 0 < line(report, COMPILED).figure < 1e-5
 
 
+@pytest.mark.deep
 def test_bfloat16_passes_with_its_merges_replayed() -> None:
     model = make(readout="mean").bfloat16()
     report = checked(model, inputs=pixels(3).bfloat16(), inner="aot_eager")
@@ -364,6 +365,7 @@ def tie_breaker(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
     return compile_graph
 
 
+@pytest.mark.deep
 def test_a_tie_that_rounding_breaks_the_other_way_is_no_failure() -> None:
     model = make(OnTokens)
     inputs = with_a_tie()
@@ -456,6 +458,7 @@ def test_r_and_method_together_are_an_error() -> None:
         checked(method=ToMe(3))
 
 
+@pytest.mark.deep
 def test_checking_does_not_use_up_what_dynamo_allows_others() -> None:
     model = make(readout="mean")
     for _ in range(3):

@@ -49,11 +49,13 @@ def test_light_uses_load_nothing_heavy(use: str) -> None:
     assert run(f"{LIGHT_USE[use]}; {loaded}") == "[]"
 
 
+@pytest.mark.deep
 def test_a_public_name_loads_what_it_needs() -> None:
     code = "import sys, tomepass; tomepass.apply; print('torch' in sys.modules)"
     assert run(code) == "True"
 
 
+@pytest.mark.deep
 def test_the_backend_does_not_load_what_only_pictures_and_models_need() -> None:
     code = "import sys, tomepass; tomepass.tome_backend, tomepass.apply, tomepass.check; "
     unneeded = ("transformers", "matplotlib", "typer", "sklearn")
@@ -122,6 +124,7 @@ def settings() -> dict[str, Any]:
     }
 
 
+@pytest.mark.deep
 def test_the_pass_changes_no_global_setting() -> None:
     model, x = make(depth=1), pixels()
     no_encoder, no_images = torch.nn.Linear(3, 3), torch.ones(2, 3)

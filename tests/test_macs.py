@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from depth import at_hand
 from encoders import exported, make, pixels
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -83,7 +84,7 @@ def test_schedules_give_the_published_macs(
         assert gmacs(SIZES[model], r) == pytest.approx(published, abs=0.11)
 
 
-@pytest.mark.parametrize(("model", "r"), [("DeiT-Ti", 8), ("ViT-B", (16, 0))])
+@pytest.mark.parametrize(("model", "r"), at_hand([("DeiT-Ti", 8), ("ViT-B", (16, 0))], []))
 def test_counting_a_real_graph_gives_the_formula(model: str, r: Any) -> None:
     size = SIZES[model]
     config = transformers.ViTConfig(

@@ -82,16 +82,26 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("name", "r", "prop_attn"),
-    [
-        *((name, 8, True) for name in REFERENCES),
-        ("vit", [10, 0, 5], True),
-        ("deit_distilled", [30], True),
-        ("dinov2_registers", (6, -0.5), True),
-        ("vit", (9, 1.0), True),
-        ("ijepa", 50, True),  # capped: at most half each time
-        ("vit", 8, False),
-        ("dinov2_registers", 8, False),
-    ],
+    at_hand(
+        [
+            *((name, 8, True) for name in REFERENCES),
+            ("vit", [10, 0, 5], True),
+            ("deit_distilled", [30], True),
+            ("dinov2_registers", (6, -0.5), True),
+            ("vit", (9, 1.0), True),
+            ("ijepa", 50, True),  # capped: at most half each time
+            ("vit", 8, False),
+            ("dinov2_registers", 8, False),
+        ],
+        # One of each form of ``r``, of each model, and one without the sizes.
+        [
+            ("deit_distilled", 8, True),
+            ("vit", [10, 0, 5], True),
+            ("dinov2_registers", (6, -0.5), True),
+            ("ijepa", 50, True),
+            ("vit", 8, False),
+        ],
+    ),
 )
 def test_equals_the_plain_reference(name: str, r: Any, prop_attn: bool, shared_models: Any) -> None:
     model, inputs = shared_models[name], make_inputs(name)
@@ -112,7 +122,7 @@ def test_proportional_attention_matters_here(vit: Any, images: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "family",
-    at_hand(CORE, ["deit_distilled", "dinov2_registers", "clip_vision", "ijepa", "ast"]),
+    at_hand(CORE, ["deit_distilled", "dinov2_registers"]),
 )
 def test_r_0_is_the_model_bit_for_bit_and_r_8_is_not(family: str, shared_models: Any) -> None:
     model, inputs = shared_models[family], make_inputs(family)
@@ -199,7 +209,7 @@ def test_labels_give_the_loss_and_its_gradient(vit: Any, images: Tensor) -> None
     "name",
     at_hand(
         ["vit", "deit_distilled", "dinov2_registers", "clip_vision_projection", "ast"],
-        ["deit_distilled", "clip_vision_projection"],
+        ["clip_vision_projection"],
     ),
 )
 def test_options_of_the_call(name: str, shared_models: Any) -> None:
@@ -286,6 +296,7 @@ def test_captures_follow_the_mode(captures: list[Any]) -> None:
     assert len(captures) == 2  # all that reads its mode is in training, as before
 
 
+@pytest.mark.deep
 def test_casts_and_captures_follow_the_dtype(vit: Any, captures: list[Any]) -> None:
     merged = tomepass.apply(vit, r=FEW)
     images = make_inputs("vit")["pixel_values"]
@@ -302,7 +313,7 @@ def test_casts_and_captures_follow_the_dtype(vit: Any, captures: list[Any]) -> N
     assert len(captures) == 4
 
 
-@pytest.mark.parametrize("ahead", [True, False])
+@pytest.mark.parametrize("ahead", at_hand([True, False], [False]))
 def test_a_capture_does_not_remember_autocast_or_inference_mode(vit: Any, ahead: bool) -> None:
     images = make_inputs("vit")["pixel_values"]
     expected = tomepass.apply(vit, r=FEW)(images).logits
@@ -335,7 +346,7 @@ def test_a_compiled_region_keeps_the_merges_in_one_graph(vit: Any, images: Tenso
     assert sum(node.target is torch.ops.tome.match.default for node in graph.graph.nodes) == 1
 
 
-@pytest.mark.parametrize("fullgraph", [True, False])
+@pytest.mark.parametrize("fullgraph", at_hand([True, False], [False]))
 def test_an_unprepared_call_in_a_compiled_region_is_refused(
     vit: Any, images: Tensor, fullgraph: bool
 ) -> None:
@@ -349,6 +360,7 @@ def test_an_unprepared_call_in_a_compiled_region_is_refused(
     torch.testing.assert_close(fast(**call).loss, merged(**call).loss)
 
 
+@pytest.mark.deep
 def test_compiled_with_a_dynamic_batch(vit: Any) -> None:
     merged = tomepass.apply(vit, r=FEW)
     fast = torch.compile(merged, fullgraph=True, dynamic=True, backend="eager")
@@ -386,6 +398,7 @@ def test_parameters_are_the_models_own(vit: Any) -> None:
     assert list(merged.named_buffers()) == list(vit.named_buffers())
 
 
+@pytest.mark.deep
 def test_it_answers_for_the_model(vit: Any) -> None:
     merged = tomepass.apply(vit, r=FEW)
     assert isinstance(merged, nn.Module)
@@ -411,6 +424,7 @@ def test_changes_to_the_parameters_are_seen(vit: Any, images: Tensor) -> None:
     assert torch.equal(merged(images).logits, expected)
 
 
+@pytest.mark.deep
 def test_new_parameter_objects_are_seen(vit: Any, images: Tensor) -> None:
     merged, other = tomepass.apply(vit, r=FEW), make_model("vit", seed=1)
     expected = tomepass.apply(other, r=FEW)(images).logits
@@ -637,6 +651,7 @@ def test_explain_refuses_wrong_arguments(vit: Any) -> None:
 # What the documentation promises first
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("inductor")
 def test_the_first_example_runs_as_written(tmp_path: Path) -> None:
     make_vit(num_hidden_layers=2).save_pretrained(tmp_path)

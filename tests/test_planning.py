@@ -192,6 +192,7 @@ def test_a_target_out_of_reach_is_an_error_that_says_what_can_be_reached(
     assert macs_left(graph, ToMe(macs=reachable)) <= reachable
 
 
+@pytest.mark.deep
 def test_two_streams_share_a_target(shared_models: Any) -> None:
     captured = exported(shared_models["siglip"], make_inputs("siglip"))
     assert macs_left(captured, ToMe(macs=0.8)) <= 0.8

@@ -84,6 +84,7 @@ def test_a_speedup_is_approached_from_below(machine: Any) -> None:
     assert "not reached" not in plan.why
 
 
+@pytest.mark.deep
 def test_a_speedup_that_the_machine_does_not_give_is_told(machine: Any) -> None:
     machine(lambda method, ideal: min(ideal, 1.1))
     plan = planned(speedup=1.3)
@@ -124,6 +125,7 @@ def test_one_of_the_three_targets_at_most() -> None:
         planned(r=8, speedup=1.5)
 
 
+@pytest.mark.deep
 def test_a_real_measurement_becomes_a_plan() -> None:
     with torch.no_grad():
         plan = planned(r=[9], inner="eager", rounds=1)

@@ -61,7 +61,7 @@ def tokens_after(merged: MergedModel, x: Tensor) -> list[int]:
 def test_any_encoder_is_lossless_on_duplicates_or_refused() -> None:
     outcomes: list[bool] = []
 
-    @examples(5)
+    @examples(3)
     @given(kind=kinds(), spelling=spellings(), counts=COUNTS)
     def check(kind: Kind, spelling: Spelling, counts: list[int]) -> None:
         model, x = without_positions(build(kind, spelling)), duplicates(2)
@@ -89,6 +89,7 @@ def test_merging_nothing_changes_nothing_to_the_bit(kind: Kind, spelling: Spelli
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.deep
 @examples(2)
 @given(kind=kinds(), spelling=spellings())
 def test_merged_encoders_agree_however_they_are_written(kind: Kind, spelling: Spelling) -> None:
@@ -141,8 +142,7 @@ KINDS: dict[str, tuple[Kind, str]] = {
 }
 # Every position, norm, and readout of its own, and every spelling, at least once.
 KINDS_AT_HAND = [
-    *("post-norm, mean", "gated MLP, RMSNorm", "rotary", "rotary, folded", "bias, written late"),
-    *("bias gathered", "pooled by attention", "tokens at the end"),
+    *("post-norm, mean", "rotary, folded", "bias gathered", "tokens at the end"),
 ]
 SPELLINGS: dict[str, Spelling] = {
     "sdpa": Spelling(qkv="fused", heads="permute", back="flatten", swapped=True),
@@ -276,9 +276,9 @@ def test_every_near_miss_is_expected_to_be_something() -> None:
     assert EXPECTED.keys() == NEAR_MISSES.keys()
 
 
-# Every third: what they are near to stands beside each other in the table.
+# Every sixth: what they are near to stands beside each other in the table.
 @torch.no_grad()
-@pytest.mark.parametrize("name", at_hand(EXPECTED, [*EXPECTED][::3]))
+@pytest.mark.parametrize("name", at_hand(EXPECTED, [*EXPECTED][::6]))
 def test_a_near_miss_is_exact_or_refused(name: str) -> None:
     model, x = with_zero_positions(near_miss(name, readout="dense")), duplicates(2)
     expected = EXPECTED[name]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from depth import at_hand
 from encoders import Attention, Encoder, make, near, pixels
 from torch import Tensor, nn
 from zoo import make_inputs, make_model, relative_error
@@ -25,7 +26,8 @@ from tomepass.methods import Method
 KINDS: dict[str, Method] = {"merged": ToMe([6]), "adaptive": ToMe([6], adaptive=(0.55, 0.75))}
 
 
-@pytest.fixture(params=KINDS)
+# Half a model is two captures: the other tests of it are those of `test_adaptive.py`.
+@pytest.fixture(params=at_hand(KINDS, ["merged"]))
 def method(request: pytest.FixtureRequest) -> Method:
     return KINDS[request.param]
 
@@ -298,6 +300,7 @@ def test_what_is_fixed_is_not_written(merged: Any) -> None:
         merged.method = ToMe(3)
 
 
+@pytest.mark.parametrize("method", KINDS, indirect=True)
 def test_it_answers_with_the_models_class(merged: Any, encoder: Any, method: Method) -> None:
     assert isinstance(merged, Encoder)
     assert isinstance(merged, MergedModel if method.adaptive is False else AdaptiveModel)

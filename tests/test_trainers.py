@@ -41,7 +41,7 @@ def losses(trained: Any) -> list[float]:
     return [entry["loss"] for entry in trained.state.log_history if "loss" in entry]
 
 
-def test_trainer_trains_evaluates_predicts_and_resumes(tmp_path: Path) -> None:
+def test_trainer_trains_evaluates_and_predicts(tmp_path: Path) -> None:
     plain = trainer(make_model("vit"), tmp_path / "plain")
     plain.train()
     options = {"save_strategy": "steps", "save_steps": 1}
@@ -58,7 +58,14 @@ def test_trainer_trains_evaluates_predicts_and_resumes(tmp_path: Path) -> None:
     assert predicted.predictions.shape == (8, 10)
     saved = tmp_path / "whole" / "checkpoint-1"
     assert {"config.json", "tomepass.json"} <= {path.name for path in saved.iterdir()}
-    # As the model itself resumes, whose renamed weights a Trainer of transformers 5.23 leaves out.
+
+
+@pytest.mark.deep
+def test_trainer_resumes(tmp_path: Path) -> None:
+    """As the model itself does, whose renamed weights a Trainer of transformers 5.23 leaves out."""
+    options = {"save_strategy": "steps", "save_steps": 1}
+    trainer(tomepass.apply(make_model("vit"), r=0), tmp_path / "whole", **options).train()
+    saved = tmp_path / "whole" / "checkpoint-1"
     other = make_model("vit", seed=1), tomepass.apply(make_model("vit", seed=1), r=0)
     runs = [trainer(model, tmp_path / "again") for model in other]
     for run in runs:
@@ -75,6 +82,7 @@ def test_trainer_saves_what_load_reads(tmp_path: Path) -> None:
     assert torch.equal(again(x).logits, merged.eval()(x).logits)
 
 
+@pytest.mark.deep
 def test_trainer_with_gradient_checkpointing_gives_the_same_losses(tmp_path: Path) -> None:
     found = [
         losses(run)

@@ -41,6 +41,7 @@ def stand_in(exported: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return expected
 
 
+@pytest.mark.deep
 def test_the_command_writes_a_file_and_prints_how_close_it_is(
     model_dir: Path, tmp_path: Path
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_runtime_that_is_not_installed_names_the_extra(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.deep
 def test_a_door_is_imported_only_when_it_is_used() -> None:
     import subprocess
     import sys

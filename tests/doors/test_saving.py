@@ -32,6 +32,7 @@ def test_a_merged_model_comes_back_as_it_was(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", FILE}
 
 
+@pytest.mark.deep
 def test_an_adaptive_model_comes_back_with_its_thresholds(tmp_path: Path) -> None:
     x = torch.randn(4, 3, 32, 32)
     method = ToMe(4, adaptive=True)

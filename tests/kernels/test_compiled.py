@@ -24,6 +24,7 @@ def compiled(cache: Path, *words: str) -> list[list[str]]:
     return [line.split() for line in run.stdout.splitlines()]
 
 
+@pytest.mark.deep
 def test_kernels_compile_for_hopper(tmp_path: Path) -> None:
     lines = compiled(tmp_path)
     assert {name for name, *_ in lines} == {

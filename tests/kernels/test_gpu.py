@@ -130,8 +130,9 @@ def test_more_than_can_merge_raises_as_the_composite_does() -> None:
 # ---- merge and back ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(2, 17, 11, 20), (1, 40, 40, 7), (2, 5, 1, 33)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), in_turn([(2, 17, 11, 20), (1, 40, 40, 7), (2, 5, 1, 33)], DTYPES)
+)
 def test_merged_tokens_equal_the_reference(
     shape: tuple[int, int, int, int], dtype: torch.dtype
 ) -> None:
@@ -201,6 +202,7 @@ def double(*shape: int) -> Tensor:
     return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
 
+@pytest.mark.deep
 def test_gradients_of_float64_are_exact_to_the_second_order() -> None:
     assign, size = assignments(1, 5, 3, 0), torch.tensor([[1.0, 2.0, 4.0, 1.0, 8.0]])
     sources = sources_triton(assign, 3)

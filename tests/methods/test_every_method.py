@@ -28,6 +28,7 @@ LOST = 1e-5  # of logits: more is no rounding
 
 
 ALL = {**ROWS, **OPTIONS}
+WHOLE = [name for name in ROWS if "_" not in name]  # one of each method, with no option
 # Every method on one of the families, and each of these with as many; the other pairs are deep.
 one_each = pytest.mark.parametrize(("family", "name"), in_turn(PARTS, ROWS))
 
@@ -127,6 +128,7 @@ def test_it_repeats_and_takes_any_batch(name: str, shared_models: Any) -> None:
     assert relative_error(merged(inputs[1:2]).logits, first[1:2]) < 1e-5
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("family", "name"),
     at_hand(
@@ -152,7 +154,7 @@ def test_elsewhere_too_it_compiles_and_takes_any_batch(
     at_hand(
         [(f, n) for f in PARTS for n in ROWS if f == "vit" or n in ("prune", "spvit", "kmeans")],
         # One of each method; what its other rows lose is counted alike.
-        [*(("vit", n) for n in ROWS if "_" not in n), ("siglip_vision", "spvit"), ("ast", "prune")],
+        [*(("vit", n) for n in WHOLE[::2]), ("siglip_vision", "spvit"), ("ast", "prune")],
     ),
 )
 def test_tokens_and_macs_are_as_planned(family: str, name: str, shared_models: Any) -> None:
@@ -194,7 +196,7 @@ def without_positions() -> tuple[Any, Capture, dict[str, Any]]:
         return model, capture_module(model, inputs), inputs
 
 
-@pytest.mark.parametrize("name", at_hand(ROWS, [n for n in ROWS if "_" not in n]))
+@pytest.mark.parametrize("name", at_hand(ROWS, WHOLE[1::2]))
 @torch.no_grad()
 def test_duplicates_are_lossless_or_it_is_said_why_not(name: str, without_positions: Any) -> None:
     (model, capture, inputs), method = without_positions, made(name)

@@ -130,6 +130,7 @@ def test_nor_do_they_pay_attention_where_it_is_written_out() -> None:
     assert same_bits(ours, theirs)
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_attention_is_read_as_it_is_paid_without_the_sizes(shared_models: Any) -> None:
     model, inputs = shared_models["bert_padded"], make_inputs("bert_padded", 3)
@@ -289,6 +290,7 @@ def test_the_report_tells_of_the_distribution(shared_models: Any) -> None:
 # ---- what each does --------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_a_threshold_of_one_merges_what_tome_does(shared_models: Any) -> None:
     for family in ("vit", "siglip_vision"):
@@ -336,6 +338,7 @@ def test_kernels_compute_what_eager_does(name: str, shared_models: Any) -> None:
     assert relative_error(ours, theirs) < 1e-4
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(
     ("name", "compiler"),
     # Biases are merged alike.
@@ -368,6 +371,7 @@ def test_gradients_are_finite(name: str) -> None:
 # ---- calibration -----------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @torch.no_grad()
 def test_calibration_finds_the_threshold_of_a_mean_share(shared_models: Any) -> None:
     model = shared_models["vit"]

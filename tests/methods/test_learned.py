@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from depth import in_turn
+from depth import at_hand
 from table import ROWS
 from torch import Tensor
 from zoo import make_inputs, make_model, make_vit, output_of, relative_error
@@ -25,6 +26,10 @@ from tomepass.ops.soft import gumbel_keep, masked_attention
 KINDS = [DynamicViT, AdaViT]
 SURE = 1e6  # odds times this are not changed by a draw
 every_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+# Trainings take long: of one kind every time.
+one_kind = pytest.mark.parametrize(
+    "kind", at_hand(KINDS, [DynamicViT], [kind.name for kind in KINDS])
+)
 
 
 def trained(kind: type[Learned] = DynamicViT, **fields: Any) -> Any:
@@ -154,7 +159,11 @@ def sure(method: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), in_turn(["vit", "dinov2_registers", "siglip_vision"], KINDS)
+    ("family", "kind"),
+    at_hand(
+        itertools.product(["vit", "dinov2_registers", "siglip_vision"], KINDS),
+        [("vit", DynamicViT), ("dinov2_registers", AdaViT)],
+    ),
 )
 @torch.no_grad()
 def test_the_training_form_computes_what_is_used(
@@ -184,7 +193,7 @@ def test_the_training_form_computes_what_is_used(
     assert relative_error(ours, output_of(family, model(**inputs))[:, : ours.shape[1]]) > 1e-3
 
 
-@every_kind
+@one_kind
 def test_training_changes_the_policy_alone(kind: type[Learned], vit: Any) -> None:
     # After the last block nothing reads the tokens but the class token's own head.
     method = kind(keep_rate=0.5, blocks=(0, 1))
@@ -207,6 +216,7 @@ def test_training_changes_the_policy_alone(kind: type[Learned], vit: Any) -> Non
     assert merged(batches()[0]).logits.isfinite().all()
 
 
+@pytest.mark.deep
 @every_kind
 def test_the_same_seed_gives_the_same_weights(kind: type[Learned], vit: Any) -> None:
     method = kind([9, 0, 9])
@@ -218,6 +228,7 @@ def test_the_same_seed_gives_the_same_weights(kind: type[Learned], vit: Any) -> 
     assert short(vit, first) == first  # what it had is not built on
 
 
+@pytest.mark.deep
 def test_labels_and_returned_tokens_take_part(vit: Any) -> None:
     method = DynamicViT(keep_rate=0.5)
     plain = short(vit, method)
@@ -292,6 +303,7 @@ def test_a_policy_is_compared_by_content(tmp_path: Path) -> None:
     assert "of blocks 0, 1, 2" in repr(policy)
 
 
+@pytest.mark.deep
 @every_kind
 @torch.no_grad()
 def test_an_applied_module_is_pickled_and_copied_with_its_policy(
@@ -304,7 +316,10 @@ def test_an_applied_module_is_pickled_and_copied_with_its_policy(
         assert torch.equal(again(images).logits, expected)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), in_turn(KINDS, [torch.bfloat16, torch.float64]))
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    at_hand(itertools.product(KINDS, [torch.bfloat16, torch.float64]), [(AdaViT, torch.bfloat16)]),
+)
 @torch.no_grad()
 def test_weights_follow_the_dtype_of_the_stream(
     kind: type[Learned], dtype: torch.dtype, vit: Any, images: Tensor
@@ -399,6 +414,7 @@ def test_bad_arguments_are_refused_by_name(options: Any, error: Any, told: str, 
         train_policy(**arguments, progress=False)
 
 
+@pytest.mark.deep
 def test_what_cannot_be_trained_is_refused(vit: Any, images: Tensor) -> None:
     def refused(told: str, model: Any = vit, given: Any = None, method: Any = None) -> None:
         chosen = DynamicViT(keep_rate=0.5) if method is None else method
@@ -424,7 +440,7 @@ class _Mean(torch.nn.Module):
 # ---- what is learned ---------------------------------------------------------------------------
 
 
-@every_kind
+@one_kind
 def test_a_short_training_beats_random_pruning_on_digits(kind: type[Learned]) -> None:
     """One patch of 64 is left beside the class token: a policy finds one that tells."""
     model, (pixels, _) = digits.load_model(), digits.load_images()

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from depth import at_hand
 from lossless import LOSSLESS, errors
 from table import OPTIONS, ROWS
 from torch import Tensor
@@ -103,7 +104,7 @@ def methods_for(family: str, names: Iterable[str]) -> list[Method]:
     return [(ROWS | OPTIONS)[name].make(counts) for name in names]
 
 
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize("name", at_hand(QUICK, ["vit"]))
 def test_fused_and_written_out_choose_alike(name: str, shared_models: Any) -> None:
     methods = methods_for(name, SAMPLE if name == "vit" else SAMPLE[:2])
     assert_chosen_alike(shared_models[name], make_inputs(name), methods)

@@ -123,6 +123,9 @@ FIRST = [example for i, example in enumerate(EXAMPLES) if example.name not in NA
 every_operator = pytest.mark.parametrize("example", EXAMPLES, ids=NAMES)
 # Each operator once; with its other arguments where all tests run.
 each_once = pytest.mark.parametrize("example", at_hand(EXAMPLES, FIRST, NAMES))
+# What takes long: each operator in one of two tests.
+every_other = pytest.mark.parametrize("example", at_hand(EXAMPLES, FIRST[::2], NAMES))
+the_others = pytest.mark.parametrize("example", at_hand(EXAMPLES, FIRST[1::2], NAMES))
 
 
 class One(nn.Module):
@@ -182,7 +185,7 @@ def test_opcheck(example: Example) -> None:
     torch.library.opcheck(example.operator, example.arguments(2))
 
 
-@each_once
+@every_other
 def test_a_differentiable_argument_passes_opcheck(example: Example) -> None:
     arguments = tuple(
         a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a
@@ -211,14 +214,14 @@ def test_the_shape_is_known_on_a_meta_device(example: Example) -> None:
     assert (meta.shape, meta.dtype) == (expected.shape, expected.dtype)
 
 
-@every_operator
+@each_once
 def test_it_inlines_under_compile_without_a_break(example: Example) -> None:
     compiled = torch.compile(One(example), backend="aot_eager", fullgraph=True)
     arguments = example.arguments(3)
     assert_same(compiled(*tensors_of(arguments)), example.operator(*arguments))
 
 
-@each_once
+@the_others
 def test_it_exports_with_a_dynamic_batch_and_decomposes_into_aten(example: Example) -> None:
     model = One(example)
     given = tensors_of(example.arguments(2))
@@ -248,6 +251,7 @@ def test_a_chain_exports_with_a_dynamic_batch() -> None:
         assert_same(decomposed.module()(keys(size), hidden(size)), expected)
 
 
+@pytest.mark.deep
 @pytest.mark.xdist_group("generated code")
 def test_inductor_agrees_for_any_batch_and_to_the_bit_on_ties() -> None:
     counter = CompileCounterWithBackend("inductor")

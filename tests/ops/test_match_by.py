@@ -30,7 +30,7 @@ def drawn(images: int, tokens: int, width: int, seed: int) -> tuple[Tensor, Tens
     return features, torch.rand(images, tokens, generator=generator, dtype=torch.float64)
 
 
-@examples(150)
+@examples(60)
 @given(st.data())
 def test_maps_equal_the_reference(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 30), label="tokens")
@@ -194,6 +194,7 @@ def test_they_vanish_in_an_exported_program(partition: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.deep
 def test_opcheck() -> None:
     heads, x = torch.randn(2, 3, 12, 4), torch.randn(2, 12, 5)
     paid = torch.rand(2, 12)

@@ -36,7 +36,7 @@ def plain_samples(score: list[float], count: int, usable: list[int]) -> list[int
     return found
 
 
-@examples(100)
+@examples(50)
 @given(st.data())
 def test_samples_are_the_paper_s(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 30), label="tokens")

@@ -49,7 +49,7 @@ def plain(
     return goes, stands
 
 
-@examples(150)
+@examples(60)
 @given(st.data())
 def test_maps_are_those_of_plain_loops(data: st.DataObject) -> None:
     tokens = data.draw(st.integers(2, 24), label="tokens")
