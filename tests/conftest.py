@@ -43,6 +43,7 @@ GENERATED = "generated code"
 """Tests that have Inductor generate code share what the C++ compiler made of it."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What shares captures stays on one worker: a family's tests, else a file's.
 
