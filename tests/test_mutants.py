@@ -14,8 +14,8 @@ from mutants import ROOT, Mutant, chooses, chosen, faults, tables
 SOUND = Mutant(
     name="sound",
     file="tomepass/ops/weighted_mean.py",
-    old="(x * weight).sum(dim, keepdim)",
-    new="x.mean(dim, keepdim)",
+    old="((own - wide) * weight).sum(dim, keepdim=True)",
+    new="(own - wide).mean(dim, keepdim=True)",
     tests="tests/ops/test_weighted_mean.py -k mean",
 )
 

@@ -53,10 +53,11 @@ APART: dict[str, tuple[Any, Callable[..., Any]]] = {
     "dropout": (aten.dropout.default, lambda x, v, w: F.dropout(x, 0.5) - F.dropout(x, 0.5)),
     "numbers of other kinds": (
         aten.add.Tensor,
-        lambda x, v, w: (v.long() + 1, v.long() + 1.0, v.long() + True),
+        lambda x, v, w: ((v.long() + 1).abs(), (v.long() + 1.0).abs(), (v.long() + True).abs()),
     ),
-    "zeros of other signs": (aten.mul.Tensor, lambda x, v, w: (x * 0.0, x * -0.0)),
-    "other keywords": (aten.add.Tensor, lambda x, v, w: (torch.add(x, x, alpha=2), x + x)),
+    # What is given to the user itself would stay apart anyway.
+    "zeros of other signs": (aten.mul.Tensor, lambda x, v, w: 1 / (x * 0.0) - 1 / (x * -0.0)),
+    "other keywords": (aten.add.Tensor, lambda x, v, w: torch.add(x, x, alpha=2) * (x + x)),
     "written afterwards": (aten.relu.default, lambda x, v, w: (x.relu().add_(1), x.relu() * 2)),
     "written through a view": (
         aten.relu.default,

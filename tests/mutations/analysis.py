@@ -87,7 +87,7 @@ MUTANTS = [
         file="tomepass/ops/results.py",
         old="plain = plain and weight.ndim == 2",
         new="plain = plain and weight.ndim <= 2",
-        tests='tests/test_attention_layouts.py -k "products and linear"',
+        tests="tests/ops/test_results.py -k vector",
     ),
     Mutant(
         name="sizes_that_data_decide_differ_after_a_rewrite",

@@ -24,7 +24,7 @@ MUTANTS = [
         file="tomepass/guards.py",
         old="                and not any(self._empty)\n",
         new="",
-        tests="tests/test_guards.py -k merged_tokens_follow",
+        tests="tests/test_guards.py -k 'change_is_seen and hook'",
     ),
     Mutant(
         name="containers_are_not_looked_into_again",

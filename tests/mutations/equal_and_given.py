@@ -23,8 +23,8 @@ MUTANTS = [
     Mutant(
         name="mean_in_the_narrow_dtype",
         file="tomepass/ops/merge.py",
-        old="        wide = x.to(at_least_float32(x.dtype))\n",
-        new="        wide = x\n",
+        old="        self.wide = x.to(at_least_float32(x.dtype))\n",
+        new="        self.wide = x\n",
         tests=f"{_EQUAL} -k rounded_once",
     ),
     Mutant(
@@ -44,7 +44,7 @@ MUTANTS = [
     Mutant(
         name="equal_biases_through_the_logarithm",
         file="tomepass/ops/side.py",
-        old="torch.where(mean == one, gather(bias, stands, 3), merged)",
+        old="torch.where(mean == one, gather(bias.expand(images), stands, 3), merged)",
         new="merged",
         tests=f"{_EQUAL} -k equal_biases",
     ),

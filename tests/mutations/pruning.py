@@ -27,8 +27,8 @@ MUTANTS = [
     Mutant(
         name="padding_pays_attention",
         file="tomepass/ops/attention_to.py",
-        old="pays = (size >= PADDED).to(paid.dtype)",
-        new="pays = (size >= 0).to(paid.dtype)",
+        old="pays = (each_image(size, *paid.shape[:2]) >= PADDED)",
+        new="pays = (each_image(size, *paid.shape[:2]) >= 0)",
         tests=("tests/ops/test_sample.py tests/ops/test_match_by.py -k 'pays or attention_to'"),
     ),
     Mutant(
@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         name="samples_start_at_nothing",
         file="tomepass/ops/sample.py",
-        old="(2 * torch.arange(places, device=score.device) + 1) / (2 * places)",
-        new="torch.arange(places, device=score.device) / places",
+        old="(2 * torch.arange(count, device=score.device) + 1) / (2 * count)",
+        new="torch.arange(count, device=score.device) / count",
         tests="tests/ops/test_sample.py -k samples",
     ),
     Mutant(

@@ -114,15 +114,15 @@ MUTANTS = [
     Mutant(
         name="masks_made_from_tokens_are_padding",
         file="tomepass/tokens.py",
-        old="mask not in self.reached and is_padding(mask)",
-        new="is_padding(mask)",
+        old="mask not in self.reached and is_padding(mask, ndim)",
+        new="is_padding(mask, ndim)",
         tests="tests/test_structure.py -k 'near_miss and DataMask'",
     ),
     Mutant(
         name="masks_that_differ_between_queries_are_padding",
         file="tomepass/masks.py",
-        old="return not (_varies(mask, 1) or _varies(mask, 2))",
-        new="return not _varies(mask, 1)",
+        old="for dim in range(1, ndim - 1))",
+        new="for dim in range(1, ndim - 2))",
         tests="tests/test_masks.py -k differs",
     ),
     Mutant(
@@ -235,8 +235,8 @@ MUTANTS = [
     Mutant(
         name="a_slice_forgets_where_tokens_came_from",
         file="tomepass/origins.py",
-        old="whole.from_input[window]",
-        new="whole.from_input[: len(whole.from_input[window])]",
+        old="found[0].from_input[window]",
+        new="found[0].from_input[: len(found[0].from_input[window])]",
         tests="tests/test_origins.py -k wherever",
     ),
     Mutant(

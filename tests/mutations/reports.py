@@ -13,8 +13,8 @@ MUTANTS = [
     Mutant(
         name="matching_counts_as_the_models",
         file="tomepass/report.py",
-        old="merged = sum(after.values()) - overhead",
-        new="merged = sum(after.values())",
+        old="sum(after[n.name] for n in nodes if not is_overhead(n))",
+        new="sum(after[n.name] for n in nodes)",
         tests="tests/test_report.py -k by_hand",
     ),
     Mutant(
@@ -97,8 +97,8 @@ MUTANTS = [
     Mutant(
         name="positions_are_left_in",
         file="tomepass/duplicates.py",
-        old="    return names\n",
-        new="    return set()\n",
+        old="places |= dict.fromkeys((term.name for term in terms), None)",
+        new="places |= dict.fromkeys((), None)",
         tests="tests/test_duplicates.py -k 'control or position_terms'",
     ),
     Mutant(

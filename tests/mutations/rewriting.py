@@ -50,8 +50,8 @@ MUTANTS = [
     Mutant(
         name="a_position_bias_is_that_of_the_first_merge",
         file="tomepass/carrying.py",
-        old="merge_bias, table, merges.holds[epoch], length)",
-        new="merge_bias, table, merges.holds[1], length)",
+        old="self._bias(node, table, side.factor, merges.holds[epoch], length)",
+        new="self._bias(node, table, side.factor, merges.holds[1], length)",
         tests="tests/test_beside_tokens.py -k bias",
     ),
     Mutant(

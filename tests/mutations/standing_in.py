@@ -55,13 +55,6 @@ MUTANTS = [
         tests="tests/test_trainers.py -k model_recomputes",
     ),
     Mutant(
-        name="an_input_without_dimensions_is_asked_for_its_first",
-        file="tomepass/planning.py",
-        old=" and (shape := shape_of(n))]",
-        new=" for shape in [shape_of(n)]]",
-        tests="tests/test_standin.py -k without_dimensions",
-    ),
-    Mutant(
         name="tracing_is_not_seen",
         file="tomepass/calls.py",
         old="torch._C._get_tracing_state() is not None",

@@ -37,6 +37,12 @@ def test_linear_layers_and_norms(x: Tensor, bias: bool) -> None:
     assert alike(RESULTS[NORM](*arguments), NORM(*arguments))
 
 
+@pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS.keys())
+def test_a_vector_leaves_no_dimension(x: Tensor) -> None:
+    weight = torch.randn(6).to(x.dtype)
+    assert alike(RESULTS[LINEAR](x, weight), LINEAR(x, weight))
+
+
 @pytest.mark.parametrize("operator", [LINEAR, NORM])
 def test_what_does_not_fit_fails_as_the_operator_does(operator: Any) -> None:
     other = torch.randn(4, 7) if operator is LINEAR else [7]
