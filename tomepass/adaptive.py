@@ -97,14 +97,15 @@ class AdaptiveModel(StandIn):
 
     def _tome_answer(self, call: dict[str, Any], method: str) -> Any:
         tome = self._tome
-        form = tome.captures.get(tome.model, call, method).capture.form
+        applied = tome.captures.get(tome.model, call, method)
+        form = applied.capture.form
         if form.size is not None:
             raise TomeError(
                 f"{type(tome.model).__name__}.{method} can be captured for a fixed batch size "
                 "alone, so its images cannot be split over budgets",
                 advice="apply the method without adaptive=",
             )
-        routes = self._tome_routes(call, method)
+        routes = self._tome_routes(applied, call)
         images = routes.shape[0]
         parts, places = [], []
         for number, budget in enumerate(self._tome_budgets()):
@@ -114,9 +115,8 @@ class AdaptiveModel(StandIn):
                 parts.append(budget._tome_called(form.rows(call, mine), method))
         return _together(parts, torch.cat(places).argsort(), [len(p) for p in places])
 
-    def _tome_routes(self, call: dict[str, Any], method: str) -> Tensor:
+    def _tome_routes(self, applied: Applied, call: dict[str, Any]) -> Tensor:
         tome = self._tome
-        applied = tome.captures.get(tome.model, call, method)
         found = applied.router(tome.model, applied.capture, call)
         limits = torch.tensor(tome.method.adaptive, dtype=torch.float32)
         return torch.bucketize(found, limits.to(found.device), right=True)
@@ -140,7 +140,9 @@ class AdaptiveModel(StandIn):
     @gives_way
     def routes(self, *args: Any, **kwargs: Any) -> Tensor:
         """The budget of each image, ``[B]`` int64. Takes the model's inputs."""
-        return self._tome_routes(self._tome.bind(args, kwargs), "forward")
+        tome = self._tome
+        call = tome.bind(args, kwargs)
+        return self._tome_routes(tome.captures.get(tome.model, call), call)
 
     @gives_way
     def prepare(self, inputs: Any) -> AdaptiveModel:

@@ -412,11 +412,6 @@ def _path(target: str) -> str:
     return target.removeprefix("model.")
 
 
-def batch_of_two(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Inputs remade with a batch of 2, and their dynamic shapes for ``torch.export``."""
-    return ANY.remade(kwargs)
-
-
 def _to_dialect(module: fx.GraphModule) -> None:
     """Drops assertions on metadata; inlines regions; spells every concatenation ``aten.cat``."""
     while regions := [n for n in module.graph.nodes if n.target in _REGIONS]:

@@ -12,8 +12,8 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tomepass.adaptive import AdaptiveModel
+from tomepass.batches import ANY
 from tomepass.calls import call_with
-from tomepass.capture import batch_of_two
 from tomepass.decompositions import FOR_RUNTIMES
 from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.examples import example_inputs as inputs_from_config
@@ -154,7 +154,7 @@ def _program(
     order = list(call)
     shapes = None
     if dynamic:
-        given, shapes = batch_of_two(given)
+        given, shapes = ANY.remade(given)
     # torch.export names inputs, and finds their dynamic sizes, by the signature.
     subject.forward = _with_signature(subject.forward, given)  # type: ignore[method-assign]
     try:

@@ -22,19 +22,6 @@ from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.side import merge_bias
 
 
-@pytest.fixture
-def handed(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
-    """The graphs that Inductor is given, which are run as they are."""
-    graphs: list[fx.GraphModule] = []
-
-    def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-        graphs.append(gm)
-        return gm
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
-    return graphs
-
-
 def count(graph: fx.GraphModule, target: Any) -> int:
     return len(graph.graph.find_nodes(op="call_function", target=target))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -48,20 +47,6 @@ def padded() -> nn.Module:
     for block in model.blocks:
         block.attention.__class__ = Masked
     return model
-
-
-@pytest.fixture
-def handed(monkeypatch: pytest.MonkeyPatch) -> list[fx.GraphModule]:
-    """The graphs that Inductor is given, which are run as they are."""
-    graphs: list[fx.GraphModule] = []
-
-    def compile_fx(gm: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
-        graphs.append(gm)
-        return gm
-
-    monkeypatch.setattr(torch._inductor.compile_fx, "compile_fx", compile_fx)
-    torch._dynamo.reset()
-    return graphs
 
 
 def test_one_mask_for_all_images_is_one_for_each(handed: list[fx.GraphModule]) -> None:
