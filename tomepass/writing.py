@@ -14,6 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from tomepass.any_batch import AnyBatch, NotTold
 from tomepass.axis import is_known, same, shape_of, target_name
 from tomepass.capture import carry_origin, source_line
 from tomepass.errors import TomeError
@@ -47,6 +48,7 @@ class Writer:
     def __init__(self, fake_mode: FakeTensorMode) -> None:
         self.fake_mode = fake_mode
         self.graph = fx.Graph()
+        self._any_batch = AnyBatch(fake_mode)
         self.touched: set[fx.Node] = set()
         self.constants: dict[str, Tensor] = {}
         self.block: int | None = None
@@ -89,11 +91,9 @@ class Writer:
         if node.op != "call_function":
             raise self.error(node, f"cannot follow tokens through a {node.op}")
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda a: a.meta["val"])
-        run: Callable[..., Any] = RESULTS.get(node.target, node.target)  # type: ignore[arg-type]
         before = node.meta.get("val")
         try:
-            with self.fake_mode, _discarding(self.fake_mode.shape_env):
-                node.meta["val"] = _on_fakes(run, args, kwargs)
+            node.meta["val"] = self._result(RESULTS.get(node.target, node.target), args, kwargs)
         except Exception as error:
             raise self.error(
                 node, f"{target_name(node)} does not fit the merged tokens: {error}"
@@ -101,6 +101,13 @@ class Writer:
         node.meta.pop("tensor_meta", None)
         _same_unknowns(self.fake_mode.shape_env, before, node.meta["val"])
         self.touched.add(node)
+
+    def _result(self, operator: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return self._any_batch.returned(operator, args, kwargs)
+        except NotTold:
+            with self.fake_mode, _discarding(self.fake_mode.shape_env):
+                return _on_fakes(operator, args, kwargs)
 
     def relaid(self, node: fx.Node) -> None:
         """Lets a copy of a view take what it reads in any layout.

@@ -440,6 +440,7 @@ class _Mean(torch.nn.Module):
 # ---- what is learned ---------------------------------------------------------------------------
 
 
+@pytest.mark.deep
 @one_kind
 def test_a_short_training_beats_random_pruning_on_digits(kind: type[Learned]) -> None:
     """One patch of 64 is left beside the class token: a policy finds one that tells."""

@@ -83,13 +83,6 @@ MUTANTS = [
         tests="tests/test_scalar_inputs.py -k beside",
     ),
     Mutant(
-        name="a_linear_layer_of_a_vector_keeps_its_dimension",
-        file="tomepass/ops/results.py",
-        old="plain = plain and weight.ndim == 2",
-        new="plain = plain and weight.ndim <= 2",
-        tests="tests/ops/test_results.py -k vector",
-    ),
-    Mutant(
         name="sizes_that_data_decide_differ_after_a_rewrite",
         file="tomepass/writing.py",
         old="env._rename_unbacked_to(pair[1], pair[0])",

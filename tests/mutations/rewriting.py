@@ -174,8 +174,29 @@ MUTANTS = [
     Mutant(
         name="metadata_is_stale",
         file="tomepass/writing.py",
-        old='node.meta["val"] = _on_fakes(run, args, kwargs)',
-        new='node.meta["val"] = node.meta.get("val") or _on_fakes(run, args, kwargs)',
+        old='node.meta["val"] = self._result(',
+        new='node.meta["val"] = node.meta.get("val") or self._result(',
         tests="tests/test_rewrite.py -k metadata",
+    ),
+    Mutant(
+        name="squares_of_the_batch_are_taken_for_multiples",
+        file="tomepass/any_batch.py",
+        old="if rest or abs(start) >= _BATCHES[0] or batch is None:",
+        new="if rest or batch is None:",
+        tests="tests/test_any_batch.py -k square",
+    ),
+    Mutant(
+        name="one_batch_tells_of_any",
+        file="tomepass/any_batch.py",
+        old="        if calls[0] != calls[1]:",
+        new="        if False:",
+        tests="tests/test_any_batch.py -k folded",
+    ),
+    Mutant(
+        name="what_was_returned_under_autocast_is_returned_without",
+        file="tomepass/any_batch.py",
+        old="torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)",
+        new="kind",
+        tests="tests/test_any_batch.py -k modes",
     ),
 ]

@@ -8,17 +8,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from tomepass.ops.log_size import log_size
+from tomepass.ops.match import match
+from tomepass.ops.merge import merge, merge_size
 from tomepass.ops.results import RESULTS
+from tomepass.ops.side import keep
 
-LINEAR, NORM = torch.ops.aten.linear.default, torch.ops.aten.layer_norm.default
-X = torch.randn(2, 5, 6)
-LAYOUTS = {
-    "contiguous": X,
-    "turned": X.transpose(0, 1),
-    "cut": torch.randn(2, 9, 6)[:, 2:7],
-    "two dimensions": X[0],
-    "four dimensions": X[:, None],
-    "double": X.double(),
+ASSIGN = torch.tensor([[0, 1, 1, 2, 0], [0, 1, 2, 2, 2]])
+SIZE = torch.ones(2, 5)
+CALLS: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "odd match": (match, (torch.randn(2, 3, 5, 4), 2, [0])),
+    "even match": (match, (torch.randn(2, 3, 6, 4), 2, [])),
+    "merge": (merge, (torch.randn(2, 5, 4), None, ASSIGN, 3)),
+    "merge in half": (merge, (torch.randn(2, 5, 4).half(), SIZE, ASSIGN, 3)),
+    "first sizes": (merge_size, (None, ASSIGN, 3)),
+    "sizes": (merge_size, (SIZE, ASSIGN, 3)),
+    "kept": (keep, (None, ASSIGN, 3, [0])),
+    "log size": (log_size, (SIZE, torch.randn(2, 3, 5, 5))),
+    "log size of keys first": (log_size, (SIZE, torch.randn(2, 3, 5, 5), 2)),
+    "folded log size": (log_size, (SIZE, torch.randn(6, 5, 5), 2, 3)),
+    "shared log size": (log_size, (SIZE[:1], torch.randn(2, 3, 5, 5).half())),
 }
 
 
@@ -27,30 +36,11 @@ def alike(known: Tensor, real: Tensor) -> bool:
     return same and known.stride() == real.stride()
 
 
-@pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS.keys())
-@pytest.mark.parametrize("bias", [True, False])
-def test_linear_layers_and_norms(x: Tensor, bias: bool) -> None:
-    weight, b = torch.randn(4, 6).to(x.dtype), torch.randn(4).to(x.dtype) if bias else None
-    assert alike(RESULTS[LINEAR](x, weight, b), LINEAR(x, weight, b))
-    scale = torch.randn(6).to(x.dtype) if bias else None
-    arguments: tuple[Any, ...] = (x, [6], scale, None, 1e-5)
-    assert alike(RESULTS[NORM](*arguments), NORM(*arguments))
+@pytest.mark.parametrize("name", CALLS)
+def test_it_is_what_running_says(name: str) -> None:
+    operator, args = CALLS[name]
+    assert alike(RESULTS[operator](*args), operator(*args))
 
 
-@pytest.mark.parametrize("x", LAYOUTS.values(), ids=LAYOUTS.keys())
-def test_a_vector_leaves_no_dimension(x: Tensor) -> None:
-    weight = torch.randn(6).to(x.dtype)
-    assert alike(RESULTS[LINEAR](x, weight), LINEAR(x, weight))
-
-
-@pytest.mark.parametrize("operator", [LINEAR, NORM])
-def test_what_does_not_fit_fails_as_the_operator_does(operator: Any) -> None:
-    other = torch.randn(4, 7) if operator is LINEAR else [7]
-    with pytest.raises(RuntimeError):
-        RESULTS[operator](X, other)
-
-
-def test_autocast_decides_the_dtype() -> None:
-    weight = torch.randn(4, 6)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert RESULTS[LINEAR](X, weight).dtype == LINEAR(X, weight).dtype == torch.bfloat16
+def test_each_is_tried() -> None:
+    assert {operator for operator, _ in CALLS.values()} == set(RESULTS)

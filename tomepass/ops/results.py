@@ -1,4 +1,4 @@
-"""What operators of dozens of others return, known without running these on fake tensors."""
+"""What operators composed of many others return, known without running these on fake tensors."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tomepass.ops.library import at_least_float32, autocasts
+from tomepass.ops.library import at_least_float32
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
@@ -41,29 +41,10 @@ def _merge_size_result(size: Tensor | None, assign: Tensor, tokens: int) -> Tens
     return assign.new_empty((assign.shape[0], tokens), dtype=torch.float32)
 
 
-def _linear_result(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    plain = x.is_contiguous() and x.dtype is weight.dtype and x.shape[-1] == weight.shape[-1]
-    plain = plain and weight.ndim == 2  # a vector leaves no dimension behind
-    if not plain or autocasts(x.device):
-        result: Tensor = torch.ops.aten.linear.default(x, weight, bias)
-        return result
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def _layer_norm_result(x: Tensor, shape: list[int], *rest: Any) -> Tensor:
-    plain = x.is_contiguous() and x.shape[-len(shape) :] == tuple(shape)
-    if not plain or autocasts(x.device):
-        result: Tensor = torch.ops.aten.layer_norm.default(x, shape, *rest)
-        return result
-    return x.new_empty(x.shape)
-
-
 RESULTS: dict[Any, Callable[..., Tensor]] = {
     match: _match_result,
     merge: _merge_result,
     merge_size: _merge_size_result,
     keep: _keep_result,
     log_size: _log_size_result,
-    torch.ops.aten.linear.default: _linear_result,
-    torch.ops.aten.layer_norm.default: _layer_norm_result,
 }
