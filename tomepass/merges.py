@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import fx
 
+from tomepass.methods.reduction import Reduction
 from tomepass.outcomes import Layout
 from tomepass.planning import PlannedStream
-from tomepass.reduction import Reduction
 
 
 @dataclass

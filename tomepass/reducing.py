@@ -1,10 +1,9 @@
-"""What a method sees of a block that is to lose tokens."""
+"""What a method reads of a block that is to lose tokens, found in the captured graph."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -13,40 +12,23 @@ from torch import fx
 
 from tomepass.attention import Attention
 from tomepass.axis import same, shape_of, summed_dimension
+from tomepass.methods.block import ReducingBlock
 from tomepass.outcomes import Layout
-from tomepass.reduction import Reduction
 from tomepass.tokens import fused_heads
 from tomepass.writing import Writer
 
 if TYPE_CHECKING:
     from tomepass.merges import Merges
-    from tomepass.methods import MLERP, Method
+    from tomepass.methods import Method
     from tomepass.structure import Block
 
 aten = torch.ops.aten
 
 
 @dataclass
-class Reducing:
-    """One block, while the graph is rewritten: what may be read, and operators to call.
+class Reducing(ReducingBlock):
+    """A block as its graph shows it: operands of its attention, in whatever layout they stand."""
 
-    Nodes are ``[B, ...]`` batch first. ``tome::`` operators are called by name.
-
-    Args:
-        index: of the block.
-        depth: blocks of the stream.
-        tokens: N, there are now.
-        r: tokens to lose; 0 for a method of ``every_block`` alone.
-        protected: positions now that stay, the class token first where there is one.
-        memory: what a method keeps from block to block of a stream, nodes by name.
-    """
-
-    index: int
-    depth: int
-    tokens: int
-    r: int
-    protected: list[int]
-    memory: dict[str, fx.Node]
     _writer: Writer
     _node: fx.Node
     _method: Method
@@ -68,63 +50,7 @@ class Reducing:
         """A tensor of the method's own, on the device of the stream."""
         return self._writer.constant(self._node, tensor.to(self.hidden.meta["val"].device))
 
-    def item(self, results: fx.Node, index: int) -> fx.Node:
-        """One of several results of an operator."""
-        return self.call(operator.getitem, results, index)
-
-    def slice(self, x: fx.Node, start: int, end: int, step: int = 1) -> fx.Node:
-        """``x[:, start:end:step]``."""
-        return self.call(aten.slice.Tensor, x, 1, start, end, step)
-
-    def matched(
-        self, name: str | Any, *args: Any, combine: str | MLERP = "weighted_mean"
-    ) -> Reduction:
-        """Merges by an operator that answers where each token goes, or that and what stands."""
-        found = self.call(name, *args)
-        if isinstance(found.meta["val"], torch.Tensor):
-            return Reduction(found, found, combine=combine)
-        return Reduction(self.item(found, 0), found, self.item(found, 1), combine)
-
-    def without_sources(self, matched: Reduction) -> Reduction:
-        """What a match would merge away, dropped: the tokens that stand keep their values."""
-        stands = matched.stands
-        assert stands is not None
-        return replace(
-            matched,
-            combine="keep",
-            size=self.call("gather_size", self.size, stands),
-            holds=self.call("places", stands, self.tokens),
-        )
-
-    def pruned(self, stands: fx.Node, size: fx.Node | None = None) -> Reduction:
-        """Keeps the tokens at ``stands``, ``[B, N']`` positions, and drops the rest.
-
-        For the way back to all tokens the most similar token kept, by its keys, stands in for
-        each one dropped.
-
-        Args:
-            size: ``[B, N']`` float32 afterwards, 0 at places out of use, which hold none; None:
-                that of the tokens kept.
-        """
-        if size is None:
-            size = self.call("gather_size", self.size, stands)
-        masked = size if self._merges.masked else None
-        where = (stands, self.tokens) if masked is None else (stands, self.tokens, masked)
-        return Reduction(
-            assign=self.call("nearest", self.keys, stands, self.protected, masked),
-            chosen=stands,
-            stands=stands,
-            combine="keep",
-            size=size,
-            holds=self.call("places", *where),
-        )
-
     # ---- what there is to read ---------------------------------------------------------------
-
-    @property
-    def left(self) -> int:
-        """N', the tokens left after the block."""
-        return self.tokens - self.r
 
     @property
     def hidden(self) -> fx.Node:
@@ -132,19 +58,14 @@ class Reducing:
         return self._hidden
 
     @property
-    def width(self) -> int:
-        """C of the residual stream."""
-        return int(shape_of(self.hidden)[-1])
-
-    @property
     def size(self) -> fx.Node | None:
         """``[B, N]`` float32: original tokens each one holds; None while all hold one."""
         return self._merges.sizes[self._merges.epoch]
 
     @property
-    def masked_size(self) -> fx.Node | None:
-        """The sizes where some tokens are padding or out of use, and have next to none."""
-        return self.size if self._merges.masked else None
+    def masked(self) -> bool:
+        """Whether some tokens are padding or out of use."""
+        return self._merges.masked
 
     @cached_property
     def keys(self) -> fx.Node:
@@ -181,13 +102,6 @@ class Reducing:
         given = (self.queries, self.keys, self._counted, queries, scale)
         bias = self._bias()
         return self.call("attention_to", *given, *(() if bias is None else (bias,)))
-
-    def side_by_side(self, x: fx.Node) -> fx.Node:
-        """All heads of ``[B, H, N, D]`` in one, or ``[B, N, C]`` as one head: ``[B, 1, N, C]``."""
-        if len(shape_of(x)) == 4:
-            turned = self.call(aten.transpose.int, x, 1, 2)
-            x = self.call(aten.flatten.using_ints, turned, 2, 3)
-        return self.call(aten.unsqueeze.default, x, 1)
 
     # ---- reading an attention, fused or written out ------------------------------------------
 

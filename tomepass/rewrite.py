@@ -21,6 +21,7 @@ from tomepass.capture import CanonicalGraph
 from tomepass.carrying import Carrying, beside
 from tomepass.graphs import MATCHES
 from tomepass.merges import Merges
+from tomepass.methods.reduction import Reduction
 from tomepass.ops.log_size import log_size
 from tomepass.ops.merge import merge_size
 from tomepass.ops.padding import padded_size
@@ -42,7 +43,6 @@ from tomepass.outcomes import (
 )
 from tomepass.planning import Planned
 from tomepass.reducing import Reducing
-from tomepass.reduction import Reduction
 from tomepass.structure import Block, Mismatch, is_tensor
 from tomepass.tokens import SIZED, fused_heads
 from tomepass.walks import answered

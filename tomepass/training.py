@@ -21,15 +21,15 @@ from tomepass.errors import TomeError
 from tomepass.graphs import with_outputs
 from tomepass.methods import Learned, Method, Policy
 from tomepass.methods.fields import flag, number, whole
+from tomepass.methods.reduction import Reduction
 from tomepass.module import MergedModel, check_model, read_state
 from tomepass.planning import PlannedStream, plan_graph
-from tomepass.reduction import Reduction
 from tomepass.report import make_report
 from tomepass.rewrite import rewrite
 from tomepass.tables import progress_bar
 
 if TYPE_CHECKING:
-    from tomepass.reducing import Reducing
+    from tomepass.methods.block import ReducingBlock
 
 LearnedMethod = TypeVar("LearnedMethod", bound=Learned)
 
@@ -230,7 +230,7 @@ class _Soft(Method):
         blocks = tuple(_Whole(block.index, tokens, block.r) for block in plan.blocks)
         return StreamPlan(tokens, protected, blocks)
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Draws which tokens would stay. Protected ones come first, as they do in use."""
         held = self.weights.blocks[block.index]
         weights = [block.constant(held[name]) for name in self.of.shapes(block.width)]

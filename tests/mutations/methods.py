@@ -71,7 +71,7 @@ MUTANTS = [
     ),
     Mutant(
         name="heads_side_by_side_are_one_head",
-        file="tomepass/reducing.py",
+        file="tomepass/methods/block.py",
         old="x = self.call(aten.flatten.using_ints, turned, 2, 3)",
         new="x = self.call(aten.select.int, turned, 2, 0)",
         tests=(

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-from tomepass.errors import TomeError
 from tomepass.methods.ats import ATS
 from tomepass.methods.avit import AViT
-from tomepass.methods.base import KNOWN, Method, RLike
+from tomepass.methods.base import Method, RLike, method_from_dict
 from tomepass.methods.diffrate import DiffRate
 from tomepass.methods.fuse import EViT, SPViT
 from tomepass.methods.learned import AdaViT, DynamicViT, Learned
 from tomepass.methods.pitome import PiToMe
 from tomepass.methods.policy import Policy
 from tomepass.methods.prune import Prune
+from tomepass.methods.reduction import MLERP
 from tomepass.methods.threshold import Threshold, calibrate_tau
 from tomepass.methods.tofu import ToFu
-from tomepass.methods.tome import MLERP, ToMe
+from tomepass.methods.tome import ToMe
 
 __all__ = [
     "ATS",
@@ -41,22 +40,6 @@ __all__ = [
     "method_from_dict",
     "resolve_method",
 ]
-
-
-def method_from_dict(data: dict[str, Any]) -> Method:
-    """The method that ``to_dict`` wrote.
-
-    Raises:
-        TomeError: on an unknown method or field.
-    """
-    fields = dict(data)
-    if (name := fields.pop("method", ToMe.name)) not in KNOWN:
-        raise TomeError(f"unknown method {name!r}; known: {', '.join(map(repr, sorted(KNOWN)))}")
-    kind = KNOWN[name]
-    known = {field.name for field in dataclasses.fields(kind)}
-    if unknown := sorted(set(fields) - known):
-        raise TomeError(f"unknown fields {unknown} of method {name!r}; known: {sorted(known)}")
-    return kind(**kind.fields_from(fields))
 
 
 def resolve_method(method: Any, r: RLike | None) -> Method:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, ClassVar
 from tomepass.methods.prune import Pruning, refuse_sizes
 
 if TYPE_CHECKING:
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -38,7 +38,7 @@ class ATS(Pruning):
         """Refuses to count what tokens hold: each holds one."""
         refuse_sizes(self)
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Samples the tokens of the ``block.left`` places."""
         score = block.call("significance", block.class_attention, block.values)
         sampled = block.call("sample", score, block.left, block.protected, block.masked_size)

@@ -10,8 +10,8 @@ from tomepass.methods.fields import number
 from tomepass.methods.prune import Pruning, refuse_sizes
 
 if TYPE_CHECKING:
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 _TOTAL = "avit_total"
 
@@ -58,7 +58,7 @@ class AViT(Pruning):
         )
         refuse_sizes(self)
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Adds up the scores, halts tokens, and keeps the ``block.left`` lowest sums."""
         before = block.memory.get(_TOTAL)
         gate = (self.gamma, self.beta)

@@ -9,6 +9,7 @@ from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tomepass.counts import StreamPlan, held_at, plan_counts
+from tomepass.errors import TomeError
 from tomepass.methods.fields import flag, number, positions, whole
 from tomepass.schedule import (
     TARGETS,
@@ -20,8 +21,8 @@ from tomepass.schedule import (
 )
 
 if TYPE_CHECKING:
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 RLike = int | list[int] | tuple[int, float] | Schedule
 Own = TypeVar("Own", bound="Method")
@@ -151,7 +152,7 @@ class Method:
         counts = self.counts(depth)
         return plan_counts(tokens, protected, counts, self.multiple_of, self.most)
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """The graph-building step: which tokens a block loses, in ``tome::`` operators."""
         raise NotImplementedError(f"{type(self).__name__} says not how it reduces a block")
 
@@ -231,8 +232,6 @@ class Method:
     @classmethod
     def from_json(cls, text: str) -> Method:
         """The configuration that :meth:`to_json` wrote."""
-        from tomepass.methods import method_from_dict
-
         return method_from_dict(json.loads(text))
 
     def replace(self: Own, **changes: Any) -> Own:
@@ -288,6 +287,22 @@ class Method:
             counts.append(min(free - kept, self.most(current, held_at(current, tokens, protected))))
             free -= counts[-1]
         return plan_counts(tokens, protected, tuple(counts), self.multiple_of, self.most)
+
+
+def method_from_dict(data: dict[str, Any]) -> Method:
+    """The method that ``to_dict`` wrote.
+
+    Raises:
+        TomeError: on an unknown method or field.
+    """
+    fields = dict(data)
+    if (name := fields.pop("method", "tome")) not in KNOWN:
+        raise TomeError(f"unknown method {name!r}; known: {', '.join(map(repr, sorted(KNOWN)))}")
+    kind = KNOWN[name]
+    known = {field.name for field in dataclasses.fields(kind)}
+    if unknown := sorted(set(fields) - known):
+        raise TomeError(f"unknown fields {unknown} of method {name!r}; known: {sorted(known)}")
+    return kind(**kind.fields_from(fields))
 
 
 def _schedule(given: dict[str, Any], standard: Schedule) -> Schedule:

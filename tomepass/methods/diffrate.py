@@ -12,8 +12,8 @@ from tomepass.schedule import TARGETS
 if TYPE_CHECKING:
     from tomepass.counts import StreamPlan
     from tomepass.methods.base import Method
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -133,7 +133,7 @@ class DiffRate(Pruning):
                     f"{self.schedule!r} lets {r} go"
                 )
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Prunes the tail of the order, and merges the next into the head."""
         pruned, head = self.pruned_in(block.index, block.r), block.left - len(block.protected)
         order = block.call("order_by", block.class_attention, block.protected, block.masked_size)

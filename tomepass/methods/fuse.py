@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar, get_args
 
 from tomepass.methods.fields import choice, flag
 from tomepass.methods.prune import Pruning, Score, scored
-from tomepass.reduction import Reduction
+from tomepass.methods.reduction import Reduction
 from tomepass.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from tomepass.reducing import Reducing
+    from tomepass.methods.block import ReducingBlock
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -54,7 +54,7 @@ class EViT(Pruning):
         """One token of the rest, or none."""
         return int(self.fuse)
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Keeps what the class token looks at."""
         score = block.class_attention
         if not self.fuse:
@@ -96,12 +96,12 @@ class SPViT(Pruning):
         """The package."""
         return 1
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Keeps what scores highest and packages the rest."""
         return packed(block, scored(block, self.score))
 
 
-def packed(block: Reducing, score: fx.Node) -> Reduction:
+def packed(block: ReducingBlock, score: fx.Node) -> Reduction:
     """The highest scores, and one token of the rest, their mean by score."""
     kept = block.call("select", score, block.left - 1, block.protected, block.masked_size)
     both = block.call("fuse_rest", score, kept)

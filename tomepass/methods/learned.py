@@ -15,8 +15,8 @@ from tomepass.schedule import Schedule
 if TYPE_CHECKING:
     from torch import Generator, Tensor, fx
 
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -57,7 +57,7 @@ class Learned(Pruning):
                 advice=f"train it: tomepass.train_policy(model, {name}(...), batches)",
             )
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Keeps the ``block.left`` tokens that score highest after a draw."""
         weights = [block.constant(weight) for weight in self._weights(block)]
         score = self.score(block, weights, block.masked_size)
@@ -67,7 +67,9 @@ class Learned(Pruning):
         """The weights of one block of a stream ``[B, N, width]``, in the operator's order."""
         raise NotImplementedError
 
-    def score(self, block: Reducing, weights: Sequence[fx.Node], size: fx.Node | None) -> fx.Node:
+    def score(
+        self, block: ReducingBlock, weights: Sequence[fx.Node], size: fx.Node | None
+    ) -> fx.Node:
         """Log-odds of keeping each token, ``[B, N]``.
 
         Args:
@@ -76,7 +78,7 @@ class Learned(Pruning):
         """
         raise NotImplementedError
 
-    def kept(self, block: Reducing, score: fx.Node) -> Reduction:
+    def kept(self, block: ReducingBlock, score: fx.Node) -> Reduction:
         """Which tokens stay, given their log-odds after the draw."""
         stands = block.call("select", score, block.left, block.protected, block.masked_size)
         return block.pruned(stands)
@@ -96,7 +98,7 @@ class Learned(Pruning):
         last += log_odds if len(last) == 1 else torch.tensor([log_odds / 2, -log_odds / 2])
         return weights
 
-    def _weights(self, block: Reducing) -> list[Tensor]:
+    def _weights(self, block: ReducingBlock) -> list[Tensor]:
         policy = self.policy
         assert policy is not None
         if block.index not in policy.blocks:
@@ -159,7 +161,9 @@ class DynamicViT(Learned):
             "out.bias": (2,),
         }
 
-    def score(self, block: Reducing, weights: Sequence[fx.Node], size: fx.Node | None) -> fx.Node:
+    def score(
+        self, block: ReducingBlock, weights: Sequence[fx.Node], size: fx.Node | None
+    ) -> fx.Node:
         """The difference of the two logits."""
         return block.call("keep_score", block.hidden, size, list(weights), block.protected)
 
@@ -196,11 +200,13 @@ class AdaViT(Learned):
             "bias": (1,),
         }
 
-    def score(self, block: Reducing, weights: Sequence[fx.Node], size: fx.Node | None) -> fx.Node:
+    def score(
+        self, block: ReducingBlock, weights: Sequence[fx.Node], size: fx.Node | None
+    ) -> fx.Node:
         """The logit of the probability."""
         return block.call("keep_score_linear", block.hidden, size, list(weights), block.protected)
 
-    def kept(self, block: Reducing, score: fx.Node) -> Reduction:
+    def kept(self, block: ReducingBlock, score: fx.Node) -> Reduction:
         """The highest odds, what the draw did not keep out of use."""
         before, held = block.masked_size, block.protected
         stands = block.call("select", score, block.left, held, before)

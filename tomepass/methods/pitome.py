@@ -9,8 +9,8 @@ from tomepass.methods.base import Method
 from tomepass.methods.fields import number
 
 if TYPE_CHECKING:
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -40,7 +40,7 @@ class PiToMe(Method):
         """Other margins."""
         return tuple(self.replace(margin=margin) for margin in (0.45, 0.6, 0.9))
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Merges between neighbours in the order of energy."""
         margin = self.margin * (1 - block.index / block.depth)
         score = block.call("energy", block.keys, margin, block.protected, block.masked_size)

@@ -12,8 +12,8 @@ from tomepass.schedule import all_but_one
 if TYPE_CHECKING:
     from torch import fx
 
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 Score = Literal["class_attention", "attention_received", "norm", "random"]
 
@@ -62,7 +62,7 @@ class Prune(Pruning):
             raise ValueError(f"seed={self.seed} does nothing with score={self.score!r}")
         refuse_sizes(self)
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Keeps the ``block.left`` tokens that score highest."""
         score = scored(block, self.score, self.seed)
         return block.pruned(
@@ -70,7 +70,7 @@ class Prune(Pruning):
         )
 
 
-def scored(block: Reducing, score: Score, seed: int = 0) -> fx.Node:
+def scored(block: ReducingBlock, score: Score, seed: int = 0) -> fx.Node:
     """The scores ``[B, N]`` of a block's tokens."""
     if score == "class_attention":
         return block.class_attention

@@ -12,8 +12,8 @@ from tomepass.methods.fields import number
 if TYPE_CHECKING:
     from torch import nn
 
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 # Cosines lie within 2 of each other: to 2^-15, less than images differ by.
 _STEPS = 16
@@ -46,7 +46,7 @@ class Threshold(Method):
         """Refuses what is no cosine."""
         self._set(tau=number("tau", self.tau, -1, 1))
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Merges the most similar ``block.r`` pairs and all others above the threshold."""
         given = (block.keys, block.r, block.protected, block.masked_size, self.tau)
         return block.matched("match_threshold", *given)

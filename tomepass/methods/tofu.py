@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from tomepass.methods.base import Method
-from tomepass.methods.tome import MLERP
+from tomepass.methods.reduction import MLERP
 
 if TYPE_CHECKING:
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 Strategy = Literal["prune", "merge"]
 
@@ -96,7 +96,7 @@ class ToFu(Method):
         said = super().__repr__()
         return f"{said[:-1]}, strategies='halves')" if self.strategies == "halves" else said
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Matches as ToMe does, then drops the sources or merges them."""
         args = (block.masked_size, None, 1.0, "cosine", "alternating", 0)
         matched = block.matched(

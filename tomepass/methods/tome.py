@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from tomepass.methods.base import Method
 from tomepass.methods.fields import choice, number, whole
+from tomepass.methods.reduction import MLERP
 from tomepass.schedule import all_but_one
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from tomepass.reducing import Reducing
-    from tomepass.reduction import Reduction
+    from tomepass.methods.block import ReducingBlock
+    from tomepass.methods.reduction import Reduction
 
 Metric = Literal["keys", "keys_all_heads", "queries", "values", "hidden"]
 Similarity = Literal["cosine", "dot", "euclidean", "softmax"]
@@ -21,25 +22,6 @@ Partition = Literal["alternating", "sequential", "random", "kth"]
 Matching = Literal["bipartite", "greedy", "kmeans"]
 Combine = Literal["weighted_mean", "mean", "max", "keep"]
 Importance = Literal["none", "class_attention"]
-
-
-@dataclass(frozen=True)
-class MLERP:
-    """Combine tokens into a mean direction with a preserved norm (ToFu, arXiv 2312.01026).
-
-    Args:
-        norm: ``"max"``, the weighted mean at the greatest norm among its tokens; ``"mean"``, the
-            mean of the directions at the mean of the norms, both weighted by size.
-    """
-
-    norm: Literal["max", "mean"] = "max"
-
-    def __post_init__(self) -> None:
-        choice("norm", self.norm, ("max", "mean"))
-
-    def to_json_types(self) -> dict[str, str]:
-        """As JSON types."""
-        return {"mlerp": self.norm}
 
 
 @dataclass(frozen=True, repr=False, kw_only=True)
@@ -131,7 +113,7 @@ class ToMe(Method):
             return free - free // self.k if free >= self.k else 0
         return super().most(tokens, protected)
 
-    def reduce(self, block: Reducing) -> Reduction:
+    def reduce(self, block: ReducingBlock) -> Reduction:
         """Draws edges and merges the cheapest ``block.r`` of them."""
         if self.matching == "greedy":
             pairs = (block.r, block.protected, block.masked_size, self.similarity)
@@ -154,7 +136,7 @@ class ToMe(Method):
             combine=self.combine,
         )
 
-    def features(self, block: Reducing) -> fx.Node:
+    def features(self, block: ReducingBlock) -> fx.Node:
         """What tokens are compared by, ``[B, H, N, D]``: the mean over H counts."""
         if self.metric == "keys_all_heads":
             return block.side_by_side(block.keys)

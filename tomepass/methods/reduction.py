@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from tomepass.methods.fields import choice
 
 if TYPE_CHECKING:
     from torch import fx
 
-    from tomepass.methods.tome import MLERP
+
+@dataclass(frozen=True)
+class MLERP:
+    """Combine tokens into a mean direction with a preserved norm (ToFu, arXiv 2312.01026).
+
+    Args:
+        norm: ``"max"``, the weighted mean at the greatest norm among its tokens; ``"mean"``, the
+            mean of the directions at the mean of the norms, both weighted by size.
+    """
+
+    norm: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        choice("norm", self.norm, ("max", "mean"))
+
+    def to_json_types(self) -> dict[str, str]:
+        """As JSON types."""
+        return {"mlerp": self.norm}
 
 
 @dataclass(frozen=True)
