@@ -12,7 +12,17 @@ from zoo import FAMILIES, REFUSED
 
 ROOT = Path(__file__).parent.parent
 REASONING = [
-    *("axis", "batches", "capture", "carrying", "fidelity", "planning", "reducing", "rewrite"),
+    *(
+        "axis",
+        "batches",
+        "capture",
+        "carrying",
+        "fidelity",
+        "planning",
+        "reducing",
+        "rewrite",
+        "values",
+    ),
     *("shapes", "structure", "tokens", "writing"),
 ]
 REASONS = {"Mismatch": 0, "at": 1, "Masked": 0, "Positional": 0, "TomeError": 0, "error": 1}

@@ -7,7 +7,7 @@ its shape compared with the plan: metadata is never stale and a wrong count neve
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from tomepass.attending import Attending
 from tomepass.attention import FUSED, ignores_first
-from tomepass.axis import Axis, same_shape, shape_of
+from tomepass.axis import shape_of
 from tomepass.capture import CanonicalGraph
-from tomepass.carrying import Carrying, beside
+from tomepass.carrying import beside
 from tomepass.graphs import MATCHES
 from tomepass.merges import Merges
+from tomepass.merging import Merging
 from tomepass.methods.reduction import Reduction
-from tomepass.ops.log_size import log_size
-from tomepass.ops.merge import merge_size
-from tomepass.ops.padding import padded_size
-from tomepass.ops.soft import masked_attention
-from tomepass.ops.unmerge import compose, unmerge
 from tomepass.ops.weighted_mean import weighted_mean
 from tomepass.outcomes import (
     Attended,
@@ -35,17 +32,15 @@ from tomepass.outcomes import (
     Contracted,
     Divided,
     Joined,
-    Layout,
     Positional,
     Side,
     Taken,
     Weighed,
 )
 from tomepass.planning import Planned
-from tomepass.reducing import Reducing
-from tomepass.structure import Block, Mismatch, is_tensor
+from tomepass.structure import Block, Mismatch
 from tomepass.tokens import SIZED, fused_heads
-from tomepass.walks import answered
+from tomepass.values import Values
 from tomepass.writing import Writer
 
 aten = torch.ops.aten
@@ -115,17 +110,17 @@ class _Sweep:
         self.keep_short = keep_short
         self.keep_sizes = keep_sizes
         self.writer = Writer(captured.fake_mode)
-        self.new: dict[fx.Node, fx.Node] = {}
-        self.carrying = Carrying(self.writer, self.new)
-        self.epoch: dict[fx.Node, int] = {}
-        self.whole: dict[fx.Node, fx.Node] = {}
+        self.values = Values(self.writer)
+        self.new, self.epoch = self.values.new, self.values.epoch
+        self.layouts, self.stream_of = self.values.layouts, self.values.stream_of
+        self.carrying = self.values.carrying
+        self.attending = Attending(planned.method, self.carrying)
+        self.merging = Merging(planned.method, self.values, self.attending)
         self.unmerged: list[Mismatch] = []
         self.returned: dict[str, str] = {}
         holes = planned.method.holes
         self.streams = [Merges(p, masked=holes or p.padding is not None) for p in planned.streams]
-        self.stream_of: dict[fx.Node, Merges] = {}
         self.outcomes: dict[fx.Node, Any] = {}
-        self.layouts: dict[fx.Node, Layout] = {}
         self.merge_points: dict[fx.Node, tuple[Merges, Block]] = {}
         self.entries: dict[fx.Node, int] = {}
         for merges in self.streams:
@@ -157,7 +152,9 @@ class _Sweep:
             if node in self.layouts and node not in self.epoch:
                 self.epoch[node] = 0
             if node in self.merge_points:
-                self._merge(node)
+                merges, block = self.merge_points[node]
+                attended = self.outcomes.get(block.attention.result)
+                self.merging.merge(node, merges, block, attended)
             if any(node is m.planned.stream.blocks[-1].merge_at for m in self.streams):
                 self.writer.block = None
         source = self.streams[0].sources[-1] if self.method.trace_source else None
@@ -186,7 +183,7 @@ class _Sweep:
         if isinstance(outcome, Attended):
             return self._attend(node, outcome)
         if outcome is None or not holders:
-            return self._copy(node)
+            return self.values.copy(node)
         merges = self.stream_of[holders[0]]
         counted = isinstance(outcome, (Averaged, Weighed, Contracted))
         if counted and merges.planned.padding is not None:
@@ -209,21 +206,6 @@ class _Sweep:
             return self._contract(node)
         return self._unmerge_first(node, outcome)
 
-    def _copy(self, node: fx.Node) -> fx.Node:
-        return self._copy_with(node, {})
-
-    def _copy_with(self, node: fx.Node, operands: Mapping[fx.Node, fx.Node]) -> fx.Node:
-        """A copy that reads original tokens only, if any: its result is what it always was."""
-        copy = self.writer.graph.node_copy(node, lambda a: operands.get(a, self.new[a]))
-        if any(a in self.writer.touched for a in copy.all_input_nodes):
-            self.writer.relaid(copy)
-            self.writer.execute(copy)
-            if is_tensor(node) and not same_shape(copy, node):
-                raise self.writer.error(
-                    node, f"expected {list(shape_of(node))}, got {list(shape_of(copy))}"
-                )
-        return copy
-
     # ---- one handler an outcome ------------------------------------------------------------
 
     def _carry(self, node: fx.Node, outcome: Carried, merges: Merges) -> fx.Node:
@@ -234,7 +216,7 @@ class _Sweep:
                 return self._unmerge_first(node, Positional(_MIXED))
             if outcome.sides:
                 return self._unmerge_first(node, Positional(beside(outcome.sides[0])))
-        inputs = {a: self._at_epoch(a, epoch) for a in holders}
+        inputs = {a: self.values.at_epoch(a, epoch) for a in holders}
         if any(side.how == "nothing" for side in outcome.sides):
             self.epoch[node] = epoch
             return inputs[holders[0]]
@@ -260,7 +242,7 @@ class _Sweep:
         if self.method.prop_attn or merges.masked:
             size = self.carrying.sizes(node, merges, layout, epoch)
             fold = int(layout.batch.after)
-            bias = self._log(node, size, scores, layout.keys.dim, fold)
+            bias = self.attending.log(node, size, scores, layout.keys.dim, fold)
             scores = self.writer.emit(node, aten.add.Tensor, scores, bias)
         copy = self.writer.graph.node_copy(node, lambda a: scores if a is operand else self.new[a])
         self.writer.execute(copy)
@@ -271,7 +253,7 @@ class _Sweep:
     def _contract(self, node: fx.Node) -> fx.Node:
         holders = [a for a in node.all_input_nodes if a in self.layouts]
         epoch = max(self.epoch[a] for a in holders)
-        return self._copy_with(node, {a: self._at_epoch(a, epoch) for a in holders})
+        return self.values.copy_with(node, {a: self.values.at_epoch(a, epoch) for a in holders})
 
     def _join(self, node: fx.Node, outcome: Joined, merges: Merges) -> fx.Node:
         """Puts the parts together in the order merged sequences have: protected tokens first."""
@@ -328,14 +310,14 @@ class _Sweep:
     def _unmerge_first(self, node: fx.Node, outcome: Positional) -> fx.Node:
         self.unmerged.append(Mismatch.at(node, outcome.reason))
         merged = [a for a in node.all_input_nodes if self.epoch.get(a, 0) > 0]
-        return self._copy_with(node, {a: self._unmerged(node, a) for a in merged})
+        return self.values.copy_with(node, {a: self.values.unmerged(node, a) for a in merged})
 
     def _attend(self, node: fx.Node, outcome: Attended) -> fx.Node:
         operands: list[fx.Node] = list(node.args[:3])  # type: ignore[arg-type]
         held = [a for a in operands if a in self.layouts]
         merges = self.stream_of[held[-1]]
         if not any(block.r for block in merges.planned.plan.blocks):
-            return self._copy(node)
+            return self.values.copy(node)
         epoch = max(self.epoch[a] for a in held)
         if epoch and outcome.padding is not merges.planned.padding:
             return self._unmerge_first(node, Positional(_PADDED))
@@ -344,13 +326,14 @@ class _Sweep:
                 return self._unmerge_first(node, Positional(_MIXED))
             if outcome.bias is not None and epoch:
                 return self._unmerge_first(node, Positional(beside(Side(outcome.bias, "bias"))))
-        q, k, v = (self._at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
+        q, k, v = (self.values.at_epoch(a, epoch) if a in held else self.new[a] for a in operands)
         if not epoch:
-            copy = self._fused(node, outcome, merges, epoch, (q, k, v))
+            copy = self.attending.fused(node, outcome, merges, epoch, (q, k, v))
         else:
             heads = fused_heads(shape_of(operands[1]), outcome.keys)
             apart = [self.writer.heads_apart(node, x, heads) for x in (q, k, v)]
-            attend = self._attend_softly if self.method.soft else self._fused
+            attending = self.attending
+            attend = attending.softly if self.method.soft else attending.fused
             copy = attend(node, outcome, merges, epoch, (apart[0], apart[1], apart[2]))
             if heads is not None:
                 shape = [-1, *shape_of(q)[1:-1], shape_of(v)[-1]]
@@ -360,60 +343,6 @@ class _Sweep:
             self.writer.compare(node, copy, outcome.layout, merges.length(outcome.layout, epoch))
         return copy
 
-    def _fused(
-        self,
-        node: fx.Node,
-        outcome: Attended,
-        merges: Merges,
-        epoch: int,
-        operands: tuple[fx.Node, fx.Node, fx.Node],
-    ) -> fx.Node:
-        bias = self._attention_bias(node, outcome, merges, epoch, operands[0])
-        kwargs = {n: a for n, a in node.kwargs.items() if n != "attn_mask"}
-        return self.writer.emit(node, node.target, *operands, bias, *node.args[4:], **kwargs)
-
-    def _attend_softly(
-        self,
-        node: fx.Node,
-        outcome: Attended,
-        merges: Merges,
-        epoch: int,
-        operands: tuple[fx.Node, fx.Node, fx.Node],
-    ) -> fx.Node:
-        """In training, attention whose exponentials the sizes multiply."""
-        keep = self.carrying.sizes(node, merges, outcome.keys, epoch)
-        bias = self._position_bias(node, outcome, merges, epoch)
-        own = outcome.layout is not None and outcome.layout.positions == outcome.keys.positions
-        scale = node.kwargs.get("scale")
-        return self.writer.emit(node, masked_attention, *operands, keep, bias, scale, own)
-
-    def _position_bias(
-        self, node: fx.Node, outcome: Attended, merges: Merges, epoch: int
-    ) -> fx.Node | None:
-        if outcome.bias is None:
-            return None
-        scores = Layout(Axis(2), Axis(0), outcome.keys.positions, Axis(3))
-        return self.carrying.side(node, merges, Side(outcome.bias, "bias"), scores, epoch)
-
-    def _attention_bias(
-        self, node: fx.Node, outcome: Attended, merges: Merges, epoch: int, query: fx.Node
-    ) -> fx.Node | None:
-        """What is added to the scores of a fused attention: position bias and log(size)."""
-        if epoch == 0 and outcome.padding is not None:
-            return self.new[outcome.padding]
-        bias = self._position_bias(node, outcome, merges, epoch)
-        if not epoch or not (self.method.prop_attn or merges.masked):
-            return bias
-        size = self.carrying.sizes(node, merges, outcome.keys, epoch)
-        log = self._log(node, size, query, 3)
-        return log if bias is None else self.writer.emit(node, aten.add.Tensor, bias, log)
-
-    def _log(self, node: fx.Node, size: fx.Node, like: fx.Node, *args: int) -> fx.Node:
-        log = self.writer.emit(node, log_size, size, like, *args)
-        if not self.method.prop_attn:  # what is left of the sizes hides padding and holes
-            log = self.writer.emit(node, aten.clamp.default, log, None, 0.0)
-        return log
-
     def _output(self, node: fx.Node) -> None:
         def left(operand: fx.Node) -> fx.Node:
             epoch = self.epoch.get(operand, 0)
@@ -422,119 +351,9 @@ class _Sweep:
                 short, full = self.stream_of[operand].length(layout, epoch), len(layout.positions)
                 how = f"merged, {short}" if self.keep_short else f"unmerged from {short} to {full}"
                 self.returned[operand.name] = f"returned {how} tokens"
-            return self.new[operand] if self.keep_short else self._unmerged(node, operand)
+            return self.new[operand] if self.keep_short else self.values.unmerged(node, operand)
 
         self.writer.graph.node_copy(node, left)
-
-    # ---- merging and back ------------------------------------------------------------------
-
-    def _merge(self, node: fx.Node) -> None:
-        merges, block = self.merge_points[node]
-        plan = merges.planned.plan.blocks[block.index]
-        epoch = self.epoch[node]
-        if merges.tokens[epoch] != plan.tokens_in or merges.epoch != epoch:
-            raise self.writer.error(node, "the residual stream does not follow from the last merge")
-        if epoch == 0 and (mask := merges.planned.padding) is not None:
-            seen = self.new[mask]
-            if len(shape_of(mask)) == 3:
-                seen = self.writer.emit(node, aten.unsqueeze.default, seen, 1)
-            merges.sizes[0] = self.writer.emit(node, padded_size, seen, self.new[node])
-        reduction = self._reduction(node, merges, block)
-        assign, size = reduction.assign, merges.sizes[epoch]
-        merges.reductions.append(reduction)
-        merges.blocks.append(block.index)
-        merges.tokens.append(plan.tokens_out)
-        # Kernels make the sizes together with the tokens, so these come first.
-        merged = self.carrying.combined(node, self.new[node], merges, epoch)
-        after = reduction.size
-        if after is None:
-            after = self.writer.emit(node, merge_size, size, assign, plan.tokens_out)
-        merges.sizes.append(after)
-        merges.sources.append(self.writer.emit(node, compose, merges.sources[epoch], assign))
-        merges.holds.append(self.carrying.holds(node, merges, epoch))
-        self.new[node] = merged
-        self.epoch[node] = epoch + 1
-        self.writer.compare(node, merged, self.layouts[node], plan.tokens_out)
-
-    def _reduction(self, node: fx.Node, merges: Merges, block: Block) -> Reduction:
-        """What the method does with a block's tokens."""
-        plan = merges.planned.plan.blocks[block.index]
-        reducing = Reducing(
-            index=block.index,
-            depth=len(merges.planned.plan.blocks),
-            tokens=plan.tokens_in,
-            r=plan.r,
-            protected=list(merges.held(merges.epoch)),
-            memory=merges.memory,
-            _writer=self.writer,
-            _node=node,
-            _method=self.method,
-            _merges=merges,
-            _block=block,
-            _hidden=self.new[node],
-            _read=lambda operand: self._at_epoch(operand, merges.epoch),
-            _layouts=self.layouts,
-            _bias=lambda: self._bias_of(node, merges, block),
-        )
-        return self.method.reduce(reducing)
-
-    def _bias_of(self, node: fx.Node, merges: Merges, block: Block) -> fx.Node | None:
-        """The position bias that a block's fused attention adds to the scores of tokens now."""
-        outcome = self.outcomes.get(block.attention.result)
-        if not isinstance(outcome, Attended):
-            return None
-        return self._position_bias(node, outcome, merges, merges.epoch)
-
-    # ---- merged before, unmerged after -----------------------------------------------------
-
-    def _at_epoch(self, node: fx.Node, epoch: int) -> fx.Node:
-        """The value of a token holder, merged as often as the stream had been at ``epoch``."""
-        merges, layout = self.stream_of[node], self.layouts[node]
-        x = self.new[node]
-        for e in range(self.epoch[node], epoch):
-            whole = layout.plain and len(layout.positions) == merges.tokens[0]
-            if not whole or layout.tokens.dim != 1 or len(shape_of(node)) != 3:
-                reason = "a value from before a merge meets the tokens after it"
-                raise self.writer.error(node, reason)
-            x = self.carrying.combined(node, x, merges, e)
-        return x
-
-    def _unmerged(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
-        """The value of a token holder for every original token."""
-
-        def needs(node: fx.Node) -> list[fx.Node]:
-            if self.epoch.get(node, 0) == 0 or self.layouts[node].plain:
-                return []
-            return [a for a in node.all_input_nodes if a in self.layouts]
-
-        def answer(node: fx.Node) -> fx.Node:
-            if self.epoch.get(node, 0) == 0:
-                return self.new[node]
-            if self.layouts[node].plain:
-                return self._unmerge(reader, node)
-            # What keeps tokens apart does the same to original ones: unmerge before it.
-            if _writes(node):  # it would write twice
-                raise self.writer.error(reader, f"it reads what {node.name} wrote in place")
-            return self._copy_with(node, {a: self.whole[a] for a in needs(node)})
-
-        return answered(operand, self.whole, needs, answer)
-
-    def _unmerge(self, reader: fx.Node, operand: fx.Node) -> fx.Node:
-        merges, layout = self.stream_of[operand], self.layouts[operand]
-        epoch = self.epoch[operand]
-        source = self.carrying.source(reader, merges, layout, epoch)
-        x = self.new[operand]
-        for axis in layout.axes:
-            x = self.writer.emit(reader, unmerge, x, source, axis.dim)
-        if not layout.weights:
-            return x
-        # The tokens merged into a key share its weight.
-        size = self.carrying.sizes(reader, merges, layout, epoch)
-        shared = self.writer.emit(reader, unmerge, size, source, 1)
-        shape = [1] * len(shape_of(operand))
-        shape[0], shape[layout.keys.dim] = -1, len(layout.positions)
-        shared = self.writer.emit(reader, aten.view.default, shared, shape)
-        return self.writer.emit(reader, aten.div.Tensor, x, shared)
 
     # ---- making nodes ----------------------------------------------------------------------
 
@@ -574,11 +393,6 @@ def _draws_nothing(node: fx.Node) -> bool:
     """Fused attention and dropout, which fx takes for impure as they may draw random numbers."""
     dropout = node.target in _DROPOUTS and node.args[2] is False
     return node.target is FUSED or dropout
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 def _dump(module: fx.GraphModule, name: str) -> None:

@@ -63,9 +63,9 @@ MUTANTS = [
     ),
     Mutant(
         name="unmerged_anew_for_every_path",
-        file="tomepass/rewrite.py",
-        old="return answered(operand, self.whole, needs, answer)",
-        new="return answered(operand, self.whole.copy(), needs, answer)",
+        file="tomepass/values.py",
+        old="return answered(operand, self._whole, needs, answer)",
+        new="return answered(operand, self._whole.copy(), needs, answer)",
         tests="tests/test_walks.py -k folded",
     ),
     Mutant(

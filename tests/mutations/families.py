@@ -12,7 +12,7 @@ MUTANTS = [
     ),
     Mutant(
         name="a_learned_query_forgets_the_sizes",
-        file="tomepass/rewrite.py",
+        file="tomepass/attending.py",
         old="if not epoch or not (self.method.prop_attn or merges.masked):",
         new="if not epoch or not outcome.layout or not (self.method.prop_attn or merges.masked):",
         tests="tests/test_rotary.py -k 'any_encoder and attention'",

@@ -5,7 +5,7 @@ from mutants import Mutant
 MUTANTS = [
     Mutant(
         name="sizes_forgotten_in_attention",
-        file="tomepass/rewrite.py",
+        file="tomepass/attending.py",
         old="if not epoch or not (self.method.prop_attn or merges.masked):",
         new="if True:",
         tests="tests/test_property.py -k 'these_are_merged and gathered'",
@@ -19,14 +19,14 @@ MUTANTS = [
     ),
     Mutant(
         name="sizes_count_though_nobody_asked",
-        file="tomepass/rewrite.py",
+        file="tomepass/attending.py",
         old="if not epoch or not (self.method.prop_attn or merges.masked):",
         new="if not epoch:",
         tests="tests/test_rewrite.py -k without_proportional",
     ),
     Mutant(
         name="sizes_start_anew_in_each_block",
-        file="tomepass/rewrite.py",
+        file="tomepass/merging.py",
         old="after = self.writer.emit(node, merge_size, size, assign, plan.tokens_out)",
         new="after = self.writer.emit(node, merge_size, None, assign, plan.tokens_out)",
         tests="tests/test_module.py -k equals_the_plain",
@@ -40,9 +40,9 @@ MUTANTS = [
     ),
     Mutant(
         name="a_position_bias_is_left_out",
-        file="tomepass/rewrite.py",
+        file="tomepass/attending.py",
         old=(
-            "        bias = self._position_bias(node, outcome, merges, epoch)\n        if not epoch"
+            "        bias = self.position_bias(node, outcome, merges, epoch)\n        if not epoch"
         ),
         new="        bias = None\n        if not epoch",
         tests="tests/test_beside_tokens.py -k bias",
@@ -70,7 +70,7 @@ MUTANTS = [
     ),
     Mutant(
         name="source_maps_start_anew",
-        file="tomepass/rewrite.py",
+        file="tomepass/merging.py",
         old="compose, merges.sources[epoch], assign",
         new="compose, None, assign",
         tests="tests/test_rewrite.py -k 'source_map or hidden_states_of_every'",
@@ -84,7 +84,7 @@ MUTANTS = [
     ),
     Mutant(
         name="merged_weights_are_not_shared_out",
-        file="tomepass/rewrite.py",
+        file="tomepass/values.py",
         old="        if not layout.weights:\n            return x",
         new="        if True:\n            return x",
         tests="tests/test_module.py -k attention_weights",
@@ -115,14 +115,18 @@ MUTANTS = [
     Mutant(
         name="merged_outputs_are_long",
         file="tomepass/rewrite.py",
-        old=("return self.new[operand] if self.keep_short else self._unmerged(node, operand)"),
-        new="return self._unmerged(node, operand)",
+        old=(
+            "return self.new[operand] if self.keep_short else self.values.unmerged(node, operand)"
+        ),
+        new="return self.values.unmerged(node, operand)",
         tests="tests/test_rewrite.py -k merged_outputs",
     ),
     Mutant(
         name="outputs_stay_short",
         file="tomepass/rewrite.py",
-        old=("return self.new[operand] if self.keep_short else self._unmerged(node, operand)"),
+        old=(
+            "return self.new[operand] if self.keep_short else self.values.unmerged(node, operand)"
+        ),
         new="return self.new[operand]",
         tests="tests/test_rewrite.py -k merged_outputs",
     ),
@@ -142,14 +146,14 @@ MUTANTS = [
     ),
     Mutant(
         name="without_sizes_padding_is_attended_to",
-        file="tomepass/rewrite.py",
+        file="tomepass/attending.py",
         old="if not epoch or not (self.method.prop_attn or merges.masked):",
         new="if not epoch or not self.method.prop_attn:",
         tests=("tests/methods/test_every_method.py -k 'plain_reference and threshold_unweighted'"),
     ),
     Mutant(
         name="without_sizes_some_still_count",
-        file="tomepass/rewrite.py",
+        file="tomepass/attending.py",
         old="log = self.writer.emit(node, aten.clamp.default, log, None, 0.0)",
         new="pass",
         tests=("tests/methods/test_every_method.py -k 'plain_reference and threshold_unweighted'"),
