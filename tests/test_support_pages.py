@@ -23,7 +23,7 @@ REASONING = [
         "rewrite",
         "values",
     ),
-    *("shapes", "structure", "tokens", "writing"),
+    *("merging", "shapes", "structure", "tokens", "writing"),
 ]
 REASONS = {"Mismatch": 0, "at": 1, "Masked": 0, "Positional": 0, "TomeError": 0, "error": 1}
 REASONS["NotCapturedError"] = 0
