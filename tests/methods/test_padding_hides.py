@@ -8,7 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from depth import at_hand
-from encoders import PATCHES, Attention, Encoder, make, near, pixels
+from encoders import (
+    PATCHES,
+    Attention,
+    Encoder,
+    duplicates,
+    make,
+    near,
+    pixels,
+    with_zero_positions,
+)
 from table import OPTIONS, ROWS
 from torch import Tensor
 from zoo import make_inputs, relative_error
@@ -184,3 +193,19 @@ def test_padding_stands_only_where_nothing_else_is() -> None:
     assert seen_stands(torch.tensor([[0, 3, 4]]), assign, size[:, :5]).tolist() == [[0, 2, 4]]
     with pytest.raises(ValueError, match="expected size"):
         seen_stands(torch.tensor([[1, 2, 4]]), assign, size[:, :4])
+
+
+@torch.no_grad()
+def test_what_is_seen_is_lossless_beside_any_padding() -> None:
+    made, x = with_zero_positions(model()), duplicates(3)
+    seen = torch.arange(PATCHES) < torch.tensor([[30], [36], [25]])
+    x = elsewhere(x, seen, "drawn")
+    expected = visible(made(x, seen), seen)
+    capture = capture_module(made, {"pixels": x, "seen": seen})
+    found = []
+    for method in (ToMe([9, 6, 4]), ToMe([9, 6, 4], prop_attn=False)):
+        graph: Any = apply_capture(made, capture, method).graph
+        (y,) = graph(*read_state(made, capture), x, seen)
+        found.append(relative_error(visible(y, seen), expected))
+    assert found[0] < 1e-4
+    assert found[1] > 1e-3
