@@ -27,6 +27,7 @@ from tomepass import ATS, Prune, ToMe, TomeBackend
 from tomepass.capture import Capture
 from tomepass.methods import Method
 from tomepass.module import apply_capture, capture_module, read_state
+from tomepass.ops.match_kmeans import match_kmeans
 from tomepass.ops.padding import PADDED, seen_stands
 
 COUNTS = [8, 6, 5]
@@ -209,3 +210,17 @@ def test_what_is_seen_is_lossless_beside_any_padding() -> None:
         found.append(relative_error(visible(y, seen), expected))
     assert found[0] < 1e-4
     assert found[1] > 1e-3
+
+
+def test_padding_moves_no_centres_of_tokens() -> None:
+    """Where no seed is padding, all of it joins the first cluster."""
+    features = torch.randn(1, 1, 9, 4, generator=torch.Generator().manual_seed(1))
+    size = torch.ones(1, 9)
+    size[0, [1, 2, 4, 5]] = PADDED / 9  # clusters start at 0, 3 and 6
+    found = []
+    for scale in (1.0, -3.0, 50.0):
+        hidden = (size < PADDED)[:, None, :, None]
+        moved = torch.where(hidden, scale * features.flip(3), features)
+        found.append(match_kmeans(moved, 6, [], size, "euclidean", 4)[0][size >= PADDED])
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
