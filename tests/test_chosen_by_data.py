@@ -218,15 +218,14 @@ def test_an_audio_tower_whose_lengths_hide_frames(seconds: list[float]) -> None:
     fields = {"feature_size": 16, "downsample_hidden_size": 8, "adapter_input_size": 32}
     audio = "dots3_note.Dots3NoteAudioModel"
     model = without_places(tiny(audio, **fields, adapter_out_dim=16, max_position_embeddings=64))
-    scaled_up(model.layers)
     drawn = torch.randn(3, 2, 16, 1, generator=torch.Generator().manual_seed(1))
     frames = [x.expand(-1, -1, n) for x, n in zip(drawn, (128, 64, 64), strict=True)]
     lengths = torch.tensor([int(second * 16000) for second in seconds])
     inputs = {"input_features": torch.cat(frames, -1), "chunk_sample_lengths": lengths}
     expected = model(**inputs)
-    merged = tomepass.apply(model, r=[4, 3, 2], example_inputs=inputs)
+    merged = tomepass.apply(model, r=[4], example_inputs=inputs)
     outputs = merged(**inputs)
-    assert relative_error(outputs.pooler_output, expected.pooler_output) < LOSSLESS
-    assert outputs.pooler_output.shape == expected.pooler_output.shape
-    unweighted = tomepass.apply(model, ToMe([4, 3, 2], prop_attn=False), example_inputs=inputs)
-    assert max(errors(unweighted(**inputs), expected)) > LOSSLESS
+    found = max(errors(outputs, expected))
+    assert found < LOSSLESS / 20
+    unweighted = tomepass.apply(model, ToMe([4], prop_attn=False), example_inputs=inputs)
+    assert max(errors(unweighted(**inputs), expected)) > 20 * found

@@ -31,7 +31,7 @@ MUTANTS = [
         file="tomepass/kernels/cpu.cpp",
         old="if (even_apart[i]) best[i] =",
         new="if (false) best[i] =",
-        tests="tests/kernels/test_cpu.py -k match",
+        tests="tests/kernels/test_cpu.py -k maps",
     ),
     Mutant(
         name="pairs_of_padding_taken_by_what_they_hold",

@@ -31,13 +31,15 @@ def merge_max(x: Tensor, assign: Tensor, tokens: int, size: Tensor | None = None
     check_map(assign, x.shape[:2])
     index = assign.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     blank = x.new_zeros(x.shape[0], tokens, x.shape[-1])
-    largest = blank.scatter_reduce(1, index, x, "amax", include_self=False)
+
+    def largest(of: Tensor) -> Tensor:
+        return blank.scatter_reduce(1, index, of, "amax", include_self=False)
+
     size = each_image(size, *x.shape[:2])
     if size is None:
-        return largest
-    seen = torch.where((size < PADDED).unsqueeze(-1), -float("inf"), x)
-    seen = blank.scatter_reduce(1, index, seen, "amax", include_self=False)
-    return torch.where(seen == -float("inf"), largest, seen)
+        return largest(x)
+    seen = largest(torch.where((size < PADDED).unsqueeze(-1), -float("inf"), x))
+    return torch.where(seen == -float("inf"), largest(x), seen)
 
 
 @register("mlerp(Tensor x, Tensor? size, Tensor assign, SymInt tokens, str norm) -> Tensor")
