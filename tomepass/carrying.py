@@ -12,6 +12,7 @@ from tomepass.merges import Merges
 from tomepass.methods import MLERP
 from tomepass.ops.combine import merge_max, mlerp
 from tomepass.ops.merge import merge
+from tomepass.ops.padding import seen_stands
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.unmerge import compose, compose_held, narrow_source, unmerge
 from tomepass.outcomes import Layout, Side
@@ -38,22 +39,31 @@ class Carrying:
         assign, how = reduction.assign, reduction.combine
         self.joined.append((x, assign, tokens))
         weight = merges.sizes[epoch] if reduction.weight is None else reduction.weight
+        hidden = merges.planned.padding is not None
         if isinstance(how, MLERP):
             return self.writer.emit(node, mlerp, x, weight, assign, tokens, how.norm)
         if how == "max":
-            return self.writer.emit(node, merge_max, x, assign, tokens)
+            told_apart = (merges.sizes[epoch],) if hidden else ()
+            return self.writer.emit(node, merge_max, x, assign, tokens, *told_apart)
         if how == "keep":
             return self.writer.emit(node, unmerge, x, self._stands(node, merges, epoch), 1)
         if how == "mean":
             weight = None
+        if how == "mean" and hidden:  # each counts one, and padding next to nothing
+            size = merges.sizes[epoch]
+            weight = self.writer.emit(node, aten.clamp.default, size, None, 1.0)
         return self.writer.emit(node, merge, x, weight, assign, tokens)
 
     def _stands(self, node: fx.Node, merges: Merges, epoch: int) -> fx.Node:
         """Which position of an epoch stands for each token of the next."""
-        if (found := merges.reductions[epoch].stands) is not None:
+        reduction = merges.reductions[epoch]
+        found = reduction.stands
+        if found is None:
+            tokens, held = merges.tokens[epoch + 1], list(merges.held(epoch))
+            found = self.writer.emit(node, keep, None, reduction.assign, tokens, held)
+        if merges.planned.padding is None or reduction.size is not None:
             return found
-        tokens, held = merges.tokens[epoch + 1], list(merges.held(epoch))
-        return self.writer.emit(node, keep, None, merges.reductions[epoch].assign, tokens, held)
+        return self.writer.emit(node, seen_stands, found, reduction.assign, merges.sizes[epoch])
 
     def sizes(self, node: fx.Node, merges: Merges, layout: Layout, epoch: int) -> fx.Node:
         """The sizes of the tokens a value holds."""

@@ -157,7 +157,10 @@ def _matches(run: Recorded, steps: list[_Step], name: str) -> CheckLine:
             if not torch.equal(mine, theirs):
                 one = keys[image : image + 1]
                 alone = edges_of(step.matched, image)
-                margin = reference.match_margin(one, step.block.r, step.protected, edges=alone)
+                mask = None if padding is None else padding.expand(len(keys), -1)[image : image + 1]
+                margin = reference.match_margin(
+                    one, step.block.r, step.protected, edges=alone, padding=mask
+                )
                 ties += (tie := float(margin) <= TIE)
                 wrong += not tie
     note = f"{images} matches, and exact ties"

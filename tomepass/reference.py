@@ -124,7 +124,8 @@ def match(
 
     keys: `[B, H, N, D]`, the attention keys; r: tokens to merge, capped here by `merge_count`;
     protected: positions that neither merge nor are merged into; dtype: of the arithmetic;
-    padding: `[B, N]` bool, tokens kept apart from the others; edges: how they are ranked.
+    padding: `[B, N]` bool, tokens kept apart from the others, which merge before them as long as
+    there is padding to merge with; edges: how they are ranked.
     Returns `[B, N]` int64: where each token goes in the merged sequence of `N - merge_count`
     tokens. That sequence holds the protected tokens, then the sources (even positions) that did
     not merge, then the destinations (odd positions), each in ascending position.
@@ -138,15 +139,11 @@ def match(
     sources, destinations = edges.halves(tokens, protected)
     assign = []
     for image, metric in enumerate(_metric(keys, dtype, edges)):
-        scores = _scores(metric, sources, destinations, edges)
-        if padding is not None:
-            hidden = padding[image].tolist()
-            for row, source in zip(scores, sources, strict=True):
-                for column, destination in enumerate(destinations):
-                    if hidden[source] != hidden[destination]:
-                        row[column] = -_INF
+        hidden = [False] * tokens if padding is None else padding[image].tolist()
+        scores = _scores(metric, sources, destinations, edges, hidden)
         best = [_argmax(row) for row in scores]
-        merged = _by_cost(edges.costs(scores, image, sources))[:count]
+        costs = _padding_first(edges.costs(scores, image, sources), sources, destinations, hidden)
+        merged = _by_cost(costs)[:count]
         drawn = {sources[row]: destinations[best[row]] for row in merged}
         assign.append(_places(tokens, protected, sources, destinations, drawn))
     return torch.tensor(assign, dtype=torch.int64, device=keys.device)
@@ -158,6 +155,7 @@ def match_margin(
     protected: tuple[int, ...],
     dtype: torch.dtype = torch.float64,
     edges: Edges = _TOME,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """How far each image is from another assignment, to tell a wrong match from a rounded tie.
 
@@ -173,8 +171,9 @@ def match_margin(
         return margins
     sources, destinations = edges.halves(tokens, protected)
     for image, metric in enumerate(_metric(keys, dtype, edges)):
-        scores = _scores(metric, sources, destinations, edges)
-        costs = edges.costs(scores, image, sources)
+        hidden = [False] * tokens if padding is None else padding[image].tolist()
+        scores = _scores(metric, sources, destinations, edges, hidden)
+        costs = _padding_first(edges.costs(scores, image, sources), sources, destinations, hidden)
         order = _by_cost(costs)
         gaps = [_gap_of_best_two(scores[row]) for row in order[:count]]
         if count < len(order):
@@ -344,9 +343,16 @@ def _metric(keys: Tensor, dtype: torch.dtype, edges: Edges) -> Tensor:
 
 
 def _scores(
-    metric: Tensor, sources: list[int], destinations: list[int], edges: Edges
+    metric: Tensor,
+    sources: list[int],
+    destinations: list[int],
+    edges: Edges,
+    hidden: list[bool] | None = None,
 ) -> list[list[float]]:
-    """Similarities in one image, `metric [N, D]`: a row a source, a column a destination."""
+    """Similarities in one image, `metric [N, D]`: a row a source, a column a destination.
+
+    Where one of a pair is `hidden` and the other is not, none: not even a share of a softmax.
+    """
     rows = []
     for source in sources:
         # A product and a sum, not a matmul, whose rounding may depend on the column: the same
@@ -354,9 +360,13 @@ def _scores(
         row = (metric[destinations] * metric[source]).sum(-1)
         if edges.similarity == "euclidean":
             row = -(metric[destinations] - metric[source]).square().sum(-1)
+        apart = torch.zeros_like(row, dtype=torch.bool)
+        if hidden is not None:
+            others = [hidden[destination] != hidden[source] for destination in destinations]
+            apart = torch.tensor(others, device=row.device)
         if edges.similarity == "softmax":
-            row = (row / math.sqrt(metric.shape[-1])).softmax(-1)
-        rows.append(row.masked_fill(row.isnan(), -_INF).tolist())
+            row = (row / math.sqrt(metric.shape[-1])).masked_fill(apart, -_INF).softmax(-1)
+        rows.append(row.masked_fill(row.isnan() | apart, -_INF).tolist())
     return rows
 
 
@@ -384,10 +394,19 @@ def _places(
     return [place[drawn.get(position, position)] for position in range(tokens)]
 
 
+def _padding_first(
+    costs: list[float], sources: list[int], destinations: list[int], hidden: list[bool]
+) -> list[float]:
+    """The costs, nothing for what is hidden while there is some of it to merge with."""
+    if not any(hidden[destination] for destination in destinations):
+        return costs
+    return [-_INF if hidden[s] else cost for s, cost in zip(sources, costs, strict=True)]
+
+
 def _gap_of_best_two(row: list[float]) -> float:
     best, *rest = sorted(row, reverse=True)
     return _gap(best, rest[0]) if rest else _INF
 
 
 def _gap(high: float, low: float) -> float:
-    return _INF if low == -_INF else high - low
+    return _INF if low == -_INF or high == _INF else high - low

@@ -89,7 +89,7 @@ def unmerged(x: Tensor, source: Tensor, weight: Tensor | None = None) -> Tensor:
 _ONE = torch.linspace(-1, 1, 5)
 _OWN = (tokens(), tokens(1), sizes(), index_map(), ORDER, START)
 ON_CUDA = {
-    "match": Kernel(match_triton, match, (keys(), 3, [0], sizes())),
+    "match": Kernel(match_triton, match, (keys()[..., :4], 3, [0], sizes())),
     "sources": Kernel(sources_triton, sources, (index_map(), LEFT)),
     "merge": Kernel(merge_triton, merged, _OWN, loose=(3, 4, 5)),
     "norm": Kernel(merge_norm_triton, normed, (*_OWN, _ONE, _ONE, 1e-5), loose=(3, 4, 5)),

@@ -34,8 +34,8 @@ MUTANTS = [
     Mutant(
         name="padding_is_selected",
         file="tomepass/ops/prune.py",
-        old='wide = torch.where(size < PADDED, -float("inf"), wide)',
-        new='wide = torch.where(size < 0, -float("inf"), wide)',
+        old='return torch.where(size < PADDED, -float("inf"), number)',
+        new='return torch.where(size < 0, -float("inf"), number)',
         tests="tests/ops/test_prune.py -k padding",
     ),
     Mutant(

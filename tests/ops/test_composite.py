@@ -23,7 +23,7 @@ from tomepass.ops.keep_score import (
 from tomepass.ops.log_size import log_size
 from tomepass.ops.match import match
 from tomepass.ops.merge import merge, merge_size
-from tomepass.ops.padding import padded_size
+from tomepass.ops.padding import padded_size, seen_stands
 from tomepass.ops.prune import nearest, places
 from tomepass.ops.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.soft import masked_attention
@@ -101,6 +101,7 @@ EXAMPLES = [
     Example(log_size, lambda b: (sizes(b), torch.ones(b, 2, TOKENS, 3, dtype=torch.bfloat16))),
     Example(match, lambda b: (keys(b), TOKENS - LEFT, [0], padded_size(hides_four(b), hidden(b)))),
     Example(padded_size, lambda b: (hides_four(b), hidden(b))),
+    Example(seen_stands, lambda b: (some(b), assignment(b), sizes(b) % 2)),
     Example(keep, lambda b: (None, assignment(b), LEFT, [0])),
     Example(keep, lambda b: (assignment(b) + 1, assignment(b), LEFT, [0])),
     Example(rows, lambda b: (torch.randn(b, 1, TOKENS - 1, 3), assignment(b)[:, 1:], 2, 4, [0])),

@@ -204,3 +204,10 @@ def test_opcheck() -> None:
     torch.library.opcheck(attention_to, (heads, heads, torch.ones(2, 12), [0], 0.5))
     torch.library.opcheck(merge_max, (x, assign, 8))
     torch.library.opcheck(mlerp, (x, None, assign, 8, "mean"))
+
+
+def test_a_softmax_is_that_of_attention() -> None:
+    features, _ = drawn(16, 24, 6, 0)
+    assign, _ = match_by(features, 6, [0], None, None, 1.0, "softmax", "alternating", 0)
+    edges = reference.Edges("softmax", "alternating", 0, None, 1.0)
+    assert torch.equal(assign, reference.match(features, 6, (0,), edges=edges))

@@ -78,7 +78,7 @@ def test_greedy_takes_the_nearest_pair_then_the_nearest_of_the_rest() -> None:
 def test_greedy_keeps_padding_apart_and_takes_what_is_no_number_last() -> None:
     x = on_a_circle(0, 1, 90, 180)
     size = torch.tensor([[1.0, 0.0, 1.0, 0.0]])
-    assert match_greedy(x, 1, [], size, "cosine")[1].tolist() == [[0, 1, 3]]
+    assert match_greedy(x, 1, [], size, "cosine")[1].tolist() == [[0, 1, 2]]  # padding first
     x[0, 0, 1] = NAN
     assert match_greedy(x, 1, [], None, "cosine")[1].tolist() == [[0, 1, 3]]
 

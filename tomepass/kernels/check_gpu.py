@@ -64,7 +64,8 @@ def _wrong_images(call: Call) -> int:
     differ = (call.result != plain).any(1)
     if not bool(differ.any()):
         return 0
-    margin = reference.match_margin(keys[differ], r, tuple(protected))
+    hidden = None if padding is None else padding[differ]
+    margin = reference.match_margin(keys[differ], r, tuple(protected), padding=hidden)
     return int((margin > (TIE if keys.dtype is torch.float32 else _TIE_IN_THREE)).sum())
 
 

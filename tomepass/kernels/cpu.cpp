@@ -160,18 +160,22 @@ void match(const T* keys, const int64_t* strides, int64_t batch, int64_t heads, 
         for (int64_t b = 0; b < batch; ++b)
             for (int64_t block = 0; block < blocks; ++block) {
                 const int64_t first = block * ROWS, count = std::min(ROWS, of.evens - first);
+                bool padding = false;  // among the odd ones
                 if (size != nullptr) {
                     const float* sizes = size + b * tokens;
                     for (int64_t j = 0; j < of.odds; ++j)
-                        odd_apart[j] = sizes[of.odd[j]] < PADDED;
+                        padding |= odd_apart[j] = sizes[of.odd[j]] < PADDED;
                     for (int64_t i = 0; i < count; ++i)
                         even_apart[i] = sizes[of.even[first + i]] < PADDED;
                 }
                 const float* image = scratch + b * per_image;
+                float* best = similarity.data() + b * of.evens + first;
                 best_partners(image + first * width, image + rows * width, even_apart.data(),
-                              odd_apart.data(), width, of.odds, count,
-                              similarity.data() + b * of.evens + first,
+                              odd_apart.data(), width, of.odds, count, best,
                               partner.data() + b * of.evens + first);
+                // Padding merges first, whatever it holds.
+                for (int64_t i = 0; padding && i < count; ++i)
+                    if (even_apart[i]) best[i] = std::numeric_limits<float>::infinity();
             }
 #pragma omp for
         for (int64_t b = 0; b < batch; ++b)

@@ -174,6 +174,7 @@ def match_image(
     their_padding = 2 * tl.arange(0, BLOCK_ODD) < 0
     if PADDED > 0:
         our_padding = tl.load(size + image * tokens + even, mask=even < tokens, other=1.0) < PADDED
+    paired = 0  # whether some odd token is padding
     best = tl.full([BLOCK_EVEN], -float("inf"), tl.float32)
     partner = tl.zeros([BLOCK_EVEN], tl.int32) + nearest_odd
     for first in range(0, tokens, 2 * BLOCK_ODD):
@@ -185,10 +186,14 @@ def match_image(
         if PADDED > 0:
             their_size = tl.load(size + image * tokens + odd, mask=odd < tokens, other=1.0)
             their_padding = their_size < PADDED
+            pads = their_padding & _free(odd, tokens, HELD)
+            paired = tl.maximum(paired, tl.max(pads.to(tl.int32), 0))
         best, partner = _draw(
             ours, theirs, our_padding, their_padding, first, _free(odd, tokens, HELD),
             best, partner, PADDED, PRECISION,
         )  # fmt: skip
+    if PADDED > 0:  # it merges first, whatever it holds
+        best = tl.where(our_padding & (paired > 0), float("inf"), best)
     _write_map(best, partner, assign, image, tokens, r, first_odd, HELD, BLOCK_EVEN)
 
 
@@ -251,6 +256,7 @@ def edges_kernel(
     their_padding = 2 * tl.arange(0, BLOCK_ODD) < 0
     if PADDED > 0:
         our_padding = tl.load(size + image * tokens + even, mask=even < tokens, other=1.0) < PADDED
+    paired = 0  # whether some odd token is padding
     best = tl.full([BLOCK_EVEN], -float("inf"), tl.float32)
     partner = tl.zeros([BLOCK_EVEN], tl.int32) + nearest_odd
     for first in tl.range(0, tokens, 2 * BLOCK_ODD, num_stages=STAGES):
@@ -260,10 +266,14 @@ def edges_kernel(
         if PADDED > 0:
             their_size = tl.load(size + image * tokens + odd, mask=odd < tokens, other=1.0)
             their_padding = their_size < PADDED
+            pads = their_padding & _free(odd, tokens, HELD)
+            paired = tl.maximum(paired, tl.max(pads.to(tl.int32), 0))
         best, partner = _draw(
             ours, theirs, our_padding, their_padding, first, _free(odd, tokens, HELD),
             best, partner, PADDED, PRECISION,
         )  # fmt: skip
+    if PADDED > 0:  # it merges first, whatever it holds
+        best = tl.where(our_padding & (paired > 0), float("inf"), best)
     tl.store(best_edge + image * edges + edge, best, mask=edge < edges)
     tl.store(best_partner + image * edges + edge, partner, mask=edge < edges)
 

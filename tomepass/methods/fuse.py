@@ -104,6 +104,6 @@ class SPViT(Pruning):
 def packed(block: ReducingBlock, score: fx.Node) -> Reduction:
     """The highest scores, and one token of the rest, their mean by score."""
     kept = block.call("select", score, block.left - 1, block.protected, block.masked_size)
-    both = block.call("fuse_rest", score, kept)
+    both = block.call("fuse_rest", score, kept, block.masked_size)
     weight = block.call("weights_of", score, block.size)
     return Reduction(block.item(both, 0), kept, block.item(both, 1), weight=weight)

@@ -5,31 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tomepass.ops.arguments import check_map, check_tokens
+from tomepass.ops.arguments import check_map, check_tokens, each_image
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.merge import Means
+from tomepass.ops.padding import PADDED
 
 
-@register("merge_max(Tensor x, Tensor assign, SymInt tokens) -> Tensor")
-def merge_max(x: Tensor, assign: Tensor, tokens: int) -> Tensor:
+@register("merge_max(Tensor x, Tensor assign, SymInt tokens, Tensor? size=None) -> Tensor")
+def merge_max(x: Tensor, assign: Tensor, tokens: int, size: Tensor | None = None) -> Tensor:
     """The largest of each channel over the tokens sent to each index (ToMe, table 1).
 
     Args:
         x: ``[B, N, C]``.
         assign: ``[B, N]``, as ``tome::match`` returns it.
         tokens: N' of the result.
+        size: ``[B, N]``, given where some tokens are padding, which have no say among others.
 
     Returns:
         ``[B, N', C]`` in the dtype of ``x``.
 
     Raises:
-        ValueError: if indices are not one a token.
+        ValueError: if sizes or indices are not one a token.
     """
     check_tokens(x)
     check_map(assign, x.shape[:2])
     index = assign.unsqueeze(-1).expand(-1, -1, x.shape[-1])
     blank = x.new_zeros(x.shape[0], tokens, x.shape[-1])
-    return blank.scatter_reduce(1, index, x, "amax", include_self=False)
+
+    def largest(of: Tensor) -> Tensor:
+        return blank.scatter_reduce(1, index, of, "amax", include_self=False)
+
+    size = each_image(size, *x.shape[:2])
+    if size is None:
+        return largest(x)
+    seen = largest(torch.where((size < PADDED).unsqueeze(-1), -float("inf"), x))
+    return torch.where(seen == -float("inf"), largest(x), seen)
 
 
 @register("mlerp(Tensor x, Tensor? size, Tensor assign, SymInt tokens, str norm) -> Tensor")
@@ -57,7 +67,8 @@ def mlerp(x: Tensor, size: Tensor | None, assign: Tensor, tokens: int, norm: str
         length = torch.linalg.vector_norm(wide, dim=-1)
         weight = means.weight
         with torch.no_grad():
-            goes = weight > 0  # what is out of use has no say
+            # What is out of use has no say, nor has padding beside what is none.
+            goes = weight > PADDED**2
             # One by itself, and equal ones, stay what they are to the bit.
             apart = (goes & (means.offset != 0).any(-1).unsqueeze(1)).any(-1, keepdim=True)
         if norm == "max":

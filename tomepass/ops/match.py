@@ -12,7 +12,7 @@ from tomepass.ops.arguments import check_heads, each_image, held_positions
 from tomepass.ops.library import register, without_autocast
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant, take
-from tomepass.ops.similarity import comparable, head_mean
+from tomepass.ops.similarity import comparable, head_mean, padding_first
 from tomepass.schedule import capped
 
 
@@ -29,7 +29,8 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
         r: tokens to merge, already capped.
         protected: positions that neither merge nor are merged into.
         size: ``[B, N]``, or ``[1, N]`` for all images, given where there is padding: it merges
-            with padding alone, as long as there is some left to merge with.
+            first, by position, and with padding alone, as long as there is some to merge with.
+            What it holds changes nothing of where other tokens go.
 
     Returns:
         ``[B, N]`` int64: for each token its index in the merged sequence, whose order is the
@@ -54,7 +55,7 @@ def match(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None
             kinds = [take(padding, places) for places in (even, odd)]
         scores = comparable(take(metric, even) @ take(metric, odd).transpose(1, 2), kinds)
         similarity, partner = scores.max(dim=-1)
-        merged = rank(similarity) < r
+        merged = rank(padding_first(similarity, kinds)) < r
         # A token that stays moves up by the merged ones before it.
         stays = torch.arange(len(even), device=keys.device) - merged.cumsum(-1)
         first_odd = len(held) + len(even) - r

@@ -14,7 +14,7 @@ from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import constant
 from tomepass.ops.prune import shuffle
 from tomepass.ops.sequence import partitioned
-from tomepass.ops.similarity import comparable, head_mean, similarities
+from tomepass.ops.similarity import comparable, head_mean, padding_first, similarities
 
 PARTITIONS = ("alternating", "sequential", "random")
 
@@ -44,7 +44,8 @@ def match_by(
         features: ``[B, H, N, D]``; compared by their mean over H.
         r: tokens to merge, already capped.
         protected: positions that neither merge nor are merged into.
-        size: ``[B, N]``, given where there is padding, which merges with padding alone.
+        size: ``[B, N]``, given where there is padding, which merges first, by position, and with
+            padding alone.
         importance: ``[B, N]``, not negative. An edge's dissimilarity (1 - cosine, or the squared
             distance) is multiplied with its source's importance to the power ``exponent``, and
             the r smallest merge.
@@ -75,7 +76,7 @@ def match_by(
         kinds = None
         if size is not None:
             kinds = [(size < PADDED)[:, which] for which in (sources, destinations)]
-        scores = similarities(metric[:, sources], metric[:, destinations], similarity)
+        scores = similarities(metric[:, sources], metric[:, destinations], similarity, kinds)
         scores = comparable(scores, kinds)
         best, partner = scores.max(dim=-1)
         if importance is not None:
@@ -83,7 +84,7 @@ def match_by(
             nearest = 1.0 if similarity == "cosine" else 0.0
             best = (best - nearest) * own
             best = torch.where(best.isnan(), -float("inf"), best)
-        merged = rank(best) < r
+        merged = rank(padding_first(best, kinds)) < r
     return partitioned(held, sources, destinations, partner, merged, merged, r)
 
 

@@ -30,7 +30,7 @@ def match_greedy(
         features: ``[B, H, N, D]``; compared by their mean over H.
         r: pairs to merge, at most half of the tokens that are not protected.
         protected: positions that take no part.
-        size: ``[B, N]``, given where some tokens are padding, which merges with padding first.
+        size: ``[B, N]``, given where some tokens are padding: pairs of it come first, by position.
         similarity: ``"cosine"`` or ``"euclidean"``.
 
     Returns:
@@ -46,9 +46,12 @@ def match_greedy(
     check_r(r, tokens, protected)
     with torch.no_grad(), without_autocast(features.device):
         metric = head_mean(features)
-        kinds = None if size is None else [size < PADDED] * 2
+        hidden = None if size is None else size < PADDED
+        kinds = None if hidden is None else [hidden] * 2
         scores = similarities(metric, metric, similarity)
         scores = comparable(scores, kinds, unknown=UNKNOWN, apart=APART)
+        if hidden is not None:  # first, by position: what padding holds decides nothing
+            scores = torch.where(hidden[:, :, None] & hidden[:, None], float("inf"), scores)
         position = torch.arange(tokens, device=features.device)
         free = free_mask(tokens, protected, features.device)
         pair = (position[:, None] < position) & free[:, None] & free

@@ -36,7 +36,8 @@ def match_kmeans(
         features: ``[B, H, N, D]``; compared by their mean over H.
         r: tokens to lose.
         protected: positions that take no part.
-        size: ``[B, N]``, given where some tokens are padding, which joins padding first.
+        size: ``[B, N]``, given where some tokens are padding, which joins padding where a
+            seed is some, and moves no other centre.
         similarity: ``"cosine"`` or ``"euclidean"``.
         iterations: of assigning; the last one is the answer.
 
@@ -77,7 +78,10 @@ def match_kmeans(
             own, member = seeded.any(1), seeded.int().argmax(1)
             nearest = torch.where(own, member, scores.argmax(-1))
             if step + 1 < iterations:
-                goes = (sent(nearest, clusters) & loose).to(metric.dtype)
-                centres = (goes @ metric) / goes.sum(-1, keepdim=True)
+                goes = sent(nearest, clusters) & loose
+                if kinds is not None:  # what a centre is the mean of is of its seed's kind
+                    goes = goes & (kinds[0].unsqueeze(1) == kinds[1].unsqueeze(2))
+                shares = goes.to(metric.dtype)
+                centres = (shares @ metric) / shares.sum(-1, keepdim=True)
         into = torch.where(loose, seeds.gather(1, nearest), position)
         return in_sequence(into, tokens - r, protected)

@@ -11,7 +11,7 @@ from tomepass.ops.match import rank
 from tomepass.ops.padding import PADDED
 from tomepass.ops.positions import gather
 from tomepass.ops.sequence import free_mask, in_sequence
-from tomepass.ops.similarity import comparable, head_mean, similarities
+from tomepass.ops.similarity import comparable, head_mean, padding_first, similarities
 
 
 @register(
@@ -38,7 +38,8 @@ def match_sets(
         destinations: ``[B, C]`` int64 positions.
         r: edges that merge, A at most.
         protected: positions in neither set, first in the result.
-        size: ``[B, N]``, given where some tokens are padding, which merges with padding first.
+        size: ``[B, N]``, given where some tokens are padding, which merges first, in the
+            order of its set, and with padding alone as long as there is some.
         similarity: as in :func:`tomepass.ops.similarity.similarities`.
 
     Returns:
@@ -60,9 +61,9 @@ def match_sets(
         kinds = None
         if size is not None:
             kinds = [(size < PADDED).gather(1, which) for which in (sources, destinations)]
-        scores = comparable(similarities(*sides, similarity), kinds)
+        scores = comparable(similarities(*sides, similarity, kinds), kinds)
         best, partner = scores.max(dim=-1)
-        merged = rank(best) < r
+        merged = rank(padding_first(best, kinds)) < r
         goes = torch.where(merged, destinations.gather(1, partner), sources)
         position = torch.arange(tokens, device=features.device).expand(batch, -1)
         return in_sequence(position.scatter(1, sources, goes), tokens - r, protected)

@@ -68,10 +68,17 @@ def falling(score: Tensor, protected: list[int], size: Tensor | None) -> Tensor:
     """Each token's place by falling score, ``[B, N]`` int64; -1 for a protected one."""
     free = free_mask(score.shape[1], protected, score.device)
     size = each_image(size, *score.shape)
-    wide = torch.where(score.isnan(), -float("inf"), score)
-    if size is not None:
-        wide = torch.where(size < PADDED, -float("inf"), wide)
+    wide = _told_apart(score, size)
     return torch.where(free, rank(wide, free.expand_as(wide)), -1)
+
+
+def _told_apart(score: Tensor, size: Tensor | None) -> Tensor:
+    """Scores, those that are no numbers below all others, and those of padding below these."""
+    if size is None:
+        return torch.where(score.isnan(), -float("inf"), score)
+    number = torch.where(score.isnan(), torch.finfo(score.dtype).min, score)
+    number = number.clamp(min=torch.finfo(score.dtype).min)
+    return torch.where(size < PADDED, -float("inf"), number)
 
 
 @register("places(Tensor stands, SymInt tokens, Tensor? size=None) -> Tensor")
@@ -125,20 +132,21 @@ def nearest(
         return torch.where(own < 0, scores.argmax(-1), own)
 
 
-@register("fuse_rest(Tensor score, Tensor stands) -> (Tensor, Tensor)")
-def fuse_rest(score: Tensor, stands: Tensor) -> tuple[Tensor, Tensor]:
+@register("fuse_rest(Tensor score, Tensor stands, Tensor? size=None) -> (Tensor, Tensor)")
+def fuse_rest(score: Tensor, stands: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """All tokens that are not kept, as one more at the end.
 
     Args:
         score: ``[B, N]``: of those fused the token with the highest stands for it.
         stands: ``[B, N' - 1]`` positions of the tokens kept.
+        size: ``[B, N]``, given where some tokens are padding, which stands for others last.
 
     Returns:
         ``[B, N]`` int64, each token's index, and ``[B, N']`` int64, the position at each index.
     """
     with torch.no_grad():
         own = places(stands, score.shape[1])
-        wide = torch.where(score.isnan(), -float("inf"), score)
+        wide = _told_apart(score, each_image(size, *score.shape))
         order = rank(wide, own < 0)  # among those fused
         position = torch.arange(score.shape[1], device=score.device)
         fused = torch.where((own < 0) & (order == 0), position, 0).sum(-1, keepdim=True)

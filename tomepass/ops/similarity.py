@@ -14,12 +14,19 @@ SIMILARITIES = ("cosine", "dot", "euclidean", "softmax")
 APART, UNKNOWN = -1e30, -1e31
 
 
-def similarities(sources: Tensor, destinations: Tensor, similarity: str) -> Tensor:
+def similarities(
+    sources: Tensor,
+    destinations: Tensor,
+    similarity: str,
+    kinds: Sequence[Tensor] | None = None,
+) -> Tensor:
     """``[B, A, D]`` and ``[B, C, D]`` to ``[B, A, C]``: the larger the more alike.
 
     Args:
         similarity: ``"cosine"``, ``"dot"``, ``"euclidean"`` (minus the squared distance) or
             ``"softmax"`` (what attention would give each destination).
+        kinds: ``[B, A]`` and ``[B, C]``, as :func:`comparable` takes them: what a softmax gives
+            is shared out among destinations of the source's own kind.
     """
     if similarity == "cosine":
         sources, destinations = (
@@ -27,7 +34,11 @@ def similarities(sources: Tensor, destinations: Tensor, similarity: str) -> Tens
         )
     products: Tensor = sources @ destinations.transpose(1, 2)
     if similarity == "softmax":
-        weights: Tensor = (products * sources.shape[-1] ** -0.5).softmax(-1)
+        scores = products * sources.shape[-1] ** -0.5
+        if kinds is not None:
+            ours, theirs = kinds
+            scores = torch.where(ours.unsqueeze(2) != theirs.unsqueeze(1), -float("inf"), scores)
+        weights: Tensor = scores.softmax(-1)
         return weights
     if similarity == "euclidean":
         lengths = sources.square().sum(-1).unsqueeze(2), destinations.square().sum(-1).unsqueeze(1)
@@ -60,3 +71,20 @@ def comparable(
         return scores
     ours, theirs = kinds
     return torch.where(ours.unsqueeze(2) != theirs.unsqueeze(1), apart, scores)
+
+
+def padding_first(best: Tensor, padding: Sequence[Tensor] | None) -> Tensor:
+    """Best edges with those of padding above all others, so that what it holds decides nothing.
+
+    How many of the r merges are left for tokens that are seen, and in which positions these stand
+    afterwards, would otherwise depend on how alike tokens are that nobody sees.
+
+    Args:
+        best: ``[B, A]``, of each source's best edge how soon it merges.
+        padding: ``[B, A]`` and ``[B, C]`` bool, which sources and destinations are padding; None:
+            none is. Padding without padding to merge with stays where it was ranked.
+    """
+    if padding is None:
+        return best
+    ours, theirs = padding
+    return torch.where(ours & theirs.any(-1, keepdim=True), float("inf"), best)
