@@ -1,0 +1,70 @@
+"""The model itself, called for what it answers: whose error it is, and what has no values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch.utils._pytree as pytree
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from tomepass.calls import call_with
+from tomepass.capture import describe_inputs
+from tomepass.errors import TomeError, first_lines, passes
+
+
+@contextmanager
+def the_models_own(
+    model: nn.Module, call: Mapping[str, Any], doing: str = "raises"
+) -> Iterator[None]:
+    """Around a run of the user's model, nothing merged: what it raises is told as the model's.
+
+    What says that memory ran out passes as it is.
+
+    Args:
+        model: that runs.
+        call: its inputs.
+        doing: what it does, after "the model itself".
+
+    Raises:
+        TomeError: if anything is raised inside, which is its cause.
+    """
+    try:
+        yield
+    except Exception as error:
+        if passes(error):
+            raise
+        raise TomeError(
+            f"{type(model).__name__} itself {doing} for inputs {describe_inputs(dict(call))}, "
+            f"nothing merged: {type(error).__name__}: {first_lines(error)}",
+            advice="call the model itself with these inputs first; the traceback begins with what "
+            "the model raises",
+        ) from error
+
+
+def answer_of(model: nn.Module, call: Mapping[str, Any]) -> Any:
+    """What the model itself answers.
+
+    Raises:
+        TomeError: if the model raises, which is its cause.
+    """
+    with the_models_own(model, call):
+        return call_with(model, call)
+
+
+def check_values(model: nn.Module, call: Mapping[str, Any], door: str) -> None:
+    """Refuses what has shapes alone, where something is computed.
+
+    Raises:
+        TomeError: if an input, a parameter or a buffer is on the meta device, or a fake tensor.
+    """
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for what, values in (("inputs", pytree.tree_leaves(call)), ("model", state.values())):
+        if any(isinstance(v, Tensor) and (v.is_meta or isinstance(v, FakeTensor)) for v in values):
+            raise TomeError(
+                f"{door} computes with values, and the {what} given have shapes alone (the meta "
+                "device, or fake tensors)",
+                advice="give real ones; tomepass.explain tells what can be told without values",
+            )
