@@ -505,6 +505,11 @@ def check_model(model: object) -> None:
             advice="give the model itself, and compile what apply returns: "
             "torch.compile(tomepass.apply(model))",
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TomeError(
+            f"{type(model).__name__} is compiled by TorchScript: there is no Python to capture",
+            advice="give the model that torch.jit.trace or torch.jit.script was given",
+        )
     if isinstance(model, AdaptiveModel):
         raise TomeError(
             f"the model is already merged with {model._tome.method!r}, which routes images to "

@@ -61,10 +61,11 @@ def check_values(model: nn.Module, call: Mapping[str, Any], door: str) -> None:
         TomeError: if an input, a parameter or a buffer is on the meta device, or a fake tensor.
     """
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for what, values in (("inputs", pytree.tree_leaves(call)), ("model", state.values())):
+    held = {"inputs": pytree.tree_leaves(call), "model's parameters": state.values()}
+    for what, values in held.items():
         if any(isinstance(v, Tensor) and (v.is_meta or isinstance(v, FakeTensor)) for v in values):
             raise TomeError(
-                f"{door} computes with values, and the {what} given have shapes alone (the meta "
-                "device, or fake tensors)",
+                f"{door} computes with values, and some of the {what} have shapes alone: they are "
+                "on the meta device, or fake tensors",
                 advice="give real ones; tomepass.explain tells what can be told without values",
             )
