@@ -7,8 +7,10 @@ iterable or callback raises comes through as it is. None blames tomepass for wha
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,6 +29,7 @@ from zoo import FAMILIES, REFUSED, make_inputs
 import tomepass
 from tomepass import Prune, ToMe, TomeBackend, TomeError, benchmarking
 from tomepass.graphs import relative_error
+from tomepass.unmerged import in_precision
 
 Entry = Callable[[nn.Module, Any], Any]
 IMAGES = pixels(8)
@@ -186,6 +189,115 @@ def test_an_error_of_nan_is_above_any_tolerance() -> None:
     value = torch.ones(2)
     assert relative_error(value * float("nan"), value) == float("inf")
     assert relative_error(value, value * float("nan")) == float("inf")
+
+
+# ---- whatever kind of module -----------------------------------------------------------------
+
+
+class BuiltIn(nn.Module):
+    """Its forward is no Python function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.forward = torch.relu
+
+
+class Lazy(Encoder):
+    """Has parameters that are made by the first call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lazy = nn.LazyLinear(4)
+
+
+class Around(nn.Module):
+    """A part of it is compiled already."""
+
+    def __init__(self, compile_part: Callable[[nn.Module], Any]) -> None:
+        super().__init__()
+        self.part = compile_part(make())
+
+    def forward(self, pixels: Tensor) -> Any:
+        return self.part(pixels)
+
+
+class Locked(Encoder):
+    """Cannot be copied."""
+
+    def __init__(self, *args: Any, **choices: Any) -> None:
+        super().__init__(*args, **choices)
+        self.lock = threading.Lock()
+
+
+MODULES: dict[str, tuple[Callable[[], Any], str]] = {
+    "traced": (lambda: torch.jit.trace(make(), IMAGES), "compiled by TorchScript"),
+    "scripted": (lambda: torch.jit.script(nn.Linear(2, 2)), "compiled by TorchScript"),
+    "built in": (lambda: BuiltIn().eval(), "inputs of BuiltIn.forward cannot be told"),
+    "lazy": (lambda: Lazy().eval(), "lazy is a lazy module"),
+    "compiled": (lambda: torch.compile(make()), "already compiled"),
+    "a class": (lambda: Encoder, "must be a torch.nn.Module"),
+    "a name": (lambda: "vit", "must be a torch.nn.Module"),
+}
+
+
+@pytest.mark.parametrize("entry", [entry for entry in ENTRIES if entry != "backend"])
+@pytest.mark.parametrize("kind", MODULES)
+def test_modules_that_nothing_can_be_read_of_are_told(kind: str, entry: str) -> None:
+    build_module, words = MODULES[kind]
+    with pytest.raises((TomeError, TypeError), match=words) as caught:
+        ENTRIES[entry](build_module(), IMAGES)
+    assert "fault of tomepass" not in str(caught.value)
+
+
+@pytest.mark.deep
+def test_what_cannot_be_copied_is_checked_in_low_precision_and_left_as_it_is() -> None:
+    model = make(Locked).bfloat16()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = _checked(model, IMAGES[:2].bfloat16())
+    assert "replayed: distance from float64" in str(report)
+    for name, value in model.state_dict().items():
+        assert value.dtype is torch.bfloat16
+        assert torch.equal(value, before[name])
+
+
+def test_another_precision_keeps_what_is_shared_and_leaves_the_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].weight = model[0].weight
+    model[0].weight.requires_grad_(False)
+    exact = in_precision(model, torch.float64)
+    assert exact[0].weight is exact[1].weight
+    assert not exact[0].weight.requires_grad
+    assert exact[1].bias.requires_grad
+    kinds_of = [value.dtype for value in exact[2].buffers()]
+    assert kinds_of == [torch.float64, torch.float64, torch.int64]
+    assert {value.dtype for value in model.parameters()} == {torch.float32}
+
+
+@torch.no_grad()
+def test_a_merged_model_of_a_compiled_part_is_compiled() -> None:
+    model = Around(lambda part: torch.compile(part, backend="eager")).eval()
+    merged = tomepass.apply(model, r=4, example_inputs=IMAGES)
+    compiled = torch.compile(merged, backend="eager", fullgraph=True)
+    assert relative_error(compiled(IMAGES), merged(IMAGES)) < 1e-5
+    assert relative_error(merged(IMAGES), model(IMAGES)) > 1e-3
+
+
+def test_a_merged_model_that_the_backend_cannot_compile_is_told() -> None:
+    model = Around(lambda part: torch.jit.trace(part, IMAGES)).eval()
+    with pytest.raises(TomeError, match="have the backend 'eager' compile the merged") as caught:
+        _checked(model, IMAGES)
+    assert "compile the model itself with that backend in one graph first" in str(caught.value)
+    assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize("size", ["wide", {"height": 24}, [24], (24, 24, 24), None, 0, -1])
+def test_sizes_that_a_config_writes_in_a_way_of_its_own_are_not_guessed(size: Any) -> None:
+    model = make()
+    model.main_input_name = "pixel_values"
+    model.config = SimpleNamespace(image_size=size, num_channels=3)
+    with pytest.raises(TomeError, match="cannot be read off its config"):
+        tomepass.explain(model, r=4)
+    tomepass.apply(model, r=4)  # captured when it is called
 
 
 # ---- what the user's own code raises ---------------------------------------------------------

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tomepass.backend import Inner, options_of, resolve_inner
 from tomepass.calls import call_with
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, compiling_merged
 from tomepass.methods import Method, RLike, ToMe, method_from_dict, resolve_method
 from tomepass.module import MergedModel, apply, call_of, captured, check_model, check_one_graph
 from tomepass.unmerged import check_values, the_models_own
@@ -288,9 +288,8 @@ def measure(
         TomeError: if the model cannot be merged, is in training mode, lives on another kind of
             device, the method or model is adaptive, or the backend or one of Inductor's options is
             not known; if the model itself, compiled by that backend, raises for these inputs, which
-            is then its cause, or still recompiles after warming up.
+            is then its cause; or if one of the two still recompiles after warming up.
         TypeError, ValueError: on options or ``rounds`` of a wrong type, or fewer rounds than 1.
-        RuntimeError: if the merged form still recompiles after warming up.
     """
     if isinstance(model, MergedModel):
         if method is None and r is None:
@@ -316,7 +315,7 @@ def measure(
     def whose(form: nn.Module) -> contextlib.AbstractContextManager[None]:
         """What the model raises, or a backend that cannot compile it, is no fault of merging."""
         if form is merged:
-            return contextlib.nullcontext()
+            return compiling_merged(inner_name(inner))
         return the_models_own(model, call, f"compiled by the backend {inner_name(inner)!r} raises")
 
     forms = (("the original", model), ("the merged form", merged))

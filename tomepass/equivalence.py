@@ -6,7 +6,6 @@ merges is :mod:`tomepass.reference`, which shares no code with the pass.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from tomepass.backend import Inner, options_of, resolve_inner
 from tomepass.calls import call_with
 from tomepass.capture import describe_inputs
 from tomepass.duplicates import check_duplicates
-from tomepass.errors import TomeError, no_foreign_errors, the_users_own
+from tomepass.errors import TomeError, compiling_merged, no_foreign_errors, the_users_own
 from tomepass.graphs import CHOICES, MATCHES, relative_error, replayed
 from tomepass.kernels.check_gpu import kernel_lines
 from tomepass.methods import Method, RLike, resolve_method
@@ -41,7 +40,7 @@ from tomepass.module import (
 from tomepass.planning import plan_graph
 from tomepass.recorded import CheckLine, Recorded, edges_of, record, reference_lines
 from tomepass.rewrite import rewrite
-from tomepass.unmerged import answer_of, check_values
+from tomepass.unmerged import answer_of, check_values, in_precision
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -149,10 +148,12 @@ def check(
                 progress(name)
         with torch.no_grad():
             lines.extend(line(subject, name))
-    label = inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
-    return CheckReport(
-        type(model).__name__, method, label, describe_inputs(subject.call), tuple(lines)
-    )
+    told = describe_inputs(subject.call)
+    return CheckReport(type(model).__name__, method, _named(inner), told, tuple(lines))
+
+
+def _named(inner: Inner) -> str:
+    return inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
 
 
 class _Subject:
@@ -166,7 +167,7 @@ class _Subject:
         inner: Inner,
         options: dict[str, Any],
     ) -> None:
-        self.model, self.merged = model, merged
+        self.model, self.merged, self.inner = model, merged, inner
         self.call = merged._tome.call_of(inputs)
         self.applied: Applied = captured(merged, inputs)
         self.leaves = pytree.tree_leaves(self.call)
@@ -211,7 +212,8 @@ class _Subject:
         return torch.compile(alone, backend=self.backend, fullgraph=True)
 
     def run_compiled(self, call: dict[str, Any]) -> list[Tensor]:
-        return tensors(call_with(self.compiled, call))
+        with compiling_merged(_named(self.inner)):
+            return tensors(call_with(self.compiled, call))
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -316,7 +318,7 @@ def _tie_line(subject: _Subject) -> CheckLine:
 def _low_precision_line(subject: _Subject) -> CheckLine:
     """One run's assignments in the eager, the compiled and a float64 graph."""
     eager, compiled, assigns = _replayed(subject)
-    model = copy.deepcopy(subject.model).double()
+    model = in_precision(subject.model, torch.float64)
     call = pytree.tree_map(_double, subject.call)
     merged = subject.merged
     exact = make_applied(model, merged._tome.method, call, outputs=merged._tome.outputs)
@@ -348,7 +350,7 @@ def _replayed(subject: _Subject) -> tuple[list[Tensor], list[Tensor], list[Tenso
 def _duplicates_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     model, applied, call = subject.model, subject.applied, subject.call
     if subject.low_precision:
-        model = copy.deepcopy(model).float()
+        model = in_precision(model, torch.float32)
         call = pytree.tree_map(_single, call)
         applied = make_applied(model, subject.merged._tome.method, call)
     found = check_duplicates(model, applied.capture, subject.merged._tome.method, call)

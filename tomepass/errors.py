@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -98,6 +98,20 @@ def no_foreign_errors(
             raise
         told = f"tomepass could not {doing}: {type(error).__name__}: {first_lines(error)}"
         raise TomeError(told, advice=advice) from error
+
+
+def compiling_merged(inner: str) -> AbstractContextManager[None]:
+    """Around a merged model's compilation, and runs of what that made: see no_foreign_errors.
+
+    Args:
+        inner: the name of the backend.
+    """
+    return no_foreign_errors(
+        f"have the backend {inner!r} compile the merged model, or run what it made",
+        advice="compile the model itself with that backend in one graph first: torch.compile("
+        "model, backend=..., fullgraph=True); if that works, please report this with the whole "
+        "traceback, which begins with its cause",
+    )
 
 
 @contextmanager

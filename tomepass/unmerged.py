@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from tomepass.calls import call_with
 from tomepass.capture import describe_inputs
+from tomepass.clone import Twin
 from tomepass.errors import TomeError, first_lines, passes
 
 
@@ -52,6 +54,30 @@ def answer_of(model: nn.Module, call: Mapping[str, Any]) -> Any:
     """
     with the_models_own(model, call):
         return call_with(model, call)
+
+
+def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """The model with its floating-point state in another precision; the model stays as it is.
+
+    A structural clone, since not everything that hangs on a model can be copied.
+    """
+    twin = Twin(model, noting=False).model
+    cast: dict[int, Tensor] = {}  # what is shared stays shared
+
+    def as_asked(value: Tensor | None) -> Tensor | None:
+        if value is None or not value.is_floating_point():
+            return value
+        if id(value) not in cast:
+            cast[id(value)] = found = value.detach().to(dtype)
+            if isinstance(value, nn.Parameter):
+                cast[id(value)] = nn.Parameter(found, value.requires_grad)
+        return cast[id(value)]
+
+    for module in twin.modules():
+        held: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for tensors in held:
+            tensors.update({name: as_asked(value) for name, value in tensors.items()})
+    return twin
 
 
 def check_values(model: nn.Module, call: Mapping[str, Any], door: str) -> None:

@@ -29,8 +29,8 @@ MUTANTS = [
     Mutant(
         name="what_the_backend_makes_of_the_unmerged_model_counts_as_ours",
         file="tomepass/benchmarking.py",
-        old="        if form is merged:\n            return contextlib.nullcontext()",
-        new="        if form is not None:\n            return contextlib.nullcontext()",
+        old="        if form is merged:\n            return compiling_merged",
+        new="        if form is not None:\n            return compiling_merged",
         tests=f"{TESTS} -k 'model_itself_raises and FailsCompiled'",
     ),
     Mutant(
