@@ -96,4 +96,32 @@ MUTANTS = [
         new="isinstance(v, FakeTensor)",
         tests=f"{TESTS} -k 'without_values and check'",
     ),
+    Mutant(
+        name="a_lazy_module_is_read",
+        file="tomepass/module.py",
+        old="    if lazy:",
+        new="    if False:",
+        tests=f"{TESTS} -k lazy-explain",
+    ),
+    Mutant(
+        name="a_module_of_torchscript_is_read",
+        file="tomepass/module.py",
+        old="if isinstance(model, torch.jit.ScriptModule):",
+        new="if False:",
+        tests=f"{TESTS} -k scripted-explain",
+    ),
+    Mutant(
+        name="a_copy_of_another_precision_parts_what_is_shared",
+        file="tomepass/unmerged.py",
+        old="if id(value) not in cast:",
+        new="if True:",
+        tests=f"{TESTS} -k another_precision",
+    ),
+    Mutant(
+        name="a_compiled_part_is_not_looked_through",
+        file="tomepass/module.py",
+        old='getattr(value, name, value) if name == "_orig_mod" else getattr(value, name)',
+        new="getattr(value, name)",
+        tests=f"{TESTS} -k compiled_part",
+    ),
 ]
