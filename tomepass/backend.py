@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,30 @@ def _named_pairs(value: Any) -> bool:
     )
 
 
+def options_of(inner_options: Any) -> dict[str, Any]:
+    """Options of an inner backend, a dict; none where None is given.
+
+    Raises:
+        TypeError: if they are no mapping of names.
+    """
+    if inner_options is None:
+        return {}
+    named = isinstance(inner_options, Mapping) and all(isinstance(n, str) for n in inner_options)
+    if not named:
+        raise TypeError(f"inner_options must be a dict of options by name, got {inner_options!r}")
+    return dict(inner_options)
+
+
+def check_inner(inner: Any) -> None:
+    """Refuses what names no compiler.
+
+    Raises:
+        TypeError: if it is neither a name nor a callable.
+    """
+    if not isinstance(inner, str) and not callable(inner):
+        raise TypeError(f"inner must be a backend's name or a callable, got {inner!r}")
+
+
 @dataclass(frozen=True)
 class _Settings:
     method: Method | None = ToMe()  # noqa: RUF009 - frozen and hashable
@@ -74,8 +98,7 @@ class _Settings:
         if not isinstance(method, Method | None):
             raise TypeError(f"method must be a tomepass method, got {self.method!r}")
         object.__setattr__(self, "method", method)
-        if not isinstance(self.inner, str) and not callable(self.inner):
-            raise TypeError(f"inner must be a backend's name or a callable, got {self.inner!r}")
+        check_inner(self.inner)
         check_choices(self.on_unmatched, self.outputs)
         if self.method is not None and self.method.adaptive is not False:
             raise TomeError(
@@ -295,7 +318,9 @@ def resolve_inner(
 
     Raises:
         TomeError: if the backend is not installed or not known.
+        TypeError: if ``inner`` is neither a name nor a callable.
     """
+    check_inner(inner)
     if inner == "inductor":
         return _inductor(options, mode)
     if callable(inner):

@@ -21,11 +21,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from tomepass.backend import Inner, resolve_inner
+from tomepass.backend import Inner, options_of, resolve_inner
 from tomepass.calls import call_with
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, compiling_merged
 from tomepass.methods import Method, RLike, ToMe, method_from_dict, resolve_method
-from tomepass.module import MergedModel, apply, captured, check_model, check_one_graph
+from tomepass.module import MergedModel, apply, call_of, captured, check_model, check_one_graph
+from tomepass.unmerged import check_values, the_models_own
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -286,9 +287,9 @@ def measure(
     Raises:
         TomeError: if the model cannot be merged, is in training mode, lives on another kind of
             device, the method or model is adaptive, or the backend or one of Inductor's options is
-            not known.
-        ValueError: if ``rounds`` is less than 1.
-        RuntimeError: if one of the two still recompiles after warming up.
+            not known; if the model itself, compiled by that backend, raises for these inputs, which
+            is then its cause; or if one of the two still recompiles after warming up.
+        TypeError, ValueError: on options or ``rounds`` of a wrong type, or fewer rounds than 1.
     """
     if isinstance(model, MergedModel):
         if method is None and r is None:
@@ -297,9 +298,10 @@ def measure(
     method = resolve_method(method, r)
     check_model(model)
     check_one_graph(method, "measure")
-    options = dict(inner_options or {})
+    options = options_of(inner_options)
     _refuse(model, inner, options, rounds)
     backend = resolve_inner(inner, options)
+    check_values(model, call_of(model, inputs), "measuring")
     say = progress or _silent
 
     say("capturing and rewriting")
@@ -310,6 +312,12 @@ def measure(
     leaves = [v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim]
     device, batch = leaves[0].device, leaves[0].shape[0]
 
+    def whose(form: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """What the model raises, or a backend that cannot compile it, is no fault of merging."""
+        if form is merged:
+            return compiling_merged(inner_name(inner))
+        return the_models_own(model, call, f"compiled by the backend {inner_name(inner)!r} raises")
+
     forms = (("the original", model), ("the merged form", merged))
     runs: list[Callable[[], Any]] = []
     compile_seconds = []
@@ -318,18 +326,25 @@ def measure(
             say(f"compiling {name}")
             compiled: Any = torch.compile(form, backend=backend, fullgraph=form is merged)
             runs.append(_bound(compiled, call))
-            with _compiling(inner, options, cold):
+            with _compiling(inner, options, cold), whose(form):
                 compile_seconds.append(_first_call(runs[-1], device))
         say("warming up, measuring memory")
-        warm = min(seconds_a_call(run, 1, device) for run in runs for _ in range(_WARM_CALLS))
+        warm = math.inf
+        for run, (_, form) in zip(runs, forms, strict=True):
+            with whose(form):
+                warm = min(warm, *(seconds_a_call(run, 1, device) for _ in range(_WARM_CALLS)))
         calls = min(max(math.ceil(_SAMPLE_SECONDS / warm), 1), _MOST_CALLS)
         with torch.compiler.set_stance("fail_on_recompile"):
-            peaks = [peak_tensor_bytes(run, device) for run in runs]
+            peaks = []
+            for run, (_, form) in zip(runs, forms, strict=True):
+                with whose(form):
+                    peaks.append(peak_tensor_bytes(run, device))
             samples: list[list[float]] = [[], []]
             for index in range(rounds):
                 say(f"round {index + 1} of {rounds}")
                 for arm in (0, 1) if index % 2 == 0 else (1, 0):
-                    samples[arm].append(seconds_a_call(runs[arm], calls, device))
+                    with whose(forms[arm][1]):
+                        samples[arm].append(seconds_a_call(runs[arm], calls, device))
 
     arms = [
         Arm(Spread(tuple(1000.0 * s / batch for s in times)), peak, seconds)
@@ -355,6 +370,18 @@ def measure(
         ratio_ideal=captured(merged, inputs).report.speedup_ideal,
         apply_seconds=apply_seconds,
     )
+
+
+def check_rounds(rounds: object) -> None:
+    """Refuses what counts no rounds.
+
+    Raises:
+        TypeError, ValueError: if it is no int of 1 or more.
+    """
+    if not isinstance(rounds, int):
+        raise TypeError(f"rounds counts samples: expected an int, got {rounds!r}")
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds}")
 
 
 def inner_name(inner: Inner) -> str:
@@ -518,8 +545,7 @@ def _short(value: float) -> str:
 
 
 def _refuse(model: nn.Module, inner: Inner, options: Mapping[str, Any], rounds: int) -> None:
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds}")
+    check_rounds(rounds)
     if model.training:
         raise TomeError(
             "inference is measured, and the model is in training mode",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache as remembered
 from functools import cached_property
+from numbers import Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +17,12 @@ import torch
 import torch.utils._pytree as pytree
 from torch import nn
 
+from tomepass.backend import options_of, resolve_inner
 from tomepass.benchmarking import environment, inner_name, measure
-from tomepass.errors import TomeError, no_foreign_errors
-from tomepass.files import write_whole
+from tomepass.errors import TomeError, no_foreign_errors, the_users_own
 from tomepass.judging import Judge, Outputs, Score
 from tomepass.linearity import block_linearity
+from tomepass.measurements import cache_path, read_measurements, write_measurements
 from tomepass.methods import Method, ToMe, method_from_dict
 from tomepass.module import check_one_graph
 from tomepass.plans import Plan, approach
@@ -124,7 +127,8 @@ def calibrate(
 
     Args:
         model: in eval mode; or an applied one.
-        batches: of inputs as they will come, 128 images or so in all. They are read once.
+        batches: of inputs as they will come, 128 images or so in all, alike but for their length.
+            They are read once; what the iterable itself raises comes through as it is.
         macs: the share of the unmerged multiply-accumulates to keep, as in 0.6.
         speedup: instead: the measured ratio to reach, compiled, on the first batch.
         methods: one or more to choose from, without counts, which are what is looked for; by
@@ -141,34 +145,45 @@ def calibrate(
         a plan with a :class:`Calibration`; ``apply``, ``explain`` and ``TomeBackend`` take it.
 
     Raises:
-        TypeError: if not one of macs and speedup is given.
+        TypeError: if not one of macs and speedup is given, or on an argument of a wrong type.
         ValueError: if they, or ``held_out``, are out of range, or options make no sense together.
         TomeError: if the model cannot be merged, the goal cannot be reached, a method or the model
-            is adaptive, there are fewer than four images, or the cache is broken or another's.
+            is adaptive, there are fewer than four images, batches differ in more than their length,
+            or the cache is broken, another's, or cannot be read or written; if the model itself
+            raises for a batch, which is then its cause, or answers with what is not finite.
     """
     goal = ToMe(macs=macs, speedup=speedup).schedule.macs
     if goal is None:
         raise TypeError("give the goal: macs=0.6 or speedup=1.5")
+    _check_numbers(held_out, seed)
+    resolve_inner(inner, {})  # a missing backend is better said before the work
+    options = options_of(inner_options)
     if not 0 < held_out < 1:
         raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
-    if speedup is None and (inner != "inductor" or inner_options):
+    if speedup is None and (inner != "inductor" or options):
         idle = "inner" if inner != "inductor" else "inner_options"
         raise ValueError(
             f"{idle}= and macs={macs!r} make no sense together: only speedup= compiles anything"
         )
     asked = _asked(methods)
+    path = None if cache is None else cache_path(cache)
     judge = Judge(model, batches)
     with progress_bar(progress) as bar:
-        search = _Search(judge, asked, held_out, seed, cache, bar)
+        search = _Search(judge, asked, held_out, seed, path, bar)
         if speedup is None:
             return search.run(goal)
-        return _until_measured(search, float(speedup), inner, inner_options or {})
+        return _until_measured(search, float(speedup), inner, options)
 
 
 def _asked(methods: Method | Sequence[Method] | None) -> tuple[Method, ...]:
     if methods is None:
         return (ToMe(importance="class_attention"),)
-    found = (methods,) if isinstance(methods, Method) else tuple(methods)
+    if isinstance(methods, Method):
+        methods = (methods,)
+    if not isinstance(methods, Iterable):
+        raise TypeError(f"methods must be one or more tomepass methods, got {methods!r}")
+    with the_users_own():
+        found = tuple(methods)
     if not found or not all(isinstance(method, Method) for method in found):
         raise TypeError(f"methods must be one or more tomepass methods, got {methods!r}")
     for method in found:
@@ -192,7 +207,7 @@ class _Search:
         asked: Sequence[Method],
         held_out: float,
         seed: int,
-        cache: str | Path | None,
+        cache: Path | None,
         bar: Progress,
     ) -> None:
         self.judge, self.asked, self.seed, self.bar = judge, asked, seed, bar
@@ -219,8 +234,9 @@ class _Search:
         return self.bar.add_task("", total=None)
 
     def divergence(self, method: Method) -> float:
-        """On the tuning images."""
-        return self.memory.outputs(method).score(self.tuned).divergence
+        """On the tuning images; infinite where it is no number, which nothing is less than."""
+        found = self.memory.outputs(method).score(self.tuned).divergence
+        return math.inf if math.isnan(found) else found
 
     @cached_property
     def linearity(self) -> tuple[float, ...]:
@@ -249,6 +265,11 @@ class _Search:
             even(self.starts[0], macs, self.judge.share, self.tokens, self.depth)  # says why
             raise TomeError(f"no schedule leaves {macs} of the multiply-accumulates")
         chosen = min(tried, key=lambda m: tried[m])
+        if math.isinf(tried[chosen]):
+            raise TomeError(
+                f"all {len(tried)} schedules tried give outputs that are not finite",
+                advice="calibrate in float32 or bfloat16, whose range is wider than float16's",
+            )
         plain = even(ToMe(), macs, self.judge.share, self.tokens, self.depth)
         found = self.memory.outputs(chosen)
         calibration = Calibration(
@@ -312,20 +333,17 @@ class _Search:
 class _Memory:
     """What was measured, in memory and, if asked for, in a file."""
 
-    def __init__(self, judge: Judge, path: str | Path | None) -> None:
-        self.judge = judge
-        self.path = None if path is None else Path(path)
+    def __init__(self, judge: Judge, path: Path | None) -> None:
+        self.judge, self.path = judge, path
         digest = hashlib.sha256(judge.unmerged.double().numpy(force=True).tobytes())
         self.key = digest.hexdigest()
         self.known: dict[str, Any] = {}
-        if self.path is not None and self.path.exists():
-            stored = _stored(self.path)
-            if stored.get("outputs") != self.key:
-                raise TomeError(
-                    f"{self.path} holds measurements of another model or other images",
-                    advice="give another file, or remove it",
-                )
-            self.known = stored["known"]
+        if path is not None:
+            stored = read_measurements(path, self.key, judge.images, judge.depth)
+            if stored is None:
+                self._write()  # what cannot be kept is better said before the work
+            else:
+                self.known = stored
 
     def outputs(self, method: Method) -> Outputs:
         """A method on all images."""
@@ -363,26 +381,21 @@ class _Memory:
 
     def _keep(self, name: str, value: Any) -> None:
         self.known[name] = value
+        self._write()
+
+    def _write(self) -> None:
         if self.path is not None:
-            write_whole(self.path, json.dumps({"outputs": self.key, "known": self.known}))
+            write_measurements(self.path, self.key, self.known)
 
 
-def _stored(path: Path) -> dict[str, Any]:
-    """What a file of measurements holds."""
-    try:
-        stored = json.loads(path.read_text())
-    except ValueError as error:  # not JSON, or not even text
-        raise _broken(path, str(error)) from error
-    if not isinstance(stored, dict) or not isinstance(stored.get("known"), dict):
-        raise _broken(path, "expected an object with 'outputs' and 'known'")
-    return stored
-
-
-def _broken(path: Path, why: str) -> TomeError:
-    return TomeError(
-        f"{path} cannot be read as measurements: {why}",
-        advice="remove it, and all is measured again, or give another file as cache=",
-    )
+def _check_numbers(held_out: object, seed: object) -> None:
+    """Refuses what is no share and no seed."""
+    if isinstance(held_out, bool) or not isinstance(held_out, Real):
+        raise TypeError(f"held_out: expected a number, got {held_out!r}")
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed: expected an int, got {seed!r}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
 
 
 def _until_measured(

@@ -111,7 +111,7 @@ def forward_signature(model: nn.Module) -> inspect.Signature:
     A wrapper that says how to get at its model and passes all inputs on (a PeftModel) is looked
     through.
     """
-    signature = inspect.signature(model.forward)
+    signature = _signature(model, "forward")
     kinds = {p.kind for p in signature.parameters.values()}
     inner = getattr(model, "get_base_model", None)
     if kinds == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD} and inner:
@@ -164,4 +164,10 @@ def _strange(value: Any) -> Any:
 
 
 def _signature(model: nn.Module, method: str) -> inspect.Signature:
-    return inspect.signature(getattr(model, method))
+    try:
+        return inspect.signature(getattr(model, method))
+    except ValueError as error:  # of a function that is not written in Python
+        raise TomeError(
+            f"the inputs of {type(model).__name__}.{method} cannot be told: {error}",
+            advice="give a module whose forward is a Python function that names its inputs",
+        ) from error

@@ -6,7 +6,6 @@ merges is :mod:`tomepass.reference`, which shares no code with the pass.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -19,11 +18,11 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
 from tomepass import reference
-from tomepass.backend import Inner, resolve_inner
+from tomepass.backend import Inner, options_of, resolve_inner
 from tomepass.calls import call_with
 from tomepass.capture import describe_inputs
 from tomepass.duplicates import check_duplicates
-from tomepass.errors import TomeError, no_foreign_errors, the_models_own
+from tomepass.errors import TomeError, compiling_merged, no_foreign_errors, the_users_own
 from tomepass.graphs import CHOICES, MATCHES, relative_error, replayed
 from tomepass.kernels.check_gpu import kernel_lines
 from tomepass.methods import Method, RLike, resolve_method
@@ -31,6 +30,7 @@ from tomepass.module import (
     Applied,
     MergedModel,
     apply,
+    call_of,
     captured,
     check_model,
     check_one_graph,
@@ -40,6 +40,7 @@ from tomepass.module import (
 from tomepass.planning import plan_graph
 from tomepass.recorded import CheckLine, Recorded, edges_of, record, reference_lines
 from tomepass.rewrite import rewrite
+from tomepass.unmerged import answer_of, check_values, in_precision
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -113,11 +114,14 @@ def check(
         inner: the backend that compiles, as in :class:`TomeBackend`.
         inner_options: its options.
         outputs: as in :func:`tomepass.apply`.
-        progress: called with the name of each line before it runs.
+        progress: called with the name of each line before it runs; what it raises comes through.
 
     Raises:
         TomeError: if the model cannot be merged, is in training mode, the method or model is
-            adaptive, or the backend is missing.
+            adaptive, or the backend is missing; if the model itself raises for these inputs, which
+            is then its cause, or returns NaN; or if they or the model are on the meta device.
+        TypeError, ValueError: on a wrong ``r``, ``method`` and ``r`` both given, or inputs or
+            options of a wrong type.
     """
     if isinstance(model, MergedModel):
         if method is None and r is None:
@@ -130,19 +134,26 @@ def check(
         raise TomeError(
             "check compares runs bit for bit and needs eval mode", advice="call model.eval() first"
         )
+    options = options_of(inner_options)
     resolve_inner(inner, {})  # a missing backend is better said before the work
+    if progress is not None and not callable(progress):
+        raise TypeError(f"progress must be callable, got {progress!r}")
+    check_values(model, call_of(model, inputs), "check")
     merged = apply(model, method, example_inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
-    subject = _Subject(model, merged, inputs, inner, inner_options or {})
+    subject = _Subject(model, merged, inputs, inner, options)
     lines: list[CheckLine] = []
     for name, line in _LINES.items():
         if progress is not None:
-            progress(name)
+            with the_users_own():
+                progress(name)
         with torch.no_grad():
             lines.extend(line(subject, name))
-    label = inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
-    return CheckReport(
-        type(model).__name__, method, label, describe_inputs(subject.call), tuple(lines)
-    )
+    told = describe_inputs(subject.call)
+    return CheckReport(type(model).__name__, method, _named(inner), told, tuple(lines))
+
+
+def _named(inner: Inner) -> str:
+    return inner if isinstance(inner, str) else getattr(inner, "__name__", repr(inner))
 
 
 class _Subject:
@@ -156,7 +167,7 @@ class _Subject:
         inner: Inner,
         options: dict[str, Any],
     ) -> None:
-        self.model, self.merged = model, merged
+        self.model, self.merged, self.inner = model, merged, inner
         self.call = merged._tome.call_of(inputs)
         self.applied: Applied = captured(merged, inputs)
         self.leaves = pytree.tree_leaves(self.call)
@@ -201,7 +212,8 @@ class _Subject:
         return torch.compile(alone, backend=self.backend, fullgraph=True)
 
     def run_compiled(self, call: dict[str, Any]) -> list[Tensor]:
-        return tensors(call_with(self.compiled, call))
+        with compiling_merged(_named(self.inner)):
+            return tensors(call_with(self.compiled, call))
 
 
 def tensors(outputs: Any) -> list[Tensor]:
@@ -229,10 +241,21 @@ def _identity_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     captured = subject.applied.capture.graph
     plain = subject.merged._tome.method.replace(r=0, trace_source=False)
     rewritten = rewrite(captured, plan_graph(captured, plain)).module
+    with _fast_path_off():
+        theirs = tensors(answer_of(subject.model, subject.call))
+    _check_numbers(subject, theirs)
     ours = tensors(rewritten(*subject.values))
-    with _fast_path_off(), the_models_own():
-        theirs = tensors(subject.model(**subject.call))
     yield _bits(name, ours, theirs, "bits differ from the original's")
+
+
+def _check_numbers(subject: _Subject, outputs: Sequence[Tensor]) -> None:
+    """Refuses a model that answers with NaN, which equals nothing."""
+    if any(bool(value.isnan().any()) for value in outputs):
+        raise TomeError(
+            f"{type(subject.model).__name__} itself returns NaN for inputs "
+            f"{describe_inputs(subject.call)}, nothing merged, so there is nothing to compare with",
+            advice="look for NaN in the inputs and the parameters, or give other inputs",
+        )
 
 
 # ---- 2. every match and merge against the reference -------------------------------------------
@@ -247,7 +270,7 @@ def _reference_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
 
 
 def _compiled_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
-    eager = tensors(subject.merged(**subject.call))
+    eager = tensors(call_with(subject.merged, subject.call))
     compiled = subject.run_compiled(subject.call)
     error = _worst(compiled, eager)
     if subject.low_precision:
@@ -295,7 +318,7 @@ def _tie_line(subject: _Subject) -> CheckLine:
 def _low_precision_line(subject: _Subject) -> CheckLine:
     """One run's assignments in the eager, the compiled and a float64 graph."""
     eager, compiled, assigns = _replayed(subject)
-    model = copy.deepcopy(subject.model).double()
+    model = in_precision(subject.model, torch.float64)
     call = pytree.tree_map(_double, subject.call)
     merged = subject.merged
     exact = make_applied(model, merged._tome.method, call, outputs=merged._tome.outputs)
@@ -327,7 +350,7 @@ def _replayed(subject: _Subject) -> tuple[list[Tensor], list[Tensor], list[Tenso
 def _duplicates_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     model, applied, call = subject.model, subject.applied, subject.call
     if subject.low_precision:
-        model = copy.deepcopy(model).float()
+        model = in_precision(model, torch.float32)
         call = pytree.tree_map(_single, call)
         applied = make_applied(model, subject.merged._tome.method, call)
     found = check_duplicates(model, applied.capture, subject.merged._tome.method, call)
@@ -363,8 +386,8 @@ def _own_rows(subject: _Subject, call: dict[str, Any], images: int) -> list[bool
 
     A similarity of images and texts does not.
     """
-    first = tensors(call_with(subject.model, call))
-    changed = tensors(subject.model(**pytree.tree_map(_other_neighbours, call)))
+    first = tensors(answer_of(subject.model, call))
+    changed = tensors(answer_of(subject.model, pytree.tree_map(_other_neighbours, call)))
     pairs = zip(first, changed, strict=True)
     return [a.ndim > 0 and a.shape[0] == images and _same_bits(a[:1], b[:1]) for a, b in pairs]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dis
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -81,8 +81,8 @@ def no_foreign_errors(
     """Makes a TomeError of an error that nobody foresaw; that error is its cause.
 
     These pass as they are: a TomeError; a TypeError or ValueError about an argument, which tomepass
-    raises on purpose; what a model raised under :func:`the_models_own`; what says that memory ran
-    out; and all that is no ``Exception``, such as a keyboard interrupt. Serves as a decorator too.
+    raises on purpose; what was raised under :func:`the_users_own`; what says that memory ran out;
+    and all that is no ``Exception``, such as a keyboard interrupt. Serves as a decorator too.
 
     Args:
         doing: what could not be done, after "tomepass could not".
@@ -94,19 +94,33 @@ def no_foreign_errors(
     except Exception as error:
         if (inside := getattr(error, "inner_exception", None)) and isinstance(inside, TomeError):
             raise inside from error  # Dynamo wraps what a backend raises
-        if _passes(error, passing):
+        if passes(error, passing):
             raise
         told = f"tomepass could not {doing}: {type(error).__name__}: {first_lines(error)}"
         raise TomeError(told, advice=advice) from error
 
 
+def compiling_merged(inner: str) -> AbstractContextManager[None]:
+    """Around a merged model's compilation, and runs of what that made: see no_foreign_errors.
+
+    Args:
+        inner: the name of the backend.
+    """
+    return no_foreign_errors(
+        f"have the backend {inner!r} compile the merged model, or run what it made",
+        advice="compile the model itself with that backend in one graph first: torch.compile("
+        "model, backend=..., fullgraph=True); if that works, please report this with the whole "
+        "traceback, which begins with its cause",
+    )
+
+
 @contextmanager
-def the_models_own() -> Iterator[None]:
-    """Around a call of the user's model: what it raises is the user's to see as it is."""
+def the_users_own() -> Iterator[None]:
+    """Around the user's iterables and callbacks: what they raise is theirs to see as it is."""
     try:
         yield
     except Exception as error:
-        error.__dict__["_of_the_model"] = True
+        error.__dict__["_of_the_user"] = True
         raise
 
 
@@ -115,13 +129,14 @@ def first_lines(error: BaseException) -> str:
     return " ".join(str(error).strip().splitlines()[:3])[:500]
 
 
-def _passes(error: Exception, passing: frozenset[str]) -> bool:
+def passes(error: Exception, passing: frozenset[str] = frozenset()) -> bool:
+    """Is it one that reaches the user as it is? See :func:`no_foreign_errors`."""
     classes = {cls.__name__ for cls in type(error).__mro__}
     if isinstance(error, TomeError) or classes & (_OUT_OF_MEMORY | passing):
         return True
     if isinstance(error, (TypeError, ValueError)) and _on_purpose(error.__traceback__):
         return True
-    return getattr(error, "_of_the_model", False) or "DefaultCPUAllocator" in str(error)
+    return getattr(error, "_of_the_user", False) or "DefaultCPUAllocator" in str(error)
 
 
 def _on_purpose(traceback: TracebackType | None) -> bool:

@@ -20,18 +20,25 @@ def example_inputs(model: nn.Module, batch: int = 2) -> dict[str, Tensor]:
         TomeError: if the config does not say what the model takes.
     """
     name = str(getattr(model, "main_input_name", None))
-    shape = _SHAPES[name](getattr(model, "config", None)) if name in _SHAPES else None
-    if shape is None:
-        raise TomeError(
-            f"what {type(model).__name__} takes cannot be read off its config",
-            advice='give example_inputs, for example {"pixel_values": torch.randn(2, 3, 224, 224)}',
-        )
+    try:
+        shape = _SHAPES[name](getattr(model, "config", None)) if name in _SHAPES else None
+    except (TypeError, ValueError) as error:  # sizes written in a way of its own
+        raise _unread(model) from error
+    if shape is None or min(shape) < 1:
+        raise _unread(model)
     parameter = next(model.parameters(), torch.empty(0))
     dtype = parameter.dtype if parameter.is_floating_point() else torch.float32
     # A generator of its own: making an example must not disturb the user's random state.
     generator = torch.Generator().manual_seed(0)
     value = torch.randn(batch, *shape, generator=generator)
     return {name: value.to(device=parameter.device, dtype=dtype)}
+
+
+def _unread(model: nn.Module) -> TomeError:
+    return TomeError(
+        f"what {type(model).__name__} takes cannot be read off its config",
+        advice='give example_inputs, for example {"pixel_values": torch.randn(2, 3, 224, 224)}',
+    )
 
 
 def _image(config: Any) -> tuple[int, ...] | None:

@@ -74,7 +74,8 @@ def export(
         if isinstance(model, MergedModel) and outputs is None:
             outputs = model._tome.outputs
         model = model._tome.model
-    method, outputs = resolve_method(method, r), outputs or "original"
+    method = resolve_method(method, r)
+    outputs = "original" if outputs is None else outputs
     check_choices("raise", outputs)
     check_model(model)
     _check_exportable(model, method, dynamic_batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -143,13 +144,14 @@ def without_places(module: fx.GraphModule, places: Mapping[str, int | None]) -> 
 
 
 def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    """Largest difference over the largest magnitude of the second."""
+    """Largest difference over the largest magnitude of the second; infinite where one is NaN."""
     a, b = ours.double(), theirs.double()
     if not b.numel():
         return 0.0
     scale = float(b.abs().max())
     difference = float((a - b).abs().max())
-    return difference / scale if scale else difference
+    error = difference / scale if scale else difference
+    return float("inf") if math.isnan(error) else error  # NaN is no greater than a tolerance
 
 
 def _cleaned(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from tomepass.calls import call_with
+from tomepass.batches import Form, first_of
+from tomepass.capture import describe_inputs
+from tomepass.captures import signature_of
 from tomepass.costs import ModelCosts
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, the_users_own
 from tomepass.methods import Method
 from tomepass.module import (
     MergedModel,
@@ -24,6 +26,7 @@ from tomepass.module import (
 )
 from tomepass.planning import Planned
 from tomepass.rewrite import rewrite
+from tomepass.unmerged import answer_of, check_values
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,10 @@ class Judge:
         labels: ``[images]`` class indices, if they are known.
 
     Raises:
-        TomeError: if there are no batches, the model cannot be merged, or is in training mode.
+        TomeError: if there are no batches, or they differ in more than their length; if the model
+            cannot be merged, is in training mode, or is on the meta device; if the model itself
+            raises for one, which is then its cause, or answers with what cannot be compared.
+        TypeError: if ``batches`` is no iterable of inputs. What it raises itself comes through.
     """
 
     def __init__(
@@ -84,14 +90,17 @@ class Judge:
             raise TomeError(
                 "outputs are compared, which takes eval mode", advice="call model.eval() first"
             )
-        self.calls = [call_of(self.model, batch) for batch in batches]
+        self.calls = [call_of(self.model, batch) for batch in given(batches)]
         if not self.calls:
             raise TomeError("there are no images", advice="give at least one batch of inputs")
+        for place, call in enumerate(self.calls):
+            _check_images(self.model, call, place)
         self.labels = labels
         self.capture, streams = read_streams(self.model, self.calls[0])
+        _check_alike(self.model, self.calls, self.capture.form)
         self.costs = ModelCosts.read(self.capture.graph, streams)
         with torch.no_grad():
-            answers = [_read(call_with(self.model, call)) for call in self.calls]
+            answers = [_answer(self.model, call) for call in self.calls]
         self.unmerged = torch.cat([answer for answer, _ in answers])
         self.classifies = answers[0][1]
 
@@ -140,6 +149,71 @@ class Judge:
     def score(self, method: Method) -> Score:
         """How close the reduced model is, over all images."""
         return self.outputs(method).score()
+
+
+def given(batches: Iterable[Any]) -> Iterator[Any]:
+    """The user's batches. What their iterable raises comes through as it is."""
+    if isinstance(batches, (Tensor, Mapping, str, bytes)):
+        raise TypeError(
+            "batches must be an iterable of inputs, such as a list or a DataLoader, got one "
+            f"{type(batches).__name__}: give [batch] for a single batch"
+        )
+    if not hasattr(type(batches), "__iter__") and not hasattr(type(batches), "__getitem__"):
+        raise TypeError(f"batches must be an iterable of inputs, got {type(batches).__name__}")
+    with the_users_own():
+        rest = iter(batches)
+    while True:
+        with the_users_own():
+            try:
+                batch = next(rest)
+            except StopIteration:
+                return
+        yield batch
+
+
+def _check_images(model: nn.Module, call: dict[str, Any], place: int) -> None:
+    """Refuses a batch of nothing, or without values."""
+    check_values(model, call, "comparing outputs")
+    first = first_of(call)
+    if first is not None and not first.shape[0]:
+        raise TomeError(
+            f"batch {place} holds no images: {describe_inputs(call)}", advice="leave it out"
+        )
+
+
+def _check_alike(model: nn.Module, calls: Sequence[dict[str, Any]], form: Form) -> None:
+    """Refuses a batch for which the graph made for the first one does not hold."""
+    expected = signature_of(model, calls[0], "forward", form)
+    for place, call in enumerate(calls):
+        if signature_of(model, call, "forward", form) != expected:
+            alike = "alike but for their length"
+            if form.size is not None:
+                alike = "of one length, since this model is captured for a fixed batch size alone"
+            raise TomeError(
+                f"expected batches {alike}: the first is {describe_inputs(calls[0])}, "
+                f"batch {place} is {describe_inputs(call)}",
+                advice="give each resolution, dtype and device to a call of its own; of a fixed "
+                "length, leave out a last batch that is shorter",
+            )
+
+
+def _answer(model: nn.Module, call: dict[str, Any]) -> tuple[Tensor, bool]:
+    """What the model itself answers: see :func:`_read`."""
+    answer, classifies = _read(answer_of(model, call))
+    first = first_of(call)
+    assert first is not None
+    name, inputs = type(model).__name__, describe_inputs(call)
+    if answer.shape[0] != first.shape[0]:
+        raise TomeError(
+            f"expected a row an image as {name}'s first floating-point output, got "
+            f"{list(answer.shape)} for inputs {inputs}"
+        )
+    if not bool(answer.isfinite().all()):
+        raise TomeError(
+            f"{name} itself returns values that are not finite for inputs {inputs}, nothing merged",
+            advice="look for NaN and infinities in the inputs and the parameters",
+        )
+    return answer, classifies
 
 
 def _read(outputs: Any) -> tuple[Tensor, bool]:

@@ -484,7 +484,8 @@ def warn_of_names(merged: StandIn, names: list[str]) -> None:
 def _attribute(model: nn.Module, path: str) -> Tensor:
     value: Any = model
     for name in path.split("."):
-        value = getattr(value, name)
+        # Dynamo looks through what is compiled already, which then has no _orig_mod.
+        value = getattr(value, name, value) if name == "_orig_mod" else getattr(value, name)
     return value  # type: ignore[no-any-return]
 
 
@@ -505,13 +506,30 @@ def check_model(model: object) -> None:
             advice="give the model itself, and compile what apply returns: "
             "torch.compile(tomepass.apply(model))",
         )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TomeError(
+            f"{type(model).__name__} is compiled by TorchScript: there is no Python to capture",
+            advice="give the model that torch.jit.trace or torch.jit.script was given",
+        )
     if isinstance(model, AdaptiveModel):
         raise TomeError(
             f"the model is already merged with {model._tome.method!r}, which routes images to "
             "several graphs",
             advice="give its .original, or one of its .budgets, which is a graph of its own",
         )
+    lazy = [n for n, m in model.named_modules() if _is_lazy(m)]
+    if lazy:
+        raise TomeError(
+            f"parameters of {type(model).__name__} have no shape yet: {lazy[0] or 'it'} is a lazy "
+            "module",
+            advice="call the model itself once, which makes them",
+        )
     refuse_sharded(model)
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    values = (*module._parameters.values(), *module._buffers.values())
+    return any(value is not None and torch.nn.parameter.is_lazy(value) for value in values)
 
 
 def check_one_graph(method: Method, door: str) -> None:

@@ -12,11 +12,20 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.attention_paths import padded_to
-from tomepass.benchmarking import Measurement, environment, inner_name, measure, steps
+from tomepass.backend import options_of, resolve_inner
+from tomepass.benchmarking import (
+    Measurement,
+    check_rounds,
+    environment,
+    inner_name,
+    measure,
+    steps,
+)
 from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.methods import Method, RLike, ToMe, method_from_dict
-from tomepass.module import MergedModel, explain
+from tomepass.module import MergedModel, call_of, check_model, explain
 from tomepass.tables import progress_bar
+from tomepass.unmerged import check_values
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -179,12 +188,20 @@ def plan(
         progress: show a bar on standard error.
 
     Raises:
-        TomeError: if the model cannot be merged.
-        TypeError, ValueError: on a wrong target, or more than one.
+        TomeError: if the model cannot be merged, or is in training mode; if the model itself,
+            compiled by that backend, raises for these inputs, which is then its cause; or if they
+            or the model are on the meta device.
+        TypeError, ValueError: on a wrong target, or more than one, or another argument of a wrong
+            type.
     """
     asked = ToMe(r, macs=macs, speedup=speedup)
+    options = options_of(inner_options)
+    resolve_inner(inner, {})  # a missing backend is better said before the work
+    check_rounds(rounds)
     if isinstance(model, MergedModel):
         model = model._tome.model
+    check_model(model)
+    check_values(model, call_of(model, inputs), "plan")
 
     with progress_bar(progress) as bar:
 
@@ -196,7 +213,7 @@ def plan(
                 inputs,
                 method,
                 inner=inner,
-                inner_options=inner_options,
+                inner_options=options,
                 rounds=rounds,
                 progress=lambda step: bar.update(task, description=f"{what}: {step}", advance=1),
             )

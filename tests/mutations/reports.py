@@ -117,8 +117,8 @@ MUTANTS = [
     ),
     Mutant(
         name="a_cache_of_other_images_is_taken",
-        file="tomepass/calibration.py",
-        old='if stored.get("outputs") != self.key:',
+        file="tomepass/measurements.py",
+        old='if stored.get("outputs") != key:',
         new="if False:",
         tests="tests/test_calibration.py -k other_images",
     ),
