@@ -144,19 +144,9 @@ class AdaptiveModel(StandIn):
         call = tome.bind(args, kwargs)
         return self._tome_routes(tome.captures.get(tome.model, call), call)
 
-    @gives_way
-    def prepare(self, inputs: Any) -> AdaptiveModel:
-        """Captures and rewrites ahead of the first call with inputs like these.
-
-        Args:
-            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-
-        Returns:
-            itself.
-        """
+    def _tome_prepare(self, inputs: Any) -> None:
         for budget in self._tome_budgets():
             captured(budget, inputs)
-        return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles each budget by ``torch.compile``, whose arguments it takes.
@@ -204,7 +194,8 @@ def make_adaptive(
     made = _rebuild(model, method, on_unmatched, budgets, ready)
     if names := shadowed(made):
         warn_of_names(made, names)
-    return AdaptiveModel.prepare(made, example_inputs)
+    made._tome_prepare(example_inputs)
+    return made
 
 
 def _rebuild(

@@ -33,7 +33,7 @@ from tomepass.fast_paths import refuse_skipped_modules
 from tomepass.fidelity import NotCapturedError, called_once, can_be_held, hold_against
 from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
-from tomepass.regions import Inlining
+from tomepass.regions import Inlining, regions_in_place, traced_by_dynamo
 from tomepass.subexpressions import merge_duplicates
 
 aten = torch.ops.aten
@@ -221,6 +221,7 @@ def _captured(
     """An exported program in the dialect, with its state named after the model's."""
     module, signature = program.graph_module, program.graph_signature
     _to_dialect(module)
+    twin.unseen = traced_by_dynamo(module)
     guards = Guards(model, twin.reads, twin.edited, _has_fused_layer(module))
     if (written := _written_input(module)) is not None:
         raise NotCapturedError(
@@ -398,7 +399,7 @@ class _ByKeyword(nn.Module):
     def forward(self, call: dict[str, Any]) -> Any:
         # A forward is called as the module is: with its hooks.
         called = self.model if self.method == "forward" else getattr(self.model, self.method)
-        with self.untraced.elsewhere(), self.twin.noting():
+        with self.untraced.elsewhere(), regions_in_place(), self.twin.noting():
             return call_with(called, call)
 
 

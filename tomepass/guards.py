@@ -19,12 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tomepass.clone import Reads, items_of
+from tomepass.clone import OF_MODULE, Reads, items_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _NOT_READ = ("__dict__", "__class__")
-# Where nn.Module keeps what its __getattr__ finds.
-_OF_MODULE = ("_parameters", "_buffers", "_modules")
 # What every module has a say in, whoever called it.
 _EVERYWHERE = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -107,7 +105,7 @@ class Guards:
         held = object.__getattribute__(owner, "__dict__")
         places = [held]
         if isinstance(owner, nn.Module):
-            places += [held[place] for place in _OF_MODULE if place in held]
+            places += [held[place] for place in OF_MODULE if place in held]
         found: dict[int, dict[str, Any]] = {}
         for name in names:
             place = next((p for p in places if name in p), None)

@@ -178,18 +178,8 @@ class MergedModel(StandIn):
         tome = self._tome
         return _rebuild, (tome.model, tome.method, tome.on_unmatched, tome.outputs)
 
-    @gives_way
-    def prepare(self, inputs: Any) -> MergedModel:
-        """Captures and rewrites ahead of the first call with inputs like these.
-
-        Args:
-            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-
-        Returns:
-            itself.
-        """
+    def _tome_prepare(self, inputs: Any) -> None:
         captured(self, inputs)
-        return self
 
     @gives_way
     def source(self, *args: Any, **kwargs: Any) -> Tensor:
