@@ -31,7 +31,6 @@ from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
 from tomepass.standin import StandIn, Tome, gives_way, shadowed, stand_in
-from tomepass.structure import Mismatch
 
 if TYPE_CHECKING:
     from tomepass.adaptive import Router
@@ -359,9 +358,7 @@ def _not_captured(
     model: nn.Module, method: Method, call: dict[str, Any], error: NotCapturedError
 ) -> Applied:
     """A model that is left as it is, since no graph can stand for it."""
-    reason = Mismatch(error.reason, error.block, error.node, error.source, error.advice)
-    inputs = describe_inputs(call)
-    report = Report(type(model).__name__, inputs, method, (), (reason,), (), 0, 0, 0)
+    report = Report.of_nothing(type(model).__name__, describe_inputs(call), method, error)
     return Applied(Capture.of_nothing(error.guards), None, None, report)
 
 
