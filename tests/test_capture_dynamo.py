@@ -1,4 +1,4 @@
-"""A graph of Dynamo's that cannot be read: what is raised, or warned of once, and what runs then."""
+"""A graph of Dynamo's that cannot be read: what is raised or warned of, and what runs then."""
 
 from __future__ import annotations
 

@@ -106,6 +106,7 @@ class Capture:
         guards: whether the model still is what was captured.
         form: how it takes the batch.
         grad: whether gradients were enabled.
+        wanted: which inputs wanted gradients, where the model asks.
     """
 
     graph: CanonicalGraph
@@ -115,6 +116,12 @@ class Capture:
     guards: Guards
     form: Form = ANY
     grad: bool = True
+    wanted: tuple[bool, ...] | None = None
+
+    def stands_for(self, call: dict[str, Any]) -> bool:
+        """Is the model what it was, and are the inputs what it asked of them?"""
+        asked = self.wanted is None or self.wanted == gradients_wanted(call)
+        return asked and self.guards.hold()
 
     @classmethod
     def of_nothing(cls, guards: Guards) -> Capture:
@@ -123,6 +130,11 @@ class Capture:
         graph.output(())
         empty = CanonicalGraph(fx.GraphModule(nn.Module(), graph), frozenset(), fragment=False)
         return cls(empty, (), pytree.tree_structure(()), (), guards)
+
+
+def gradients_wanted(inputs: Any) -> tuple[bool, ...]:
+    """Which of the tensors among some inputs want gradients."""
+    return tuple(v.requires_grad for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor))
 
 
 def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "forward") -> Capture:
@@ -164,7 +176,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         f"{describe_inputs(kwargs)}: {type(first).__name__}: {_first_lines(first)}",
         advice="call the model itself with these inputs first; if that works, the model "
         "branches on tensor values, which no graph can hold",
-        guards=Guards(model, twin.reads, twin.edited),
+        guards=Guards(model, twin.reads, twin.edited, modes=twin.modes),
     ) from first
 
 
@@ -221,8 +233,10 @@ def _captured(
     """An exported program in the dialect, with its state named after the model's."""
     module, signature = program.graph_module, program.graph_signature
     _to_dialect(module)
-    twin.unseen = traced_by_dynamo(module)
-    guards = Guards(model, twin.reads, twin.edited, _has_fused_layer(module))
+    if traced_by_dynamo(module):
+        twin.unseen = True
+        twin.modes.everything()
+    guards = Guards(model, twin.reads, twin.edited, _has_fused_layer(module), twin.modes)
     if (written := _written_input(module)) is not None:
         raise NotCapturedError(
             "the model writes to its inputs or its own state in its forward",
@@ -252,7 +266,10 @@ def _captured(
     graph = CanonicalGraph(module, frozenset(data), False, frozenset(learned))
     assert program.call_spec.out_spec is not None
     grad = torch.is_grad_enabled()
-    return Capture(graph, tuple(state), program.call_spec.out_spec, example, guards, form, grad)
+    wanted = gradients_wanted(example) if twin.modes.gradients else None
+    return Capture(
+        graph, tuple(state), program.call_spec.out_spec, example, guards, form, grad, wanted
+    )
 
 
 def capture_dynamo(

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from tomepass.modes import Modes
+
 # Copied with what they hold, since a forward may write to them.
 _CONTAINERS = (list, dict, set, collections.deque)
 # Objects of these packages are shared: nothing of a model's hangs on them.
@@ -103,6 +105,7 @@ class Twin:
         self._classes: dict[type, type] = {}
         self._reads: dict[int, Reads] = {}
         self.edited: set[int] = set()
+        self.modes = Modes()
         self.unseen = False  # set where Dynamo traced parts of the forward: it notes nothing
         self._thread: int | None = None
         self._mixin = _recording(self) if noting else None
@@ -121,7 +124,8 @@ class Twin:
         """Notes what this thread reads of the twin in the block."""
         before, self._thread = self._thread, threading.get_ident()
         try:
-            yield
+            with self.modes.noting():
+                yield
         finally:
             self._thread = before
             self.edited |= self._edited()

@@ -66,7 +66,9 @@ def hold_against(model: nn.Module, capture: Capture, call: dict[str, Any], metho
     """
     # Nothing of this is kept for a backward: hooks that count what is do not see it.
     unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-    with torch.inference_mode(False), torch.set_grad_enabled(capture.grad), unseen:
+    # Nothing is made in inference mode that lives on, unless the model asks for that mode.
+    inference = torch.is_inference_mode_enabled() and capture.guards.modes.asks_for_inference
+    with torch.inference_mode(inference), torch.set_grad_enabled(capture.grad), unseen:
         inputs = pytree.tree_map(_plain, capture.form.few(call))
         try:
             expected, form = _of_the_model(model, method, inputs)
@@ -191,7 +193,8 @@ def _plain(value: Any) -> Any:
     """An input without its history; one made in inference mode could not be trained with."""
     if not isinstance(value, Tensor):
         return value
-    return value.detach().clone() if value.is_inference() else value.detach()
+    plain = value.detach().clone() if value.is_inference() else value.detach()
+    return plain.requires_grad_(value.requires_grad)  # a model may ask
 
 
 def _is_wrapped(value: Tensor) -> bool:

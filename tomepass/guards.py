@@ -20,6 +20,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from tomepass.clone import OF_MODULE, Reads, items_of
+from tomepass.modes import Modes
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _NOT_READ = ("__dict__", "__class__")
@@ -36,12 +37,14 @@ class Guards:
         reads: what was read of its objects.
         edited: containers by id that the forward itself edits, which say nothing.
         fused: the graph holds a layer that PyTorch fuses only where nothing needs gradients.
+        modes: settings of the process that the model's code asked for.
     """
 
     model: nn.Module
     reads: Iterable[Reads]
     edited: Iterable[int] = ()
     fused: bool = False
+    modes: Modes = field(default_factory=Modes)
     # Dictionaries, what takes some values out of each, and the values that must come out.
     _values: list[tuple[Any, itemgetter[Any], tuple[Any, ...]]] = field(default_factory=list)
     _absent: list[tuple[Any, str]] = field(default_factory=list)
@@ -94,7 +97,12 @@ class Guards:
     def _toggles(self) -> tuple[Any, ...]:
         """Settings of the process that decide about graphs."""
         trains = self.fused and torch.is_grad_enabled() and self._needs_gradients()
-        return (torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled(), trains)
+        asked = self.modes.answers()
+        if self.modes.gradients:
+            asked += [value is not None and value.requires_grad for value in self._read_tensors()]
+            asked.append(torch.is_grad_enabled())
+        fast = torch.backends.mha.get_fastpath_enabled()
+        return (torch.get_default_dtype(), fast, trains, *asked)
 
     def _needs_gradients(self) -> bool:
         return any(value.requires_grad for value in self._read_tensors() if value is not None)
