@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tomepass.bypass import captured_another
 from tomepass.capture import Capture
-from tomepass.captures import Captures, Make
+from tomepass.captures import CAPTURES, Captures, Make
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import only_outputs
@@ -72,6 +72,7 @@ class AdaptiveModel(StandIn):
         on_unmatched: as for :func:`tomepass.apply`.
         budgets: the methods, from the least redundant images to the most.
         ready: the model as captured already, nothing reduced.
+        captures: how many captures are kept, for each budget and of the model itself.
     """
 
     def __init__(
@@ -81,9 +82,10 @@ class AdaptiveModel(StandIn):
         on_unmatched: OnUnmatched,
         budgets: Sequence[Method],
         ready: Applied | None = None,
+        captures: int = CAPTURES,
     ) -> None:
         # The model is captured once: budgets differ in their counts alone.
-        plain = Captures(_capturing(ready), checker(ToMe(0), "raise"))
+        plain = Captures(_capturing(ready), checker(ToMe(0), "raise"), captures)
         self.__dict__["_tome_parts"] = tuple(
             MergedModel(model, each, "raise", "original", _reduced(plain, each)) for each in budgets
         )
@@ -130,7 +132,8 @@ class AdaptiveModel(StandIn):
 
     def _tome_remade(self) -> tuple[Any, tuple[Any, ...]]:
         tome, budgets = self._tome, tuple(budget._tome.method for budget in self._tome_parts)
-        return _rebuild, (tome.model, tome.method, tome.on_unmatched, budgets)
+        kept = tome.captures.limit
+        return _rebuild, (tome.model, tome.method, tome.on_unmatched, budgets, None, kept)
 
     @value_gives_way
     def budgets(self) -> tuple[MergedModel, ...]:
@@ -164,6 +167,7 @@ def make_adaptive(
     example_inputs: Any,
     on_unmatched: OnUnmatched,
     outputs: Outputs,
+    captures: int = CAPTURES,
 ) -> AdaptiveModel:
     """The model behind ``apply(model, method)`` where the method is adaptive.
 
@@ -191,7 +195,7 @@ def make_adaptive(
         method = method.replace(adaptive=_thresholds(found))
     plain = method.replace(adaptive=False)
     budgets = [_scaled(plain, share, stream) for share in BUDGETS]
-    made = _rebuild(model, method, on_unmatched, budgets, ready)
+    made = _rebuild(model, method, on_unmatched, budgets, ready, captures)
     if names := shadowed(made):
         warn_of_names(made, names)
     made._tome_prepare(example_inputs)
@@ -204,9 +208,10 @@ def _rebuild(
     on_unmatched: OnUnmatched,
     budgets: Sequence[Method],
     ready: Applied | None = None,
+    captures: int = CAPTURES,
 ) -> AdaptiveModel:
     cls = stand_in(AdaptiveModel, model)
-    made: AdaptiveModel = cls(model, method, on_unmatched, budgets, ready)
+    made: AdaptiveModel = cls(model, method, on_unmatched, budgets, ready, captures)
     return made
 
 
@@ -231,7 +236,7 @@ def _reduced(plain: Captures, method: Method) -> Captures:
         return accepted(apply_capture(model, capture, method), "raise")
 
     # The capture has been held against the model: that a router ran on it is enough.
-    return Captures(make, lambda applied, *_: applied)
+    return Captures(make, lambda applied, *_: applied, plain.limit)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

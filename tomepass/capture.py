@@ -8,7 +8,7 @@ placeholder, parameters included, and every node carries a fake value in ``meta[
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,7 +28,7 @@ from tomepass.calls import call_with
 from tomepass.checkpointing import is_reentrant, marking
 from tomepass.clone import Reads, Twin
 from tomepass.decompositions import DECOMPOSITIONS
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, first_lines
 from tomepass.fast_paths import refuse_skipped_modules
 from tomepass.fidelity import NotCapturedError, called_once, can_be_held, hold_against
 from tomepass.guards import Guards
@@ -107,6 +107,8 @@ class Capture:
         form: how it takes the batch.
         grad: whether gradients were enabled.
         wanted: which inputs wanted gradients, where the model asks.
+        closed: why the batch is not open, or the first tensor alone is batched.
+        uncompared: why it could not be compared with the model.
     """
 
     graph: CanonicalGraph
@@ -117,6 +119,19 @@ class Capture:
     form: Form = ANY
     grad: bool = True
     wanted: tuple[bool, ...] | None = None
+    closed: str | None = None
+    uncompared: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of it, in words."""
+        notes = [] if self.uncompared is None else [self.uncompared]
+        if self.form.size is not None:
+            notes.append(
+                f"captured for a batch of {self.form.size} alone, since torch.export cannot leave "
+                f"the batch open ({self.closed}): every other batch size is a capture of its own"
+            )
+        return tuple(notes)
 
     def stands_for(self, call: dict[str, Any]) -> bool:
         """Is the model what it was, and are the inputs what it asked of them?"""
@@ -165,15 +180,18 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
                 again = _exported(model, later, forward, example, dynamic)
                 _check_state(model, program, again, kept)
             captured = _captured(model, program, twin, tuple(pytree.tree_leaves(example)), form)
+            if failed:
+                captured = replace(captured, closed=_told(failed[0][0]))
             if can_be_held(kwargs):
-                hold_against(model, captured, kwargs, forward)
+                unlike = hold_against(model, captured, kwargs, forward)
+                captured = replace(captured, uncompared=unlike)
             return captured
     first, twin = failed[0]
     if isinstance(first, TomeError):
         raise first
     raise NotCapturedError(
         f"torch.export could not capture {type(model).__name__} for inputs "
-        f"{describe_inputs(kwargs)}: {type(first).__name__}: {_first_lines(first)}",
+        f"{describe_inputs(kwargs)}: {_told(first)}",
         advice="call the model itself with these inputs first; if that works, the model "
         "branches on tensor values, which no graph can hold",
         guards=Guards(model, twin.reads, twin.edited, modes=twin.modes),
@@ -564,5 +582,5 @@ def _in_a_module(source: Source) -> bool:
     return "MODULE" in kind.name
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).strip().splitlines()[:3])[:500]
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_lines(error)}"

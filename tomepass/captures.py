@@ -50,7 +50,7 @@ class Captures:
     Args:
         make: captures a model for a call of one of its methods, and rewrites it.
         check: raises, or gives what to run instead, where a capture is not the model for a call.
-        limit: how many are kept; may be changed at any time.
+        limit: how many are kept.
     """
 
     make: Make

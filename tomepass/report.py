@@ -83,6 +83,7 @@ class Report:
         macs_overhead: matching and merging.
         paths: how proportional attention is computed on the device it was read with.
         kernels: on CUDA, which operators run as Triton kernels, and why others do not.
+        notes: what else holds of the capture: for which batch size, that it was not compared.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Report:
     macs_overhead: int
     paths: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_nothing(cls, model: str, inputs: str, method: Method, error: TomeError) -> Report:
