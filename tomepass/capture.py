@@ -191,7 +191,7 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
         raise first
     raise NotCapturedError(
         f"torch.export could not capture {type(model).__name__} for inputs "
-        f"{describe_inputs(kwargs)}: {_told(first)}",
+        f"{describe_inputs(kwargs)}: {type(first).__name__}: {first_lines(first)}",
         advice="call the model itself with these inputs first; if that works, the model "
         "branches on tensor values, which no graph can hold",
         guards=Guards(model, twin.reads, twin.edited, modes=twin.modes),
