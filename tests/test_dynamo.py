@@ -15,7 +15,7 @@ import torch._dynamo.config
 import torch.distributed
 from depth import at_hand
 from encoders import GRID, PATCH, Attention, Block, Causal, Encoder, make, near, pixels
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.distributed.fsdp import fully_shard
 from torch.nn.attention.flex_attention import flex_attention
@@ -392,10 +392,14 @@ def test_checkpointed_blocks_keep_as_little_as_unmerged_ones() -> None:
 
 
 def test_a_refused_checkpointed_model_keeps_its_regions() -> None:
-    graphs = []
+    regions: list[bool] = []
+    marks: list[fx.Node] = []
 
     def inner(gm: Any, inputs: Any) -> Any:
-        graphs.append(gm)
+        # As they are handed over: torch 2.11 marks them itself when it runs them.
+        regions.extend(str(n.target) == "tag_activation_checkpoint" for n in gm.graph.nodes)
+        bodies = [m for m in gm.modules() if isinstance(m, fx.GraphModule) and m is not gm]
+        marks.extend(n for m in bodies for n in m.graph.nodes if "recompute" in n.meta)
         return gm
 
     class CausalCheckpointed(Checkpointed):
@@ -407,10 +411,8 @@ def test_a_refused_checkpointed_model_keeps_its_regions() -> None:
     model = make(blocks=[CausalCheckpointed])
     with pytest.warns(UserWarning, match="causal"):
         torch.compile(model, backend=backend)(pixels())
-    names = [str(n.target) for n in graphs[0].graph.nodes]
-    assert "tag_activation_checkpoint" in names
-    bodies = [m for m in graphs[0].modules() if m is not graphs[0]]
-    assert not any("recompute" in n.meta for m in bodies for n in m.graph.nodes)
+    assert any(regions)
+    assert marks == []
 
 
 # What is an input

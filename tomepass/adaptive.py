@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from tomepass.bypass import captured_another
 from tomepass.capture import Capture
-from tomepass.captures import Captures, Make
+from tomepass.captures import CAPTURES, Captures, Make
 from tomepass.errors import TomeError
 from tomepass.examples import example_inputs as inputs_from_config
 from tomepass.graphs import only_outputs
@@ -78,6 +78,7 @@ class AdaptiveModel(StandIn):
         on_unmatched: as for :func:`tomepass.apply`.
         budgets: the methods, from the least redundant images to the most.
         ready: the model as captured already, nothing reduced.
+        captures: how many captures are kept, for each budget and of the model itself.
     """
 
     def __init__(
@@ -87,9 +88,10 @@ class AdaptiveModel(StandIn):
         on_unmatched: OnUnmatched,
         budgets: Sequence[Method],
         ready: Applied | None = None,
+        captures: int = CAPTURES,
     ) -> None:
         # The model is captured once: budgets differ in their counts alone.
-        plain = Captures(_capturing(ready), checker(ToMe(0), "raise"))
+        plain = Captures(_capturing(ready), checker(ToMe(0), "raise"), captures)
         self.__dict__["_tome_parts"] = tuple(
             MergedModel(model, each, "raise", "original", _reduced(plain, each)) for each in budgets
         )
@@ -136,7 +138,8 @@ class AdaptiveModel(StandIn):
 
     def _tome_remade(self) -> tuple[Any, tuple[Any, ...]]:
         tome, budgets = self._tome, tuple(budget._tome.method for budget in self._tome_parts)
-        return _rebuild, (tome.model, tome.method, tome.on_unmatched, budgets)
+        kept = tome.captures.limit
+        return _rebuild, (tome.model, tome.method, tome.on_unmatched, budgets, None, kept)
 
     @value_gives_way
     def budgets(self) -> tuple[MergedModel, ...]:
@@ -150,19 +153,9 @@ class AdaptiveModel(StandIn):
         call = tome.bind(args, kwargs)
         return self._tome_routes(tome.captures.get(tome.model, call), call)
 
-    @gives_way
-    def prepare(self, inputs: Any) -> AdaptiveModel:
-        """Captures and rewrites ahead of the first call with inputs like these.
-
-        Args:
-            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-
-        Returns:
-            itself.
-        """
+    def _tome_prepare(self, inputs: Any) -> None:
         for budget in self._tome_budgets():
             captured(budget, inputs)
-        return self
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compiles each budget by ``torch.compile``, whose arguments it takes.
@@ -180,6 +173,7 @@ def make_adaptive(
     example_inputs: Any,
     on_unmatched: OnUnmatched,
     outputs: Outputs,
+    captures: int = CAPTURES,
 ) -> AdaptiveModel:
     """The model behind ``apply(model, method)`` where the method is adaptive.
 
@@ -207,10 +201,11 @@ def make_adaptive(
         method = method.replace(adaptive=_thresholds(found))
     plain = method.replace(adaptive=False)
     budgets = [_scaled(plain, share, stream) for share in BUDGETS]
-    made = _rebuild(model, method, on_unmatched, budgets, ready)
+    made = _rebuild(model, method, on_unmatched, budgets, ready, captures)
     if names := shadowed(made):
         warn_of_names(made, names)
-    return AdaptiveModel.prepare(made, example_inputs)
+    made._tome_prepare(example_inputs)
+    return made
 
 
 def _rebuild(
@@ -219,9 +214,10 @@ def _rebuild(
     on_unmatched: OnUnmatched,
     budgets: Sequence[Method],
     ready: Applied | None = None,
+    captures: int = CAPTURES,
 ) -> AdaptiveModel:
     cls = stand_in(AdaptiveModel, model)
-    made: AdaptiveModel = cls(model, method, on_unmatched, budgets, ready)
+    made: AdaptiveModel = cls(model, method, on_unmatched, budgets, ready, captures)
     return made
 
 
@@ -246,7 +242,7 @@ def _reduced(plain: Captures, method: Method) -> Captures:
         return accepted(apply_capture(model, capture, method), "raise")
 
     # The capture has been held against the model: that a router ran on it is enough.
-    return Captures(make, lambda applied, *_: applied)
+    return Captures(make, lambda applied, *_: applied, plain.limit)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -10,12 +10,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.utils.checkpoint import CheckpointPolicy
 
 from tomepass.attention import has_attention
 from tomepass.attention_paths import take_fastest_attention
-from tomepass.capture import CanonicalGraph, capture_dynamo, carry_marks, fix_sizes
+from tomepass.capture import (
+    CanonicalGraph,
+    capture_dynamo,
+    carry_marks,
+    describe_inputs,
+    fix_sizes,
+)
 from tomepass.decompositions import FOR_TENSORRT
 from tomepass.dynamo import CompiledCall, compiled_call, is_bucket, limit_reached, subject_of
 from tomepass.errors import DYNAMO_CONTROL, TomeError, no_foreign_errors
@@ -155,8 +161,7 @@ class TomeBackend(_Settings):
         compile_graph = resolve_inner(self.inner, _as_options(self.inner_options), mode)
         if self.method is None:
             return compile_graph(gm, example_inputs)
-        with no_foreign_errors("read a graph of Dynamo's", passing=DYNAMO_CONTROL):
-            merged = self._merged(gm, example_inputs, self.method)
+        merged = self._merged(gm, example_inputs, self.method)
         if merged is None:
             return compile_graph(gm, example_inputs)
         with no_foreign_errors(
@@ -184,19 +189,28 @@ class TomeBackend(_Settings):
         self, gm: fx.GraphModule, example_inputs: Sequence[Any], method: Method
     ) -> fx.GraphModule | None:
         """The graph with tokens merged; None where it is left as it is."""
-        captured = capture_dynamo(gm, example_inputs)
-        if any(is_overhead(node) for node in captured.graph.nodes):
-            raise TomeError(
-                "the model is already merged",
-                advice="compile the applied module with TomeBackend(None), or with another "
-                'backend: torch.compile(merged, backend="inductor")',
-            )
-        call = compiled_call()
-        if not has_attention(captured.graph):  # a fragment around a graph break, or all there is
-            if call is not None:
-                _warn_of_nothing(call)
-            return None
-        return self._rewritten(fix_sizes(captured, gm, example_inputs), method, gm, call)
+        call, refusal = compiled_call(), None
+        try:
+            with no_foreign_errors("read a graph of Dynamo's", passing=DYNAMO_CONTROL):
+                captured = _captured(gm, example_inputs)
+                if not has_attention(captured.graph):  # a fragment around a break, or all there is
+                    if call is not None:
+                        _warn_of_nothing(call)
+                    return None
+                fixed = fix_sizes(captured, gm, example_inputs)
+                merged, report = self._rewritten(fixed, method, gm, call)
+        except _AlreadyMergedError:
+            raise
+        except TomeError as error:
+            merged, report, refusal = None, _unread(method, example_inputs, error), error
+        told = call is not None and not _note(call, _Seen(self, report))
+        if merged is not None:
+            return merged
+        if self.on_unmatched == "raise":
+            raise refusal or report.refusal()
+        if not told:
+            warnings.warn(f"left unmerged: {refusal or report.refusal()}", stacklevel=2)
+        return None
 
     def with_options(self, options: dict[str, Any]) -> TomeBackend:
         """A copy with fields of the backend or of its method changed, by name.
@@ -226,7 +240,7 @@ class TomeBackend(_Settings):
         method: Method,
         gm: fx.GraphModule,
         call: CompiledCall | None,
-    ) -> fx.GraphModule | None:
+    ) -> tuple[fx.GraphModule | None, Report]:
         planned = plan_graph(captured, method)
         rewritten, refused = None, _BUCKET if is_bucket(gm) else None
         if planned.streams and refused is None:
@@ -237,18 +251,37 @@ class TomeBackend(_Settings):
         if rewritten is None and refused is None and call is not None:
             refused = sharded_inside(call.subject)
         report = make_report("the compiled graph", captured, planned, rewritten, refused)
-        if call is not None:
-            _SEEN.setdefault(call.subject, []).append(_Seen(self, report))
-        if rewritten is not None:
-            take_fastest_attention(rewritten.module, captured.fake_mode)
-            _decide_once(rewritten.module.graph)
-            if (limit := limit_reached()) is not None:
-                warnings.warn(_LAST.format(limit=limit), stacklevel=2)
-            return rewritten.module
-        if self.on_unmatched == "raise":
-            raise report.refusal()
-        warnings.warn(f"left unmerged: {report.refusal()}", stacklevel=2)
-        return None
+        if rewritten is None:
+            return None, report
+        take_fastest_attention(rewritten.module, captured.fake_mode)
+        _decide_once(rewritten.module.graph)
+        if (limit := limit_reached()) is not None:
+            warnings.warn(_LAST.format(limit=limit), stacklevel=2)
+        return rewritten.module, report
+
+
+class _AlreadyMergedError(TomeError):
+    """The compiled model is one of ours: that is said whatever is done with what is unmatched."""
+
+
+def _captured(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> CanonicalGraph:
+    """A graph of Dynamo's in the dialect."""
+    captured = capture_dynamo(gm, example_inputs)
+    if any(is_overhead(node) for node in captured.graph.nodes):
+        raise _AlreadyMergedError(
+            "the model is already merged",
+            advice="compile the applied module with TomeBackend(None), or with another "
+            'backend: torch.compile(merged, backend="inductor")',
+        )
+    return captured
+
+
+def _unread(method: Method, example_inputs: Sequence[Any], error: TomeError) -> Report:
+    """What is told of a graph that could not be read."""
+    tensors = [v for v in example_inputs if isinstance(v, Tensor)]
+    given = [v for v in tensors if not isinstance(v, nn.Parameter)]
+    inputs = {f"input {place}": value for place, value in enumerate(given)}
+    return Report.of_nothing("the compiled graph", describe_inputs(inputs), method, error)
 
 
 @dataclass(frozen=True)
@@ -257,6 +290,15 @@ class _Seen:
 
     backend: TomeBackend
     report: Report
+
+
+def _note(call: CompiledCall, found: _Seen) -> bool:
+    """Keeps what was found for a model; was no graph of it refused for the same reason?"""
+    seen = _SEEN.setdefault(call.subject, [])
+    then = (one.report.refused for one in seen if one.backend == found.backend)
+    new = found.report.refused not in then
+    seen.append(found)
+    return new
 
 
 # Graphs with attention by what was compiled. Dynamo's own caches live as long as that, too.

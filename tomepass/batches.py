@@ -106,4 +106,5 @@ def _check_dense(call: dict[str, Any]) -> None:
 def _two(value: Tensor) -> Tensor:
     if value.shape[0] == 0:
         return value.new_zeros((2, *value.shape[1:]))
-    return torch.cat([value[:1], value[-1:]]).detach()
+    # What wants gradients still does, since a model may ask.
+    return torch.cat([value[:1], value[-1:]]).detach().requires_grad_(value.requires_grad)

@@ -8,7 +8,7 @@ placeholder, parameters included, and every node carries a fake value in ``meta[
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,12 +28,12 @@ from tomepass.calls import call_with
 from tomepass.checkpointing import is_reentrant, marking
 from tomepass.clone import Reads, Twin
 from tomepass.decompositions import DECOMPOSITIONS
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, first_lines
 from tomepass.fast_paths import refuse_skipped_modules
 from tomepass.fidelity import NotCapturedError, called_once, can_be_held, hold_against
 from tomepass.guards import Guards
 from tomepass.masks import drop_idle_masks
-from tomepass.regions import Inlining
+from tomepass.regions import Inlining, regions_in_place, traced_by_dynamo
 from tomepass.subexpressions import merge_duplicates
 
 aten = torch.ops.aten
@@ -106,6 +106,9 @@ class Capture:
         guards: whether the model still is what was captured.
         form: how it takes the batch.
         grad: whether gradients were enabled.
+        wanted: which inputs wanted gradients, where the model asks.
+        closed: why the batch is not open, or the first tensor alone is batched.
+        uncompared: why it could not be compared with the model.
     """
 
     graph: CanonicalGraph
@@ -115,6 +118,25 @@ class Capture:
     guards: Guards
     form: Form = ANY
     grad: bool = True
+    wanted: tuple[bool, ...] | None = None
+    closed: str | None = None
+    uncompared: str | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know of it, in words."""
+        notes = [] if self.uncompared is None else [self.uncompared]
+        if self.form.size is not None:
+            notes.append(
+                f"captured for a batch of {self.form.size} alone, since torch.export cannot leave "
+                f"the batch open ({self.closed}): every other batch size is a capture of its own"
+            )
+        return tuple(notes)
+
+    def stands_for(self, call: dict[str, Any]) -> bool:
+        """Is the model what it was, and are the inputs what it asked of them?"""
+        asked = self.wanted is None or self.wanted == gradients_wanted(call)
+        return asked and self.guards.hold()
 
     @classmethod
     def of_nothing(cls, guards: Guards) -> Capture:
@@ -123,6 +145,11 @@ class Capture:
         graph.output(())
         empty = CanonicalGraph(fx.GraphModule(nn.Module(), graph), frozenset(), fragment=False)
         return cls(empty, (), pytree.tree_structure(()), (), guards)
+
+
+def gradients_wanted(inputs: Any) -> tuple[bool, ...]:
+    """Which of the tensors among some inputs want gradients."""
+    return tuple(v.requires_grad for v in pytree.tree_leaves(inputs) if isinstance(v, Tensor))
 
 
 def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "forward") -> Capture:
@@ -153,18 +180,21 @@ def capture_module(model: nn.Module, kwargs: dict[str, Any], forward: str = "for
                 again = _exported(model, later, forward, example, dynamic)
                 _check_state(model, program, again, kept)
             captured = _captured(model, program, twin, tuple(pytree.tree_leaves(example)), form)
+            if failed:
+                captured = replace(captured, closed=_told(failed[0][0]))
             if can_be_held(kwargs):
-                hold_against(model, captured, kwargs, forward)
+                unlike = hold_against(model, captured, kwargs, forward)
+                captured = replace(captured, uncompared=unlike)
             return captured
     first, twin = failed[0]
     if isinstance(first, TomeError):
         raise first
     raise NotCapturedError(
         f"torch.export could not capture {type(model).__name__} for inputs "
-        f"{describe_inputs(kwargs)}: {type(first).__name__}: {_first_lines(first)}",
+        f"{describe_inputs(kwargs)}: {type(first).__name__}: {first_lines(first)}",
         advice="call the model itself with these inputs first; if that works, the model "
         "branches on tensor values, which no graph can hold",
-        guards=Guards(model, twin.reads, twin.edited),
+        guards=Guards(model, twin.reads, twin.edited, modes=twin.modes),
     ) from first
 
 
@@ -221,7 +251,10 @@ def _captured(
     """An exported program in the dialect, with its state named after the model's."""
     module, signature = program.graph_module, program.graph_signature
     _to_dialect(module)
-    guards = Guards(model, twin.reads, twin.edited, _has_fused_layer(module))
+    if traced_by_dynamo(module):
+        twin.unseen = True
+        twin.modes.everything()
+    guards = Guards(model, twin.reads, twin.edited, _has_fused_layer(module), twin.modes)
     if (written := _written_input(module)) is not None:
         raise NotCapturedError(
             "the model writes to its inputs or its own state in its forward",
@@ -251,7 +284,10 @@ def _captured(
     graph = CanonicalGraph(module, frozenset(data), False, frozenset(learned))
     assert program.call_spec.out_spec is not None
     grad = torch.is_grad_enabled()
-    return Capture(graph, tuple(state), program.call_spec.out_spec, example, guards, form, grad)
+    wanted = gradients_wanted(example) if twin.modes.gradients else None
+    return Capture(
+        graph, tuple(state), program.call_spec.out_spec, example, guards, form, grad, wanted
+    )
 
 
 def capture_dynamo(
@@ -398,7 +434,7 @@ class _ByKeyword(nn.Module):
     def forward(self, call: dict[str, Any]) -> Any:
         # A forward is called as the module is: with its hooks.
         called = self.model if self.method == "forward" else getattr(self.model, self.method)
-        with self.untraced.elsewhere(), self.twin.noting():
+        with self.untraced.elsewhere(), regions_in_place(), self.twin.noting():
             return call_with(called, call)
 
 
@@ -546,5 +582,5 @@ def _in_a_module(source: Source) -> bool:
     return "MODULE" in kind.name
 
 
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).strip().splitlines()[:3])[:500]
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_lines(error)}"

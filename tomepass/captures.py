@@ -50,7 +50,7 @@ class Captures:
     Args:
         make: captures a model for a call of one of its methods, and rewrites it.
         check: raises, or gives what to run instead, where a capture is not the model for a call.
-        limit: how many are kept; may be changed at any time.
+        limit: how many are kept.
     """
 
     make: Make
@@ -115,7 +115,7 @@ class Captures:
         asked = forms(call)[::-1]
         for form in sorted(asked, key=lambda form: isinstance(form.size, SymInt)):
             for kept in self._kept.get(signature_of(model, call, method, form), ()):
-                if kept.applied.capture.guards.hold():
+                if kept.applied.capture.stands_for(call):
                     kept.used = next(_clock)
                     return kept
         return None

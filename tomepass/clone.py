@@ -16,12 +16,14 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import is_not
 from typing import Any
 
 import torch
 from torch import nn
+
+from tomepass.modes import Modes
 
 # Copied with what they hold, since a forward may write to them.
 _CONTAINERS = (list, dict, set, collections.deque)
@@ -30,6 +32,8 @@ _HEAP_TYPE = 1 << 9  # a flag of classes that are made while the program runs
 _SHARED_PACKAGES = frozenset(sys.stdlib_module_names) - {"argparse"} | {
     *("builtins", "torch", "numpy", "tomepass")
 }
+# Where nn.Module keeps what its __getattr__ finds.
+OF_MODULE = ("_parameters", "_buffers", "_modules")
 MISSING = object()
 """What an attribute was that was not there."""
 
@@ -53,6 +57,14 @@ class Reads:
     whole: bool = False
     before: dict[str, Any] = field(default_factory=dict)
     after: dict[str, Any] = field(default_factory=dict)
+
+    def everything(self) -> Reads:
+        """The same, as if all that there is had been read, but for what the forward writes."""
+        kept = object.__getattribute__(self.original, "__dict__")
+        places = [kept, *(kept[name] for name in OF_MODULE if name in kept)]
+        places += [c.__dict__ for c in type(self.original).__mro__ if c not in nn.Module.__mro__]
+        names = {name: None for place in places for name in place if name not in self.before}
+        return replace(self, names=self.names | names)
 
     def take_tensors_back(self) -> None:
         """Undoes what was written and holds values of this run, as a cache of a table does."""
@@ -93,6 +105,8 @@ class Twin:
         self._classes: dict[type, type] = {}
         self._reads: dict[int, Reads] = {}
         self.edited: set[int] = set()
+        self.modes = Modes()
+        self.unseen = False  # set where Dynamo traced parts of the forward: it notes nothing
         self._thread: int | None = None
         self._mixin = _recording(self) if noting else None
         self.model: nn.Module = self.copy(model)
@@ -100,14 +114,18 @@ class Twin:
     @property
     def reads(self) -> list[Reads]:
         """What was read of each object, in the order of the copies."""
-        return [reads for reads in self._reads.values() if reads.names or reads.whole]
+        noted = self._reads.values()
+        if self.unseen:
+            return [reads.everything() for reads in noted]
+        return [reads for reads in noted if reads.names or reads.whole]
 
     @contextmanager
     def noting(self) -> Iterator[None]:
         """Notes what this thread reads of the twin in the block."""
         before, self._thread = self._thread, threading.get_ident()
         try:
-            yield
+            with self.modes.noting():
+                yield
         finally:
             self._thread = before
             self.edited |= self._edited()
@@ -289,7 +307,8 @@ def _recording(twin: Twin) -> type:
             """Keeps what a class does with its subclasses from being done."""
 
         def __getattribute__(self, name: str) -> Any:
-            if twin._thread == threading.get_ident():
+            # Dynamo, which traces this where a forward holds a torch.cond, leaves it out.
+            if not torch.compiler.is_dynamo_compiling() and twin._thread == threading.get_ident():
                 held = object.__getattribute__(self, "__dict__")
                 reads = twin._reads.get(id(held))
                 if reads is not None and name not in reads.before:
@@ -297,7 +316,7 @@ def _recording(twin: Twin) -> type:
             return super().__getattribute__(name)
 
         def __setattr__(self, name: str, value: Any) -> None:
-            if twin._thread == threading.get_ident():
+            if not torch.compiler.is_dynamo_compiling() and twin._thread == threading.get_ident():
                 held = object.__getattribute__(self, "__dict__")
                 reads = twin._reads.get(id(held))
                 if reads is not None:

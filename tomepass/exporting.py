@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tomepass.adaptive import AdaptiveModel
-from tomepass.batches import ANY
+from tomepass.batches import ANY, Form
 from tomepass.calls import call_with
 from tomepass.decompositions import FOR_RUNTIMES
 from tomepass.errors import TomeError, no_foreign_errors
@@ -81,7 +81,19 @@ def export(
     _check_exportable(model, method, dynamic_batch)
     call = call_of(model, inputs_from_config(model) if example_inputs is None else example_inputs)
     applied = make_applied(model, method, call, "raise", outputs)
-    return _program(model, call, dynamic_batch, lambda call: applied.run(model, _leaves(call)))
+    form = applied.capture.form
+    if dynamic_batch and form.size is not None:
+        raise TomeError(
+            "a program for any batch size cannot be made: the model is "
+            f"{applied.capture.notes[-1]}",
+            advice=f"export with dynamic_batch=False, for a batch of {form.size}; or once for each "
+            "batch size, with example_inputs= of that size",
+        )
+
+    def run(call: dict[str, Any]) -> Any:
+        return applied.run(model, _leaves(call))
+
+    return _program(model, call, form if dynamic_batch else None, run)
 
 
 @no_foreign_errors("export the model")
@@ -91,7 +103,8 @@ def export_unmerged(
     """The model as it is, exported the way :func:`export` does: what to measure against."""
     check_model(model)
     call = call_of(model, inputs_from_config(model) if example_inputs is None else example_inputs)
-    return _program(model, call, dynamic_batch, lambda call: call_with(model, call))
+    form = ANY if dynamic_batch else None
+    return _program(model, call, form, lambda call: call_with(model, call))
 
 
 def operators(program: ExportedProgram) -> dict[str, int]:
@@ -147,15 +160,16 @@ class _Subject(nn.Module):
 
 
 def _program(
-    model: nn.Module, call: dict[str, Any], dynamic: bool, run: Callable[[dict[str, Any]], Any]
+    model: nn.Module, call: dict[str, Any], form: Form | None, run: Callable[[dict[str, Any]], Any]
 ) -> ExportedProgram:
+    """A program for a batch that is open as a form says; None fixes it."""
     given = {name: value for name, value in call.items() if _leaves(value, Tensor)}
     fixed = {name: value for name, value in call.items() if name not in given}
     subject = _Subject(model, lambda call: run({name: call[name] for name in order}), fixed)
     order = list(call)
     shapes = None
-    if dynamic:
-        given, shapes = ANY.remade(given)
+    if form is not None:
+        given, shapes = form.remade(given)
     # torch.export names inputs, and finds their dynamic sizes, by the signature.
     subject.forward = _with_signature(subject.forward, given)  # type: ignore[method-assign]
     try:

@@ -29,9 +29,11 @@ def refuse_skipped_modules(model: nn.Module) -> None:
 
 
 def _is_fused(layer: nn.TransformerEncoderLayer) -> bool:
-    """Does the layer take its fused path, as far as its settings tell?"""
+    """Does the layer take its fused path, as far as its settings tell?
+
+    ``nn.TransformerEncoderLayer.forward`` asks the same; of autocast, that of CUDA alone.
+    """
     attention = layer.self_attn
-    weights = [w for m in layer.modules() if isinstance(w := getattr(m, "weight", None), Tensor)]
     return (
         torch.backends.mha.get_fastpath_enabled()
         and not layer.training
@@ -39,13 +41,18 @@ def _is_fused(layer: nn.TransformerEncoderLayer) -> bool:
         and getattr(attention, "batch_first", False)
         and getattr(attention, "in_proj_bias", None) is not None
         and getattr(attention, "num_heads", 1) % 2 == 0
-        and not any(torch.is_autocast_enabled(w.device.type) for w in weights[:1])
-        and not (torch.is_grad_enabled() and any(w.requires_grad for w in _read(layer)))
+        and getattr(attention, "_qkv_same_embed_dim", False)
+        and getattr(layer.norm1, "eps", None) == getattr(layer.norm2, "eps", None)
+        and not torch.is_autocast_enabled("cuda")
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in _read(layer)))
         and not any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
     )
 
 
 def _read(layer: nn.TransformerEncoderLayer) -> list[Tensor]:
-    """The weights that the fused operator reads."""
-    modules = (layer.self_attn.out_proj, layer.linear1, layer.linear2, layer.norm1, layer.norm2)
-    return [m.weight for m in modules if isinstance(m.weight, Tensor)]
+    """The weights and biases that the fused operator reads."""
+    attention = layer.self_attn
+    modules = (attention.out_proj, layer.linear1, layer.linear2, layer.norm1, layer.norm2)
+    held = [getattr(m, name, None) for m in modules for name in ("weight", "bias")]
+    held += [attention.in_proj_weight, attention.in_proj_bias]
+    return [value for value in held if isinstance(value, Tensor)]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from tomepass.batches import Form, first_of
 from tomepass.calls import call_with
 from tomepass.clone import Twin
-from tomepass.errors import TomeError
+from tomepass.errors import TomeError, first_lines
 from tomepass.guards import Guards
 from tomepass.ops.library import autocasts
 
@@ -54,35 +55,67 @@ def can_be_held(call: Mapping[str, Any]) -> bool:
     )
 
 
-def hold_against(model: nn.Module, capture: Capture, call: dict[str, Any], method: str) -> None:
+def hold_against(
+    model: nn.Module, capture: Capture, call: dict[str, Any], method: str
+) -> str | None:
     """Runs a capture, nothing merged, and the model on the first and the last of some inputs.
+
+    Where the model does not take these two, on all of them, then on the first alone.
 
     Args:
         model: whose twin is run, so that it stays as it is.
         call: keyword inputs of its method.
+
+    Returns:
+        why they could not be compared, in words; None if they agree.
 
     Raises:
         NotCapturedError: if the outputs differ: the capture is not the model.
     """
     # Nothing of this is kept for a backward: hooks that count what is do not see it.
     unseen = torch.autograd.graph.saved_tensors_hooks(_same, _same)
-    with torch.inference_mode(False), torch.set_grad_enabled(capture.grad), unseen:
-        inputs = pytree.tree_map(_plain, capture.form.few(call))
-        try:
-            expected, form = _of_the_model(model, method, inputs)
-        except Exception:
-            return  # two of these inputs are not what it takes: there is nothing to compare with
+    # Nothing is made in inference mode that lives on, unless the model asks for that mode.
+    inference = torch.is_inference_mode_enabled() and capture.guards.modes.asks_for_inference
+    with torch.inference_mode(inference), torch.set_grad_enabled(capture.grad), unseen:
+        failures: list[Exception] = []
+        for given in _choices(capture.form, call):
+            inputs = pytree.tree_map(_plain, given)
+            try:
+                expected, form = _of_the_model(model, method, inputs)
+            except Exception as error:  # as many are not what it takes
+                failures.append(error)
+            else:
+                break
+        else:
+            # Of all of them, if these are not the first two.
+            raised = failures[min(1, len(failures) - 1)]
+            return (
+                "the capture could not be compared with the model, which raises on these inputs "
+                f"({type(raised).__name__}: {first_lines(raised)}): nothing has shown that both "
+                "compute the same"
+            )
         if form != capture.out_spec:
             raise _another(model, capture, f"it returns {capture.out_spec}, the model {form}")
         got = _of_the_graph(model, capture, inputs)
         if (found := _difference(got, expected)) is None:
-            return
+            return None
         if _draws(capture):
             # Random numbers may come in another order: then the model differs from itself too.
             again, _ = _of_the_model(model, method, inputs, seed=1)
             if _difference(again, expected) is not None:
-                return
+                return None
     raise _another(model, capture, found)
+
+
+def _choices(form: Form, call: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Inputs to compare on, the best first; none of a batch size that came before."""
+    tried = set()
+    for given in (form.few(call), call, form.rows(call, slice(0, 1))):
+        first = first_of(given)
+        assert first is not None
+        if first.shape[0] not in tried:
+            tried.add(first.shape[0])
+            yield given
 
 
 def _same(value: Tensor) -> Tensor:
@@ -191,7 +224,8 @@ def _plain(value: Any) -> Any:
     """An input without its history; one made in inference mode could not be trained with."""
     if not isinstance(value, Tensor):
         return value
-    return value.detach().clone() if value.is_inference() else value.detach()
+    plain = value.detach().clone() if value.is_inference() else value.detach()
+    return plain.requires_grad_(value.requires_grad)  # a model may ask
 
 
 def _is_wrapped(value: Tensor) -> bool:

@@ -19,12 +19,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from tomepass.clone import Reads, items_of
+from tomepass.clone import OF_MODULE, Reads, items_of
+from tomepass.modes import Modes
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size)
 _NOT_READ = ("__dict__", "__class__")
-# Where nn.Module keeps what its __getattr__ finds.
-_OF_MODULE = ("_parameters", "_buffers", "_modules")
 # What every module has a say in, whoever called it.
 _EVERYWHERE = ("_global_forward_hooks", "_global_forward_pre_hooks")
 
@@ -38,12 +37,14 @@ class Guards:
         reads: what was read of its objects.
         edited: containers by id that the forward itself edits, which say nothing.
         fused: the graph holds a layer that PyTorch fuses only where nothing needs gradients.
+        modes: settings of the process that the model's code asked for.
     """
 
     model: nn.Module
     reads: Iterable[Reads]
     edited: Iterable[int] = ()
     fused: bool = False
+    modes: Modes = field(default_factory=Modes)
     # Dictionaries, what takes some values out of each, and the values that must come out.
     _values: list[tuple[Any, itemgetter[Any], tuple[Any, ...]]] = field(default_factory=list)
     _absent: list[tuple[Any, str]] = field(default_factory=list)
@@ -96,7 +97,12 @@ class Guards:
     def _toggles(self) -> tuple[Any, ...]:
         """Settings of the process that decide about graphs."""
         trains = self.fused and torch.is_grad_enabled() and self._needs_gradients()
-        return (torch.get_default_dtype(), torch.backends.mha.get_fastpath_enabled(), trains)
+        asked = self.modes.answers()
+        if self.modes.gradients:
+            asked += [value is not None and value.requires_grad for value in self._read_tensors()]
+            asked.append(torch.is_grad_enabled())
+        fast = torch.backends.mha.get_fastpath_enabled()
+        return (torch.get_default_dtype(), fast, trains, *asked)
 
     def _needs_gradients(self) -> bool:
         return any(value.requires_grad for value in self._read_tensors() if value is not None)
@@ -107,7 +113,7 @@ class Guards:
         held = object.__getattribute__(owner, "__dict__")
         places = [held]
         if isinstance(owner, nn.Module):
-            places += [held[place] for place in _OF_MODULE if place in held]
+            places += [held[place] for place in OF_MODULE if place in held]
         found: dict[int, dict[str, Any]] = {}
         for name in names:
             place = next((p for p in places if name in p), None)

@@ -17,7 +17,7 @@ from tomepass.attention_paths import take_fastest_attention
 from tomepass.bypass import captured_another, merging
 from tomepass.calls import Inputs, as_call, call_with, check_call
 from tomepass.capture import Capture, capture_module, describe_inputs
-from tomepass.captures import Captures, Check, Make
+from tomepass.captures import CAPTURES, Captures, Check, Make
 from tomepass.checkpointing import recomputing
 from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.examples import example_inputs as inputs_from_config
@@ -31,7 +31,6 @@ from tomepass.planning import PlannedStream, plan_graph
 from tomepass.report import Report, make_report
 from tomepass.rewrite import Rewritten, rewrite
 from tomepass.standin import StandIn, Tome, gives_way, shadowed, stand_in
-from tomepass.structure import Mismatch
 
 if TYPE_CHECKING:
     from tomepass.adaptive import Router
@@ -49,6 +48,7 @@ def apply(
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
+    captures: int = CAPTURES,
 ) -> Any:
     """A module that computes what ``model`` computes, with redundant tokens merged.
 
@@ -64,6 +64,9 @@ def apply(
             run it unmerged.
         outputs: ``"original"`` returns token sequences unmerged, at their original length;
             ``"merged"`` returns the short ones.
+        captures: how many rewritten graphs are kept, one for each resolution, dtype, set of
+            options and state of the model (and batch size, where the batch cannot be left open);
+            beyond it the one longest out of use is made anew when it is needed.
 
     Returns:
         a :class:`MergedModel`; an :class:`tomepass.adaptive.AdaptiveModel` where the method is
@@ -75,6 +78,7 @@ def apply(
     """
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
+    check_limit(captures)
     if isinstance(model, MergedModel):
         raise TomeError(
             f"the model is already merged with {model._tome.method!r}",
@@ -84,8 +88,8 @@ def apply(
     if method.adaptive is not False:
         from tomepass.adaptive import make_adaptive
 
-        return make_adaptive(model, method, example_inputs, on_unmatched, outputs)
-    merged = _rebuild(model, method, on_unmatched, outputs)
+        return make_adaptive(model, method, example_inputs, on_unmatched, outputs, captures)
+    merged = _rebuild(model, method, on_unmatched, outputs, captures)
     if names := shadowed(merged):
         warn_of_names(merged, names)
     if example_inputs is not None:
@@ -108,6 +112,7 @@ def explain(
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
+    captures: int = CAPTURES,
 ) -> Report:
     """What would be merged, why not the rest, and what it saves. Takes what :func:`apply` takes.
 
@@ -126,9 +131,10 @@ def explain(
     check_choices(on_unmatched, outputs)
     check_model(model)
     check_one_graph(method, "explain")
+    check_limit(captures)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = call_of(model, inputs)
-    return _analyse(model, method, call, outputs).report
+    return _told_of_limit(_analyse(model, method, call, outputs), captures)
 
 
 class MergedModel(StandIn):
@@ -149,11 +155,11 @@ class MergedModel(StandIn):
         method: Method,
         on_unmatched: OnUnmatched,
         outputs: Outputs,
-        captures: Captures | None = None,
+        captures: Captures | int = CAPTURES,
     ) -> None:
-        if captures is None:  # one that is empty is false
+        if isinstance(captures, int):
             make = _maker(method, on_unmatched, outputs)
-            captures = Captures(make, checker(method, on_unmatched))
+            captures = Captures(make, checker(method, on_unmatched), captures)
         super().__init__(Tome(model, method, on_unmatched, outputs, captures))
 
     # ---- running ---------------------------------------------------------------------------
@@ -176,20 +182,11 @@ class MergedModel(StandIn):
 
     def _tome_remade(self) -> tuple[Any, tuple[Any, ...]]:
         tome = self._tome
-        return _rebuild, (tome.model, tome.method, tome.on_unmatched, tome.outputs)
+        kept = tome.captures.limit
+        return _rebuild, (tome.model, tome.method, tome.on_unmatched, tome.outputs, kept)
 
-    @gives_way
-    def prepare(self, inputs: Any) -> MergedModel:
-        """Captures and rewrites ahead of the first call with inputs like these.
-
-        Args:
-            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-
-        Returns:
-            itself.
-        """
+    def _tome_prepare(self, inputs: Any) -> None:
         captured(self, inputs)
-        return self
 
     @gives_way
     def source(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -245,7 +242,7 @@ class MergedModel(StandIn):
     @gives_way
     def report(self, inputs: Any) -> Report:
         """What was read off the graph for inputs like these, and done."""
-        return captured(self, inputs).report
+        return _told_of_limit(captured(self, inputs), self._tome.captures.limit)
 
     @gives_way
     def captured(self, inputs: Any) -> Applied:
@@ -369,9 +366,7 @@ def _not_captured(
     model: nn.Module, method: Method, call: dict[str, Any], error: NotCapturedError
 ) -> Applied:
     """A model that is left as it is, since no graph can stand for it."""
-    reason = Mismatch(error.reason, error.block, error.node, error.source, error.advice)
-    inputs = describe_inputs(call)
-    report = Report(type(model).__name__, inputs, method, (), (reason,), (), 0, 0, 0)
+    report = Report.of_nothing(type(model).__name__, describe_inputs(call), method, error)
     return Applied(Capture.of_nothing(error.guards), None, None, report)
 
 
@@ -388,13 +383,18 @@ def checker(method: Method, on_unmatched: OnUnmatched) -> Check:
         if applied.graph is None:
             return applied  # then the model itself runs
         try:
-            hold_against(model, applied.capture, call, forward)
+            unlike = hold_against(model, applied.capture, call, forward)
         except NotCapturedError as error:
             if on_unmatched == "raise":
                 raise
             warnings.warn(f"left unmerged: {error}", stacklevel=4)
             return _not_captured(model, method, call, error)
-        return applied
+        if unlike == applied.capture.uncompared:
+            return applied
+        capture = replace(applied.capture, uncompared=unlike)
+        return replace(
+            applied, capture=capture, report=replace(applied.report, notes=capture.notes)
+        )
 
     return check
 
@@ -421,6 +421,7 @@ def apply_capture(
         except TomeError as error:
             refused = error
     report = make_report(type(model).__name__, capture.graph, planned, rewritten, refused)
+    report = replace(report, notes=capture.notes)
     if rewritten is not None:
         paths = take_fastest_attention(rewritten.module, capture.graph.fake_mode)
         report = replace(report, paths=paths)
@@ -464,10 +465,24 @@ def read_state(model: nn.Module, capture: Capture) -> list[Tensor]:
 
 
 def _rebuild(
-    model: nn.Module, method: Method, on_unmatched: OnUnmatched, outputs: Outputs
+    model: nn.Module,
+    method: Method,
+    on_unmatched: OnUnmatched,
+    outputs: Outputs,
+    captures: int = CAPTURES,
 ) -> MergedModel:
-    made: MergedModel = stand_in(MergedModel, model)(model, method, on_unmatched, outputs)
+    cls = stand_in(MergedModel, model)
+    made: MergedModel = cls(model, method, on_unmatched, outputs, captures)
     return made
+
+
+def _told_of_limit(applied: Applied, captures: int) -> Report:
+    """A report that says how many captures are kept, where each batch size needs one."""
+    report = applied.report
+    if applied.capture.form.size is None:
+        return report
+    told = f"{captures} captures are kept: captures= of tomepass.apply"
+    return replace(report, notes=(*report.notes, told))
 
 
 def warn_of_names(merged: StandIn, names: list[str]) -> None:
@@ -546,6 +561,14 @@ def check_choices(on_unmatched: object, outputs: object) -> None:
     """Refuses any other value of the two options that both doors have."""
     _one_of("on_unmatched", on_unmatched, ("raise", "warn"))
     _one_of("outputs", outputs, ("original", "merged"))
+
+
+def check_limit(captures: object) -> None:
+    """Refuses what is no number of captures to keep."""
+    if isinstance(captures, bool) or not isinstance(captures, int):
+        raise TypeError(f"captures must be an integer, got {captures!r}")
+    if captures < 1:
+        raise ValueError(f"captures must be 1 or more, got {captures!r}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:

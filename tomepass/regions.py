@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +19,33 @@ _INLINED: dict[Any, int] = {
     higher.tag_activation_checkpoint: 1,
     higher.invoke_subgraph: 2,
 }
+
+
+# What ``nested_compile_region`` calls, looked up in its module, whose name an operator hides.
+_HOME = importlib.import_module("torch._higher_order_ops.invoke_subgraph")
+_PLACEHOLDER = "invoke_subgraph_placeholder"
+
+
+@contextmanager
+def regions_in_place() -> Iterator[None]:
+    """In the block, this thread runs regions compiled once for many calls as plain functions.
+
+    ``torch.export`` would have Dynamo make a graph of each, in which neither what is read of the
+    model nor its source lines can be seen.
+    """
+    mine, placeholder = threading.get_ident(), getattr(_HOME, _PLACEHOLDER)
+
+    def called(function: Any, *args: Any, **kwargs: Any) -> Any:
+        # Dynamo knows the placeholder itself: it stands in a branch of ``torch.cond``, say.
+        if torch.compiler.is_dynamo_compiling() or threading.get_ident() != mine:
+            return placeholder(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    setattr(_HOME, _PLACEHOLDER, called)
+    try:
+        yield
+    finally:
+        setattr(_HOME, _PLACEHOLDER, placeholder)
 
 
 class Inlining(fx.Interpreter):
@@ -55,6 +85,11 @@ class Inlining(fx.Interpreter):
             policy = CheckpointPolicy.PREFER_RECOMPUTE
             marks = {"recompute": policy, "ac_graph_id": next(self.numbers)}
         return Inlining(args[0], marks, self.numbers).run(*args[_INLINED[target] :])
+
+
+def traced_by_dynamo(module: fx.GraphModule) -> bool:
+    """Does a graph hold what Dynamo traced while it was captured: branches, steps of a loop?"""
+    return any(next(bodies(n), None) is not None for n in module.graph.nodes)
 
 
 def bodies(node: fx.Node) -> Iterator[fx.GraphModule]:

@@ -83,6 +83,7 @@ class Report:
         macs_overhead: matching and merging.
         paths: how proportional attention is computed on the device it was read with.
         kernels: on CUDA, which operators run as Triton kernels, and why others do not.
+        notes: what else holds of the capture: for which batch size, that it was not compared.
     """
 
     model: str
@@ -96,6 +97,12 @@ class Report:
     macs_overhead: int
     paths: tuple[str, ...] = ()
     kernels: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of_nothing(cls, model: str, inputs: str, method: Method, error: TomeError) -> Report:
+        """Of what no graph could be made of, and why."""
+        return cls(model, inputs, method, (), (_mismatch(error),), (), 0, 0, 0)
 
     @property
     def ok(self) -> bool:
@@ -149,6 +156,10 @@ class Report:
         yield from report_tables(self)
 
 
+def _mismatch(error: TomeError) -> Mismatch:
+    return Mismatch(error.reason, error.block, error.node, error.source, error.advice)
+
+
 def make_report(
     model: str,
     captured: CanonicalGraph,
@@ -159,8 +170,7 @@ def make_report(
     """Gathers a report; ``rewritten`` is None where the model is left alone."""
     mismatches = list(planned.mismatches)
     if refused is not None:
-        reason = (refused.reason, refused.block, refused.node, refused.source, refused.advice)
-        mismatches.insert(0, Mismatch(*reason))
+        mismatches.insert(0, _mismatch(refused))
     batch = batch_of(captured)
     before = macs_by_name(captured)
     original = merged = sum(before.values())

@@ -115,7 +115,7 @@ def value_gives_way(function: Callable[[Any], Any]) -> Any:
 class StandIn(nn.Module):
     """A module in a model's place; a subclass says what it answers.
 
-    Subclasses define ``forward``, and ``_tome_answer`` for calls of any method.
+    Subclasses define ``forward``, ``_tome_answer`` for calls of any method, and ``_tome_prepare``.
     """
 
     _tome: Tome
@@ -130,6 +130,23 @@ class StandIn(nn.Module):
     def _tome_answer(self, call: dict[str, Any], method: str) -> Any:
         """What a method of the model gives for a call, merged."""
         raise NotImplementedError
+
+    def _tome_prepare(self, inputs: Any) -> None:
+        """Captures for inputs like these, if that is not done yet."""
+        raise NotImplementedError
+
+    @gives_way
+    def prepare(self, inputs: Any) -> Any:
+        """Captures and rewrites ahead of the first call with inputs like these.
+
+        Args:
+            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
+
+        Returns:
+            itself.
+        """
+        self._tome_prepare(inputs)
+        return self
 
     @value_gives_way
     def original(self) -> nn.Module:

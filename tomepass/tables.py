@@ -74,6 +74,7 @@ def report_tables(report: Report) -> Iterator[RenderableType]:
         ("MACs", _costs(report)),
         ("paths", list(report.paths)),
         ("kernels", list(report.kernels)),
+        ("notes", list(report.notes)),
         ("inputs", [report.inputs]),
         ("versions", [_versions()]),
     )

@@ -12,6 +12,7 @@ from tomepass.carrying import Carrying
 from tomepass.merges import Merges
 from tomepass.ops.unmerge import unmerge
 from tomepass.outcomes import Layout
+from tomepass.regions import bodies
 from tomepass.structure import is_tensor
 from tomepass.walks import answered
 from tomepass.writing import Writer
@@ -49,7 +50,9 @@ class Values:
     def copy_with(self, node: fx.Node, operands: Mapping[fx.Node, fx.Node]) -> fx.Node:
         """A copy that reads original tokens only, if any: its result is what it always was."""
         copy = self.writer.graph.node_copy(node, lambda a: operands.get(a, self.new[a]))
-        if any(a in self.writer.touched for a in copy.all_input_nodes):
+        # What runs graphs of its own, the branches of a torch.cond, cannot be run on its own.
+        alone = next(bodies(node), None) is None
+        if alone and any(a in self.writer.touched for a in copy.all_input_nodes):
             self.writer.relaid(copy)
             self.writer.execute(copy)
             if is_tensor(node) and not same_shape(copy, node):

@@ -15,8 +15,8 @@ MUTANTS = [
     Mutant(
         name="captures_are_not_asked_whether_they_hold",
         file="tomepass/captures.py",
-        old="                if kept.applied.capture.guards.hold():\n                    kept.used",
-        new="                if True:\n                    kept.used",
+        old="if kept.applied.capture.stands_for(call):\n                    kept.used",
+        new="if True:\n                    kept.used",
         tests="tests/test_guards.py -k merged_tokens_follow",
     ),
     Mutant(

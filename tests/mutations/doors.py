@@ -55,8 +55,8 @@ MUTANTS = [
     Mutant(
         name="the_backend_ignores_on_unmatched",
         file="tomepass/backend.py",
-        old=('        if self.on_unmatched == "raise":\n            raise report.refusal()'),
-        new="        if self.on_unmatched:\n            raise report.refusal()",
+        old='if self.on_unmatched == "raise":\n            raise refusal or report.refusal()',
+        new="if self.on_unmatched:\n            raise refusal or report.refusal()",
         tests="tests/test_backend.py -k warn",
     ),
     Mutant(

@@ -20,8 +20,8 @@ MUTANTS = [
     Mutant(
         name="the_reason_of_a_refusal_is_the_last",
         file="tomepass/report.py",
-        old="mismatches.insert(0, Mismatch(*reason))",
-        new="mismatches.append(Mismatch(*reason))",
+        old="mismatches.insert(0, _mismatch(refused))",
+        new="mismatches.append(_mismatch(refused))",
         tests="tests/test_report.py -k first_reason",
     ),
     Mutant(
