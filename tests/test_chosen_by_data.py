@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from depth import at_hand
 from encoders import HEADS, Encoder, duplicates, kinds, make, scaled_up, with_zero_positions
 from lossless import LOSSLESS, errors
 from torch import Tensor, nn
@@ -95,7 +96,7 @@ def compiled(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     return made
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+@pytest.mark.parametrize("name", at_hand(CHOSEN, list(CHOSEN)[:2]))
 @torch.no_grad()
 def test_adapters_that_an_input_chooses(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Switching, "choose", staticmethod(CHOSEN[name]))
@@ -131,7 +132,7 @@ class Packed(Encoder):
         return block.attention.out(y[0].transpose(0, 1).reshape(len(x), -1))
 
 
-@pytest.mark.parametrize("lengths", [[72], [36, 36], [20, 52]])
+@pytest.mark.parametrize("lengths", at_hand([[72], [36, 36], [20, 52]], [[20, 52]]))
 @torch.no_grad()
 def test_attention_an_image_of_lengths_that_an_input_tells(lengths: list[int]) -> None:
     model, x = make(Packed, start=0), duplicates(2)

@@ -52,6 +52,7 @@ def test_the_demo_prints_three_tables_and_writes_two_pictures(tmp_path: Path) ->
             assert picture.width > 400
 
 
+@pytest.mark.deep
 @pytest.mark.usefixtures("eager")
 def test_the_demo_takes_a_users_model_and_images(tmp_path: Path) -> None:
     from transformers import ViTImageProcessor

@@ -110,7 +110,7 @@ def test_it_is_blind_without_proportional_attention() -> None:
 
 
 def test_it_sees_a_wrong_bias(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tomepass.rewrite as rewriting
+    from tomepass import attending
 
     real = log_size
 
@@ -118,7 +118,7 @@ def test_it_sees_a_wrong_bias(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.1 * real(size, query, dim)
 
     wrong.__name__ = "log_size"
-    monkeypatch.setattr(rewriting, "log_size", wrong)
+    monkeypatch.setattr(attending, "log_size", wrong)
     found = result(make(readout="mean"), 6)
     assert found.error > 1e-3
 

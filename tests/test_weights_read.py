@@ -51,7 +51,7 @@ def in_both_spellings(kind: Kind) -> tuple[nn.Module, nn.Module]:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("method", "kind"), at_hand(PAIRS, [*PAIRS[::6], PAIRS[2]]))
+@pytest.mark.parametrize(("method", "kind"), at_hand(PAIRS, [PAIRS[0], PAIRS[5]]))
 def test_fused_and_written_out_attention_are_read_alike(method: str, kind: str) -> None:
     x, made = pixels(3).double(), READERS[method]()
     fused, written = in_both_spellings(KINDS[kind])

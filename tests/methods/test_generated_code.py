@@ -22,9 +22,9 @@ from tomepass.methods import Method
 
 pytestmark = pytest.mark.usefixtures("captured_once")
 
-# One of each way to choose: a compiler takes ten seconds for what a method adds. All of them are
+# A compiler takes ten seconds and more for what a method adds. All of them are
 # compiled in whole models (deep), and written out below.
-KINDS = ["pitome", "threshold"]
+KINDS = ["threshold"]
 # These say something of each of three blocks.
 BY_BLOCK = ["tofu_measured", "diffrate_shares"]
 WRITTEN_OUT = [name for name in ROWS if name not in BY_BLOCK]
