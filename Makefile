@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 # Under transformers 4 CLIPSeg has its vision tower elsewhere and BERT other masks.
-CORE_TESTS = tests/test_zoo.py tests/test_rewrite.py tests/test_backend.py \
+CORE_TESTS = tests/test_zoo.py tests/rewriting/test_sweep.py tests/handover/test_backend.py \
 	-k "(every_family_reads and not clipseg and not bert) or plain_references or equals_the_plain"
 ENV = $(VENV)/.installed
 DOCS = $(VENV)/.installed-docs
@@ -40,6 +40,7 @@ test-doors:
 lint: $(ENV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 
 format: $(ENV)
 	$(BIN)/ruff format .
@@ -62,8 +63,8 @@ test-floor-doors:
 	$(PYTHON) -m venv .venv-floor-doors
 	.venv-floor-doors/bin/pip install -q -c constraints-floor-doors.txt \
 		-e ".[dev,onnx,openvino,quantization,ray]"
-	.venv-floor-doors/bin/pytest -m "doors or not doors" tests/doors/test_formats.py \
-		tests/doors/test_quantization.py tests/doors/test_ray_batch.py
+	.venv-floor-doors/bin/pytest -m "doors or not doors" tests/formats/test_formats.py \
+		tests/formats/test_quantization.py tests/formats/test_ray_batch.py
 
 # timm and torchvision with the newest versions (they need a CUDA build of torch to import), and
 # the families of the first releases under transformers 4, which names its modules otherwise.

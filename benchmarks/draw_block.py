@@ -17,12 +17,14 @@ from torch import Tensor, fx
 from transformers import ViTConfig, ViTForImageClassification
 
 import tomepass
-from tomepass.capture import capture_module
-from tomepass.planning import plan_graph
-from tomepass.rewrite import rewrite
+from tomepass.capture.exported import capture_module
+from tomepass.planning.plan_graph import plan_graph
+from tomepass.rewriting.sweep import rewrite
 
 BLOCK = 1  # the second: its keys carry sizes already
+
 Place = tuple[float, float]
+
 # They only re-view their input; drawing them would hide the rest.
 QUIET = ("view", "transpose", "reshape", "dropout", "permute", "contiguous")
 

@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from tomepass.benchmarking import describe, environment, threads_named
-from tomepass.plots import INK, SERIES, at_foot, figure, save
-from tomepass.tables import table
+from tomepass.measuring.environment import describe, environment
+from tomepass.measuring.values import threads_named
+from tomepass.printing.plots import INK, SERIES, at_foot, figure, save
+from tomepass.printing.style import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from tomepass.benchmarking import Measurement
+    from tomepass.measuring.values import Measurement
+
 
 Row = Mapping[str, Any]
+
 OUT = Path("tomepass-bench")
+
 _LOG_WIDTH = 160  # no cell of a table is cut short in a file
 
 COMPARED: dict[str, Callable[[Any], str]] = {

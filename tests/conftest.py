@@ -20,7 +20,7 @@ from depth import at_hand
 from profiles import pytest_configure, pytest_terminal_summary
 from zoo import CORE, FAMILIES, installed, make_inputs, make_model
 
-from tomepass import module
+from tomepass.handover import applied
 
 __all__ = [
     "FAMILIES",
@@ -99,7 +99,7 @@ def family(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def shared_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """One model of each family, captured once, for tests that leave it as it is."""
-    monkeypatch.setattr(module, "capture_module", _capture_once)
+    monkeypatch.setattr(applied, "capture_module", _capture_once)
     return _MODELS
 
 
@@ -107,11 +107,11 @@ def shared_models(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 def captured_once() -> Iterator[None]:
     """In this file each model is captured once for each kind of call, whatever is made of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "capture_module", _capture_once)
+        patch.setattr(applied, "capture_module", _capture_once)
         yield
 
 
-_CAPTURE = module.capture_module
+_CAPTURE = applied.capture_module
 
 
 def _capture_once(*args: Any, **options: Any) -> Any:

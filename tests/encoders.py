@@ -17,11 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from tomepass import Report, ToMe, TomeError, module
-from tomepass.capture import CanonicalGraph, capture_dynamo
-from tomepass.planning import plan_graph
-from tomepass.report import make_report
-from tomepass.rewrite import rewrite
+from tomepass import Report, ToMe, TomeError
+from tomepass.capture.dynamo import capture_dynamo
+from tomepass.capture.exported import capture_module
+from tomepass.graphs.canonical import CanonicalGraph
+from tomepass.planning.plan_graph import plan_graph
+from tomepass.reporting.report import make_report
+from tomepass.rewriting.sweep import rewrite
 
 PATCH, GRID = 4, 6
 PATCHES = GRID * GRID
@@ -261,7 +263,7 @@ def with_zero_positions(model: nn.Module) -> Any:
 
 def exported(model: nn.Module, inputs: dict[str, Tensor]) -> CanonicalGraph:
     """The graph ``apply`` works on."""
-    return module.capture_module(model, inputs).graph
+    return capture_module(model, inputs).graph
 
 
 def compiled(model: nn.Module, inputs: dict[str, Tensor], **options: Any) -> CanonicalGraph:

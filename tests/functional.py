@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from tomepass.capture import CanonicalGraph
+from tomepass.graphs.canonical import CanonicalGraph
 
 IMAGES, VALID = torch.randn(2, 12, 8), torch.ones(2, 12, dtype=torch.bool)
 WEIGHT = torch.randn(8, 8)

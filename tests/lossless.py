@@ -13,13 +13,15 @@ from zoo import relative_error
 
 import tomepass
 from tomepass import ToMe, TomeBackend
-from tomepass.capture import CanonicalGraph
-from tomepass.costs import stream_costs
-from tomepass.macs import batch_of, is_overhead, macs_by_name, node_macs
+from tomepass.capture.captured import read_state
+from tomepass.graphs.canonical import CanonicalGraph
 from tomepass.methods import Method
-from tomepass.module import read_state
-from tomepass.planning import Planned, plan_graph
-from tomepass.rewrite import rewrite
+from tomepass.ops.library import is_overhead
+from tomepass.planning.costs import stream_costs
+from tomepass.planning.macs import batch_of, macs_by_name, node_macs
+from tomepass.planning.plan_graph import plan_graph
+from tomepass.planning.streams import Planned
+from tomepass.rewriting.sweep import rewrite
 
 LOSSLESS = 1e-4
 

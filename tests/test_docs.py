@@ -67,7 +67,7 @@ def test_the_pages_that_are_linked_exist() -> None:
 
 
 def test_no_page_names_a_command_that_does_not_exist() -> None:
-    from tomepass.cli import app
+    from tomepass.cli.commands import app
 
     known = {c.name or c.callback.__name__ for c in app.registered_commands if c.callback}
     for page in PAGES:

@@ -27,9 +27,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 from zoo import FAMILIES, REFUSED, make_inputs
 
 import tomepass
-from tomepass import Prune, ToMe, TomeBackend, TomeError, benchmarking
-from tomepass.graphs import relative_error
-from tomepass.unmerged import in_precision
+from tomepass import Prune, ToMe, TomeBackend, TomeError
+from tomepass.measuring import measure as benchmarking
+from tomepass.model.unmerged import in_precision
+from tomepass.proof.replay import relative_error
 
 Entry = Callable[[nn.Module, Any], Any]
 IMAGES = pixels(8)
@@ -536,7 +537,7 @@ def test_wrong_arguments_are_told_before_any_work(
     def work(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("something is captured already")
 
-    monkeypatch.setattr("tomepass.module.capture_module", work)
+    monkeypatch.setattr("tomepass.handover.merged.capture_module", work)
     with pytest.raises(kind, match=words) as caught:
         CALLS[entry](model, IMAGES, **arguments)
     assert "fault of tomepass" not in str(caught.value)
@@ -595,7 +596,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(
         raise AssertionError("something is measured already")
 
     monkeypatch.setattr(Path, "write_text", denied)
-    monkeypatch.setattr("tomepass.calibration.block_linearity", work)
+    monkeypatch.setattr("tomepass.calibration.searching.block_linearity", work)
     with pytest.raises(TomeError, match="PermissionError: denied") as caught:
         _calibrated(model, [IMAGES], cache=tmp_path / "cache.json")
     assert isinstance(caught.value.__cause__, PermissionError)

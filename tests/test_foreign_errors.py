@@ -13,8 +13,11 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 import tomepass
-from tomepass import ToMe, TomeBackend, TomeError, backend, equivalence, module
+from tomepass import ToMe, TomeBackend, TomeError
 from tomepass.errors import no_foreign_errors, the_users_own
+from tomepass.handover import merged as module
+from tomepass.handover.compiling import backend
+from tomepass.proof import check as equivalence
 
 Entry = Callable[[nn.Module, Any], Any]
 

@@ -13,10 +13,10 @@ from mutants import ROOT, Mutant, chooses, chosen, faults, tables
 
 SOUND = Mutant(
     name="sound",
-    file="tomepass/ops/weighted_mean.py",
+    file="tomepass/ops/merging/weighted_mean.py",
     old="((own - wide) * weight).sum(dim, keepdim=True)",
     new="(own - wide).mean(dim, keepdim=True)",
-    tests="tests/ops/test_weighted_mean.py -k mean",
+    tests="tests/ops/merging/test_weighted_mean.py -k mean",
 )
 
 
@@ -73,7 +73,7 @@ def test_a_sound_table_has_no_faults() -> None:
         ({"new": SOUND.old}, "nothing is changed"),
         ({"file": "tests/zoo.py", "old": "def scaled_up("}, "no file of the package"),
         ({"tests": "tests/test_nowhere.py"}, "does not exist"),
-        ({"tests": "tests/ops/test_weighted_mean.py::test_nothing"}, "has no test_nothing"),
+        ({"tests": "tests/ops/merging/test_weighted_mean.py::test_nothing"}, "has no test_nothing"),
         ({"tests": "-k mean"}, "name no file"),
         ({"tests": "tests/test_zoo.py -m deep"}, "by a marker"),
     ],

@@ -43,13 +43,13 @@ from zoo import (
 
 import tomepass
 from tomepass import Report, ToMe, TomeBackend, TomeError, reference
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.side import merge_bias, merge_rows, rows
 from tomepass.ops.padding import padded_size
-from tomepass.ops.side import merge_bias, merge_rows, rows
-from tomepass.planning import plan_graph
-from tomepass.report import make_report
-from tomepass.rewrite import rewrite
+from tomepass.planning.plan_graph import plan_graph
+from tomepass.reporting.report import make_report
+from tomepass.rewriting.sweep import rewrite
 
 OTHERS = [name for name in FAMILIES if name not in CORE]
 """What other files do for the core families, this one does for these."""

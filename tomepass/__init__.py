@@ -10,12 +10,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from tomepass.version import VERSION
+
 if TYPE_CHECKING:
-    from tomepass.backend import TomeBackend, tome_backend
-    from tomepass.calibration import Calibration, calibrate
-    from tomepass.equivalence import CheckReport, check
+    from tomepass.calibration.fastest import plan
+    from tomepass.calibration.searching import calibrate
+    from tomepass.calibration.thresholds import calibrate_tau
+    from tomepass.calibration.training import train_policy
+    from tomepass.calibration.values import Calibration, Plan
     from tomepass.errors import TomeError
-    from tomepass.exporting import export
+    from tomepass.formats.exporting import export
+    from tomepass.formats.loading import load
+    from tomepass.handover.applying import apply, explain
+    from tomepass.handover.compiling.backend import TomeBackend, tome_backend
+    from tomepass.handover.merged import MergedModel
     from tomepass.methods import (
         ATS,
         MLERP,
@@ -33,13 +41,12 @@ if TYPE_CHECKING:
         ToFu,
         ToMe,
     )
-    from tomepass.module import MergedModel, apply, explain
-    from tomepass.plans import Plan, plan
-    from tomepass.report import Report
-    from tomepass.saving import load
-    from tomepass.training import train_policy
+    from tomepass.proof.check import check
+    from tomepass.proof.report import CheckReport
+    from tomepass.reporting.report import Report
 
-__version__ = "0.1.0"
+
+__version__ = VERSION
 
 __all__ = [
     "ATS",
@@ -66,6 +73,7 @@ __all__ = [
     "TomeError",
     "apply",
     "calibrate",
+    "calibrate_tau",
     "check",
     "explain",
     "export",
@@ -75,38 +83,40 @@ __all__ = [
     "train_policy",
 ]
 
+
 _HOME = {
     "ATS": "methods",
     "MLERP": "methods",
     "AViT": "methods",
     "AdaViT": "methods",
-    "Calibration": "calibration",
-    "CheckReport": "equivalence",
+    "Calibration": "calibration.values",
+    "CheckReport": "proof.report",
     "DiffRate": "methods",
     "DynamicViT": "methods",
     "EViT": "methods",
-    "MergedModel": "module",
+    "MergedModel": "handover.merged",
     "Method": "methods",
     "PiToMe": "methods",
-    "Plan": "plans",
+    "Plan": "calibration.values",
     "Policy": "methods",
     "Prune": "methods",
-    "Report": "report",
+    "Report": "reporting.report",
     "SPViT": "methods",
     "Threshold": "methods",
     "ToFu": "methods",
     "ToMe": "methods",
-    "TomeBackend": "backend",
+    "TomeBackend": "handover.compiling.backend",
     "TomeError": "errors",
-    "apply": "module",
-    "calibrate": "calibration",
-    "check": "equivalence",
-    "explain": "module",
-    "export": "exporting",
-    "load": "saving",
-    "plan": "plans",
-    "tome_backend": "backend",
-    "train_policy": "training",
+    "apply": "handover.applying",
+    "calibrate": "calibration.searching",
+    "calibrate_tau": "calibration.thresholds",
+    "check": "proof.check",
+    "explain": "handover.applying",
+    "export": "formats.exporting",
+    "load": "formats.loading",
+    "plan": "calibration.fastest",
+    "tome_backend": "handover.compiling.backend",
+    "train_policy": "calibration.training",
 }
 
 

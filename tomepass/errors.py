@@ -9,11 +9,17 @@ from pathlib import Path
 from types import TracebackType
 
 _PACKAGE = str(Path(__file__).parent)
+
 _RAISE = dis.opmap["RAISE_VARARGS"]
+
 # By name, since torch need not be there to raise a TomeError.
 _OUT_OF_MEMORY = {"MemoryError", "OutOfMemoryError"}
+
+
 # What Dynamo steers by: it begins again, or leaves a frame alone.
 DYNAMO_CONTROL = frozenset({"RestartAnalysis", "SkipFrame", "Unsupported"})
+
+
 _REPORT = (
     "this is a fault of tomepass, not of the call: please report it with the whole traceback, "
     "which begins with its cause"

@@ -9,6 +9,8 @@ distillation and register tokens) take no part in the matching. Positions are th
 sequence, so after a merge the P protected tokens are at positions 0 .. P-1.
 """
 
+from __future__ import annotations
+
 import math
 import random
 from dataclasses import dataclass

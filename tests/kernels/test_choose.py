@@ -16,10 +16,10 @@ import tomepass
 from tomepass import ToMe, TomeBackend
 from tomepass.kernels.choose import take_kernels
 from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
-from tomepass.ops.side import merge_bias
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.side import merge_bias
 
 
 def count(graph: fx.GraphModule, target: Any) -> int:

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from tests.assignments import assignments
 from tomepass import reference
+from tomepass.counts.schedule import capped
 from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.side import merge_bias
 from tomepass.ops.padding import PADDED
-from tomepass.ops.side import merge_bias
-from tomepass.schedule import capped
 
 NEXT_TO_NOTHING = PADDED * 1e-24
 

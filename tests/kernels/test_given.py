@@ -29,17 +29,12 @@ from tests.kernels.wrong_arguments import (
 )
 from tomepass.kernels import cpu
 from tomepass.kernels.cpu import match_cpu, merge_cpu, pad_keys_cpu
-from tomepass.kernels.gpu_match import match_triton
-from tomepass.kernels.gpu_merge import (
-    merge_norm_triton,
-    merge_triton,
-    sources_triton,
-    sum_triton,
-    unmerge_triton,
-)
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
-from tomepass.ops.unmerge import unmerge
+from tomepass.kernels.gpu.match import match_triton
+from tomepass.kernels.gpu.merge import merge_norm_triton, merge_triton, sum_triton, unmerge_triton
+from tomepass.kernels.gpu.sources import sources_triton
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.unmerge import unmerge
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]

@@ -17,10 +17,10 @@ from torch import Tensor
 from tomepass.errors import TomeError
 from tomepass.kernels import cpu
 from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
-from tomepass.ops.side import merge_bias
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.side import merge_bias
 
 IMAGES, TOKENS, LEFT, WIDTH = 3, 9, 6, 5
 REFUSED = (ValueError, TomeError)

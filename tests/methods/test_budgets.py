@@ -10,7 +10,7 @@ from table import ROWS, R
 from zoo import make_inputs, relative_error
 
 import tomepass
-from tomepass.adaptive import BUDGETS
+from tomepass.handover.adaptive import BUDGETS
 
 
 @pytest.fixture

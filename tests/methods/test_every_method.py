@@ -16,12 +16,13 @@ from zoo import make_inputs, make_model, output_of, relative_error
 
 import tomepass
 from tomepass import TomeBackend
-from tomepass.capture import Capture, capture_module
-from tomepass.duplicates import check_duplicates
+from tomepass.capture.captured import Capture, read_state
+from tomepass.capture.exported import capture_module
+from tomepass.handover.applied import make_applied
 from tomepass.methods import DiffRate, EViT, Method, SPViT, ToFu, method_from_dict
-from tomepass.module import make_applied, read_state
-from tomepass.planning import plan_graph
-from tomepass.rewrite import rewrite
+from tomepass.planning.plan_graph import plan_graph
+from tomepass.proof.duplicates import check_duplicates
+from tomepass.rewriting.sweep import rewrite
 
 every_method = pytest.mark.parametrize("name", ROWS)
 LOST = 1e-5  # of logits: more is no rounding

@@ -18,13 +18,14 @@ from zoo import make_inputs, make_model, output_of, relative_error
 
 import tomepass
 from tomepass import ToMe, TomeBackend, TomeError
-from tomepass.graphs import Recorder
-from tomepass.methods import ATS, AViT, Method, Prune, Threshold, calibrate_tau
-from tomepass.module import read_state
-from tomepass.ops.attention_to import attention_to
+from tomepass.calibration.thresholds import calibrate_tau
+from tomepass.capture.captured import read_state
+from tomepass.methods import ATS, AViT, Method, Prune, Threshold
+from tomepass.ops.attending.attention_to import attention_to
 from tomepass.ops.padding import PADDED
-from tomepass.planning import plan_graph
-from tomepass.rewrite import _Sweep
+from tomepass.planning.plan_graph import plan_graph
+from tomepass.proof.replay import Recorder
+from tomepass.rewriting.sweep import _Sweep
 
 R = [5, 0, 9]
 METHODS: dict[str, Method] = {

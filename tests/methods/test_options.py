@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tomepass import ATS, MLERP, DiffRate, EViT, Method, PiToMe, Prune, SPViT, ToFu, ToMe
+from tomepass.calibration.shapes import Shape
 from tomepass.methods import method_from_dict
-from tomepass.shapes import Shape
 
 BENT = (0.5, 0.1, 0.4, 0.2)
 

@@ -24,10 +24,11 @@ from zoo import make_inputs, relative_error
 
 import tomepass
 from tomepass import ATS, Prune, ToMe, TomeBackend
-from tomepass.capture import Capture
+from tomepass.capture.captured import Capture, read_state
+from tomepass.capture.exported import capture_module
+from tomepass.handover.applied import apply_capture
 from tomepass.methods import Method
-from tomepass.module import apply_capture, capture_module, read_state
-from tomepass.ops.match_kmeans import match_kmeans
+from tomepass.ops.matching.match_kmeans import match_kmeans
 from tomepass.ops.padding import PADDED, seen_stands
 
 COUNTS = [8, 6, 5]

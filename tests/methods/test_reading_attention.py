@@ -20,12 +20,12 @@ from torch import Tensor
 from zoo import COUNTS, FAMILIES, make_inputs, make_model
 
 import tomepass
-from tomepass.attention import FUSED
+from tomepass.graphs.nodes import FUSED
 from tomepass.methods import Method
-from tomepass.ops.attention_to import attention_to
-from tomepass.planning import plan_graph
-from tomepass.reducing import Reducing
-from tomepass.rewrite import rewrite
+from tomepass.ops.attending.attention_to import attention_to
+from tomepass.planning.plan_graph import plan_graph
+from tomepass.rewriting.reducing import Reducing
+from tomepass.rewriting.sweep import rewrite
 
 READERS = {
     name: row

@@ -2,48 +2,51 @@
 
 from mutants import Mutant
 
-_EQUAL = "tests/ops/test_equal_tokens.py"
+_EQUAL = "tests/ops/merging/test_equal_tokens.py"
 _GIVEN = "tests/kernels/test_given.py"
 
 MUTANTS = [
     Mutant(
         name="equal_tokens_rounded_in_the_mean",
-        file="tomepass/ops/merge.py",
+        file="tomepass/ops/merging/merge.py",
         old="        self.mean = own - self.weight @ self.offset\n",
         new="        self.mean = self.weight @ x\n",
         tests=f"{_EQUAL} -k themselves",
     ),
     Mutant(
         name="mean_counted_from_a_token_of_no_size",
-        file="tomepass/ops/merge.py",
+        file="tomepass/ops/merging/merge.py",
         old="torch.where(sizes > 0, position, -1)",
         new="torch.where(sizes >= 0, position, -1)",
-        tests="tests/ops/test_merge.py tests/ops/test_equal_tokens.py -k 'reference or themselves'",
+        tests=(
+            "tests/ops/merging/test_merge.py tests/ops/merging/test_equal_tokens.py "
+            "-k 'reference or themselves'"
+        ),
     ),
     Mutant(
         name="mean_in_the_narrow_dtype",
-        file="tomepass/ops/merge.py",
+        file="tomepass/ops/merging/merge.py",
         old="        self.wide = x.to(at_least_float32(x.dtype))\n",
         new="        self.wide = x\n",
         tests=f"{_EQUAL} -k rounded_once",
     ),
     Mutant(
         name="equal_tokens_rounded_by_their_norm",
-        file="tomepass/ops/combine.py",
+        file="tomepass/ops/merging/combine.py",
         old="return torch.where(apart, made, means.mean).to(x.dtype)",
         new="return made.to(x.dtype)",
         tests=f"{_EQUAL} -k 'themselves and norm'",
     ),
     Mutant(
         name="pooled_tokens_rounded",
-        file="tomepass/ops/weighted_mean.py",
+        file="tomepass/ops/merging/weighted_mean.py",
         old="own - ((own - wide) * weight).sum(dim, keepdim=True)",
         new="(wide * weight).sum(dim, keepdim=True)",
         tests=f"{_EQUAL} -k mean_of_equal",
     ),
     Mutant(
         name="equal_biases_through_the_logarithm",
-        file="tomepass/ops/side.py",
+        file="tomepass/ops/merging/side.py",
         old="torch.where(mean == one, gather(bias.expand(images), stands, 3), merged)",
         new="merged",
         tests=f"{_EQUAL} -k equal_biases",
@@ -106,7 +109,7 @@ MUTANTS = [
     ),
     Mutant(
         name="unmerged_from_nowhere_as_zeros",
-        file="tomepass/kernels/triton_merge.py",
+        file="tomepass/kernels/gpu/triton_merge.py",
         old='other=float("nan"))',
         new="other=0.0)",
         tests=f"{_GIVEN} -k no_index",

@@ -50,14 +50,14 @@ MUTANTS = [
         file="tomepass/kernels/cpu.cpp",
         old="metric_of(keys + b * strides[0] + at",
         new="metric_of(keys + int32_t(b * strides[0]) + at",
-        tests="tests/kernels/test_far.py -k 'match_on_the_cpu'",
+        tests="tests/kernels/gpu/test_far.py -k 'match_on_the_cpu'",
     ),
     Mutant(
         name="cpp_offsets_of_tokens_in_32_bits",
         file="tomepass/kernels/cpu.cpp",
         old="const T* from = x + b * strides[0] + i * strides[1];",
         new="const T* from = x + b * strides[0] + i * int32_t(strides[1]);",
-        tests="tests/kernels/test_far.py -k merge_on_the_cpu",
+        tests="tests/kernels/gpu/test_far.py -k merge_on_the_cpu",
     ),
     Mutant(
         name="cpp_a_bias_is_summed_over_queries",
@@ -96,72 +96,72 @@ MUTANTS = [
     ),
     Mutant(
         name="triton_blocks_tie_the_other_way",
-        file="tomepass/kernels/triton_match.py",
+        file="tomepass/kernels/gpu/triton_match.py",
         old="nearer = top > best",
         new="nearer = top >= best",
-        tests="tests/kernels/test_gpu_holes.py -k tie",
+        tests="tests/kernels/gpu/test_gpu_holes.py -k tie",
     ),
     Mutant(
         name="triton_padding_merges_with_tokens",
-        file="tomepass/kernels/triton_match.py",
+        file="tomepass/kernels/gpu/triton_match.py",
         old="apart = our_padding[:, None] != their_padding[None, :]",
         new=("apart = our_padding[:, None] & (their_padding[None, :] != their_padding[None, :])"),
-        tests="tests/kernels/test_gpu.py -k padding",
+        tests="tests/kernels/gpu/test_gpu.py -k padding",
     ),
     Mutant(
         name="triton_offsets_of_tokens_in_32_bits",
-        file="tomepass/kernels/triton_match.py",
+        file="tomepass/kernels/gpu/triton_match.py",
         old="position.to(tl.int64)[:, None] * token_stride",
         new="position[:, None] * token_stride",
-        tests="tests/kernels/test_far.py -k match_in_triton",
+        tests="tests/kernels/gpu/test_far.py -k match_in_triton",
     ),
     Mutant(
         name="triton_offsets_of_heads_in_32_bits",
-        file="tomepass/kernels/triton_match.py",
+        file="tomepass/kernels/gpu/triton_match.py",
         old="ahead = tl.cast(head, tl.int64) * head_stride",
         new="ahead = tl.cast(head, tl.int32) * head_stride",
-        tests="tests/kernels/test_far.py -k match_in_triton",
+        tests="tests/kernels/gpu/test_far.py -k match_in_triton",
     ),
     Mutant(
         name="triton_offsets_of_images_in_32_bits",
-        file="tomepass/kernels/triton_match.py",
+        file="tomepass/kernels/gpu/triton_match.py",
         old=(
             "    blocks = tl.cdiv(tokens, BLOCK)\n"
             "    image = (tl.program_id(0) // blocks).to(tl.int64)"
         ),
         new=("    blocks = tl.cdiv(tokens, BLOCK)\n    image = tl.program_id(0) // blocks"),
-        tests="tests/kernels/test_far.py -k match_in_triton",
+        tests="tests/kernels/gpu/test_far.py -k match_in_triton",
     ),
     Mutant(
         name="triton_offsets_of_merged_images_in_32_bits",
-        file="tomepass/kernels/triton_merge.py",
+        file="tomepass/kernels/gpu/triton_merge.py",
         old=(
             "    blocks = tl.cdiv(left, ROWS)\n"
             "    # 64 bits: a batch may hold more than 2^31 numbers.\n"
             "    image = (tl.program_id(0) // blocks).to(tl.int64)"
         ),
         new=("    blocks = tl.cdiv(left, ROWS)\n    image = tl.program_id(0) // blocks"),
-        tests="tests/kernels/test_far.py -k merge_and_its_way_back",
+        tests="tests/kernels/gpu/test_far.py -k merge_and_its_way_back",
     ),
     Mutant(
         name="triton_equal_tokens_move",
-        file="tomepass/kernels/triton_merge.py",
+        file="tomepass/kernels/gpu/triton_merge.py",
         old="grown = tl.where(first, token, value - (value - token) * part)",
         new="grown = value * (1 - part) + token * part",
-        tests="tests/kernels/test_gpu.py -k equal_tokens_stay",
+        tests="tests/kernels/gpu/test_gpu.py -k equal_tokens_stay",
     ),
     Mutant(
         name="triton_sums_are_not_rounded",
-        file="tomepass/kernels/triton_merge.py",
+        file="tomepass/kernels/gpu/triton_merge.py",
         old="            token = token.to(merged.dtype.element_ty).to(WIDE)\n",
         new="            pass\n",
-        tests="tests/kernels/test_gpu_holes.py -k rounded",
+        tests="tests/kernels/gpu/test_gpu_holes.py -k rounded",
     ),
     Mutant(
         name="triton_a_norm_forgets_its_bias",
-        file="tomepass/kernels/triton_merge.py",
+        file="tomepass/kernels/gpu/triton_merge.py",
         old="apart * scale[:, None] * gain[None, :] + shift[None, :]",
         new="apart * scale[:, None] * gain[None, :]",
-        tests="tests/kernels/test_gpu.py -k layer_norm_in",
+        tests="tests/kernels/gpu/test_gpu.py -k layer_norm_in",
     ),
 ]

@@ -5,63 +5,63 @@ from mutants import Mutant
 MUTANTS = [
     Mutant(
         name="margins_stay",
-        file="tomepass/methods/pitome.py",
+        file="tomepass/methods/merging/pitome.py",
         old="margin = self.margin * (1 - block.index / block.depth)",
         new="margin = self.margin",
         tests="tests/methods/test_every_method.py -k 'plain_reference and pitome'",
     ),
     Mutant(
         name="all_take_part_in_late_blocks",
-        file="tomepass/methods/pitome.py",
+        file="tomepass/methods/merging/pitome.py",
         old="taking_part = 2 * block.r\n",
         new="taking_part = 2 * block.r + 2\n",
         tests="tests/methods/test_every_method.py -k 'plain_reference and pitome'",
     ),
     Mutant(
         name="early_blocks_merge_and_late_ones_prune",
-        file="tomepass/methods/tofu.py",
+        file="tomepass/methods/merging/tofu.py",
         old='return "prune" if index < depth // 2 else "merge"',
         new='return "merge" if index < depth // 2 else "prune"',
         tests="tests/methods/test_every_method.py -k 'plain_reference and tofu'",
     ),
     Mutant(
         name="shares_pruned_are_rounded_up",
-        file="tomepass/methods/diffrate.py",
+        file="tomepass/methods/dropping/diffrate.py",
         old="else int(pruned * r)",
         new="else -int(-pruned * r // 1)",
         tests="tests/methods/test_every_method.py -k 'plain_reference and diffrate'",
     ),
     Mutant(
         name="what_is_pruned_is_merged",
-        file="tomepass/methods/diffrate.py",
+        file="tomepass/methods/dropping/diffrate.py",
         old='weight = block.call("counted", block.size, dropped, block.tokens)',
         new="weight = block.size",
         tests="tests/methods/test_every_method.py -k 'plain_reference and diffrate'",
     ),
     Mutant(
         name="the_package_is_a_plain_mean",
-        file="tomepass/methods/fuse.py",
+        file="tomepass/methods/dropping/evit.py",
         old='weight = block.call("weights_of", score, block.size)',
         new="weight = None",
         tests=("tests/methods/test_every_method.py -k 'plain_reference and (evit or spvit)'"),
     ),
     Mutant(
         name="no_room_for_the_fused_token",
-        file="tomepass/methods/fuse.py",
+        file="tomepass/methods/dropping/evit.py",
         old="return int(self.fuse)",
         new="return 0",
         tests="tests/methods/test_base.py -k evit",
     ),
     Mutant(
         name="importance_without_a_class_token",
-        file="tomepass/reducing.py",
+        file="tomepass/rewriting/reducing.py",
         old="return self.attention_to(self.protected[:1])",
         new="return self.attention_to([])",
         tests="tests/methods/test_every_method.py -k 'plain_reference and prune and vit'",
     ),
     Mutant(
         name="the_last_protected_token_is_the_class_token",
-        file="tomepass/reducing.py",
+        file="tomepass/rewriting/reducing.py",
         old="return self.attention_to(self.protected[:1])",
         new="return self.attention_to(self.protected[-1:])",
         tests=(
@@ -94,7 +94,7 @@ MUTANTS = [
     ),
     Mutant(
         name="queries_are_keys",
-        file="tomepass/reducing.py",
+        file="tomepass/rewriting/reducing.py",
         old="return self._heads(self._block.attention.query, 0)",
         new="return self._heads(self._block.attention.key, 0)",
         tests=(
@@ -103,14 +103,14 @@ MUTANTS = [
     ),
     Mutant(
         name="combine_is_ignored",
-        file="tomepass/carrying.py",
+        file="tomepass/rewriting/carrying.py",
         old='if how == "mean":\n            weight = None',
         new='if how == "never":\n            weight = None',
-        tests="tests/methods/test_combine.py -k mean",
+        tests="tests/methods/merging/test_combine.py -k mean",
     ),
     Mutant(
         name="seeds_and_ks_are_swapped",
-        file="tomepass/methods/tome.py",
+        file="tomepass/methods/merging/tome.py",
         old='self.k if self.partition == "kth" else self.seed',
         new='self.seed if self.partition == "kth" else self.k',
         tests=(
@@ -144,7 +144,7 @@ MUTANTS = [
         file="tomepass/methods/base.py",
         old="if field.name in common or value != field.default:",
         new="if field.name in common:",
-        tests="tests/test_config.py tests/methods/test_every_method.py -k 'json'",
+        tests="tests/handover/test_config.py tests/methods/test_every_method.py -k 'json'",
     ),
     Mutant(
         name="two_methods_of_a_name",
@@ -155,9 +155,9 @@ MUTANTS = [
     ),
     Mutant(
         name="nonsense_is_not_refused",
-        file="tomepass/methods/tome.py",
+        file="tomepass/methods/merging/tome.py",
         old="if against and value != type(self).__dataclass_fields__[name].default:",
         new="if False:",
-        tests="tests/test_choices.py -k no_sense",
+        tests="tests/handover/test_choices.py -k no_sense",
     ),
 ]

@@ -14,21 +14,16 @@ from torch.utils._pytree import tree_map_only
 
 from tomepass import reference
 from tomepass.methods import AdaViT, DynamicViT, Learned
-from tomepass.ops.keep_score import (
-    drawn,
-    keep_score,
-    keep_score_linear,
-    used_size,
-)
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.attending.soft import masked_attention
+from tomepass.ops.dropping.keep_score import drawn, keep_score, keep_score_linear, used_size
+from tomepass.ops.dropping.prune import nearest, places
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.side import keep, merge_bias, merge_rows, rows
+from tomepass.ops.merging.unmerge import compose, narrow_source, unmerge
+from tomepass.ops.merging.weighted_mean import weighted_mean
 from tomepass.ops.padding import padded_size, seen_stands
-from tomepass.ops.prune import nearest, places
-from tomepass.ops.side import keep, merge_bias, merge_rows, rows
-from tomepass.ops.soft import masked_attention
-from tomepass.ops.unmerge import compose, narrow_source, unmerge
-from tomepass.ops.weighted_mean import weighted_mean
 
 TOKENS, LEFT, CHANNELS = 14, 10, 6
 

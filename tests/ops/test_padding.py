@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tomepass import reference
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
 from tomepass.ops.padding import PADDED, padded_size
 
 TOKENS = 16

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.side import keep
 from tomepass.ops.results import RESULTS
-from tomepass.ops.side import keep
 
 ASSIGN = torch.tensor([[0, 1, 1, 2, 0], [0, 1, 2, 2, 2]])
 SIZE = torch.ones(2, 5)

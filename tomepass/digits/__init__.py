@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import ViTForImageClassification
 
+
 __all__ = ["DIRECTORY", "IMAGE_SIZE", "load_images", "load_model", "upscale"]
 
 DIRECTORY = Path(__file__).resolve().parent
 """The folder with ``config.json``, ``model.safetensors`` and ``images.safetensors``."""
 
+
 IMAGE_SIZE = 32
 """Height and width of the model's input."""
+
 
 MAX_VALUE = 16  # each stored pixel counts the inked dots of a 4x4 block of the scanned bitmap
 

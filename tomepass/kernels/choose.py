@@ -23,10 +23,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import fx
 
-from tomepass.attention import FUSED
-from tomepass.attention_gpu import take_gpu_attention
-from tomepass.capture import carry_origin, value_of
-from tomepass.kernels.choose_gpu import take_gpu_kernels
+from tomepass.graphs.nodes import FUSED
+from tomepass.graphs.origin import carry_origin, value_of
+from tomepass.kernels.attention_gpu import take_gpu_attention
 from tomepass.kernels.cpu import (
     check_match,
     check_merge,
@@ -38,10 +37,11 @@ from tomepass.kernels.cpu import (
     pad_keys_cpu,
 )
 from tomepass.kernels.given import why_not
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
-from tomepass.ops.side import merge_bias
+from tomepass.kernels.gpu.choose import take_gpu_kernels
+from tomepass.ops.attending.log_size import log_size
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.side import merge_bias
 
 _PAD = torch.ops.aten.constant_pad_nd.default
 

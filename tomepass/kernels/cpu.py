@@ -25,10 +25,11 @@ from tomepass.kernels.given import (
     sizes_of,
 )
 from tomepass.ops.library import register_for
-from tomepass.ops.match import check_r, free_positions
+from tomepass.ops.matching.match import check_r, free_positions
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """What the kernels are compiled for."""
+
 
 # As in cpu.cpp: even tokens are compared four at a time, with 32 odd ones.
 _ROWS, _LANES = 4, 16

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, overload
 import torch
 from torch import Tensor, fx
 
-from tomepass.capture import value_of
+from tomepass.graphs.origin import value_of
 from tomepass.ops.arguments import each_image
 
 # Kernels keep positions in 32 bits.

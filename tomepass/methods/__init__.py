@@ -1,22 +1,28 @@
-"""Reduction methods: one file each, all lowered to the same ``tome::`` operators and plan."""
+"""Reduction methods: one file each, all lowered to the same ``tome::`` operators and plan.
+
+May import: counts, errors.
+Start reading: ``base.py``, what every method is; ``block.py``, what a method sees of a block;
+``merging/tome.py``, the first of them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tomepass.methods.ats import ATS
-from tomepass.methods.avit import AViT
+from tomepass.methods.asked import resolve_method
 from tomepass.methods.base import Method, RLike, method_from_dict
-from tomepass.methods.diffrate import DiffRate
-from tomepass.methods.fuse import EViT, SPViT
-from tomepass.methods.learned import AdaViT, DynamicViT, Learned
-from tomepass.methods.pitome import PiToMe
-from tomepass.methods.policy import Policy
-from tomepass.methods.prune import Prune
+from tomepass.methods.dropping.ats import ATS
+from tomepass.methods.dropping.avit import AViT
+from tomepass.methods.dropping.diffrate import DiffRate
+from tomepass.methods.dropping.evit import EViT, SPViT
+from tomepass.methods.dropping.prune import Prune
+from tomepass.methods.learned.policies import AdaViT, DynamicViT, Learned
+from tomepass.methods.learned.policy import Policy
+from tomepass.methods.merging.pitome import PiToMe
+from tomepass.methods.merging.threshold import Threshold
+from tomepass.methods.merging.tofu import ToFu
+from tomepass.methods.merging.tome import ToMe
 from tomepass.methods.reduction import MLERP
-from tomepass.methods.threshold import Threshold, calibrate_tau
-from tomepass.methods.tofu import ToFu
-from tomepass.methods.tome import ToMe
 
 __all__ = [
     "ATS",
@@ -36,23 +42,17 @@ __all__ = [
     "Threshold",
     "ToFu",
     "ToMe",
-    "calibrate_tau",
     "method_from_dict",
     "resolve_method",
 ]
 
 
-def resolve_method(method: Any, r: RLike | None) -> Method:
-    """The method a call asks for: ``r=`` is short for ``ToMe(r=...)``, neither is ``ToMe()``.
+def __getattr__(name: str) -> Any:
+    if name != "calibrate_tau":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import importlib
+    import warnings
 
-    Raises:
-        TypeError: if both are given, or ``method`` is not a method.
-    """
-    if method is not None and r is not None:
-        raise TypeError("give either method= or r=, not both: r=8 is short for method=ToMe(r=8)")
-    if method is None:
-        return ToMe() if r is None else ToMe(r)
-    method = getattr(method, "method", method)  # of a plan
-    if not isinstance(method, Method):
-        raise TypeError(f"method must be a tomepass method such as ToMe(r=16), got {method!r}")
-    return method
+    # The name of version 0.1; what it names stands on a floor above, so that nothing here needs it.
+    warnings.warn(f"{__name__}.{name} is tomepass.{name} now", DeprecationWarning, stacklevel=2)
+    return getattr(importlib.import_module("tomepass"), name)

@@ -8,10 +8,8 @@ import math
 from dataclasses import KW_ONLY, InitVar, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
-from tomepass.counts import StreamPlan, held_at, plan_counts
-from tomepass.errors import TomeError
-from tomepass.methods.fields import flag, number, positions, whole
-from tomepass.schedule import (
+from tomepass.counts.blocks import StreamPlan, held_at, plan_counts
+from tomepass.counts.schedule import (
     TARGETS,
     Schedule,
     counts_per_block,
@@ -19,13 +17,18 @@ from tomepass.schedule import (
     parse_schedule,
     parse_target,
 )
+from tomepass.errors import TomeError
+from tomepass.methods.fields import flag, number, positions, whole
 
 if TYPE_CHECKING:
     from tomepass.methods.block import ReducingBlock
     from tomepass.methods.reduction import Reduction
 
+
 RLike = int | list[int] | tuple[int, float] | Schedule
+
 Own = TypeVar("Own", bound="Method")
+
 KNOWN: dict[str, type[Method]] = {}
 """Every method by its name, a user's own too."""
 

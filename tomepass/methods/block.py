@@ -14,6 +14,7 @@ from tomepass.methods.reduction import MLERP, Reduction
 if TYPE_CHECKING:
     from torch import fx
 
+
 aten = torch.ops.aten
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tomepass.schedule import as_int
+from tomepass.counts.schedule import as_int
 
 
 def choice(name: str, value: object, among: Sequence[str]) -> str:

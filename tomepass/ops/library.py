@@ -7,8 +7,16 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import fx
+
+
+def is_overhead(node: fx.Node) -> bool:
+    """Is the node one of the pass's own?"""
+    return getattr(node.target, "namespace", None) == "tome"
+
 
 _library = torch.library.Library("tome", "DEF")  # type: ignore[no-untyped-call]
+
 COMPOSITES: dict[Any, Callable[..., Any]] = {}
 """Every composite operator and what it is composed of."""
 

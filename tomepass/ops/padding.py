@@ -12,6 +12,8 @@ from tomepass.ops.positions import sent
 # A real token counts 1 or more, padding next to nothing: not 0, so that padding merged with
 # padding still has a mean.
 PADDED = 1e-6
+
+
 _NEXT_TO_NOTHING = 1e-30
 
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tomepass.ops.attending.log_size import log_size
 from tomepass.ops.library import at_least_float32
-from tomepass.ops.log_size import log_size
-from tomepass.ops.match import match
-from tomepass.ops.merge import merge, merge_size
-from tomepass.ops.side import keep
+from tomepass.ops.matching.match import match
+from tomepass.ops.merging.merge import merge, merge_size
+from tomepass.ops.merging.side import keep
 
 
 def _match_result(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> Tensor:

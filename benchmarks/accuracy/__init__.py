@@ -1,0 +1,1 @@
+"""What merging costs in accuracy, on images with labels."""

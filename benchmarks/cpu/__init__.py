@@ -1,0 +1,1 @@
+"""Measured on a processor: time, memory, and what capturing and compiling take."""

@@ -1,0 +1,1 @@
+"""Exported programs: ONNX Runtime, OpenVINO, TensorRT, int8."""

@@ -1,0 +1,5 @@
+"""Operators around attention: sizes as a bias, attention weights, masked attention.
+
+May import: the rest of ops.
+Start reading: ``log_size.py``, which is proportional attention.
+"""

@@ -1,0 +1,5 @@
+"""Operators that choose which tokens are kept.
+
+May import: the rest of ops.
+Start reading: ``prune.py``.
+"""

@@ -1,0 +1,90 @@
+"""What `check` returns: a line for each property that was checked, and the table of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from tomepass.methods import Method
+from tomepass.printing.style import facts, table, versions
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """The harness's answer. ``ok`` is True if no line fails; prints as a table."""
+
+    model: str
+    method: Method
+    inner: str
+    inputs: str
+    lines: tuple[CheckLine, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Did no line fail? A line that is blind for this model says so and does not fail."""
+        return all(line.passed is not False for line in self.lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON types."""
+        return asdict(self) | {"method": self.method.to_dict(), "ok": self.ok}
+
+    def __str__(self) -> str:
+        from tomepass.printing.style import to_text
+
+        return to_text(self)
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+
+        yield from check_table(self)
+
+
+@dataclass(frozen=True)
+class CheckLine:
+    """One line: what was measured, against what, and whether it passes (None: blind here)."""
+
+    name: str
+    figure: float
+    tolerance: float
+    passed: bool | None
+    note: str = ""
+
+
+def check_table(report: CheckReport) -> Iterator[RenderableType]:
+    """The printed form of ``check``."""
+    title = f"{report.model}: {report.method!r}, {report.inner}"
+    made = table(title, "check", "figure", "tolerance", "verdict")
+    styles = {True: ("pass", "green"), False: ("FAIL", "bold red"), None: ("-", "yellow")}
+    for line in report.lines:
+        word, style = styles[line.passed]
+        made.add_row(
+            line.name,
+            _figure(line.figure),
+            _figure(line.tolerance) if line.tolerance < float("inf") else "-",
+            Text(word, style),
+        )
+        if line.note:
+            made.add_row(Padding(Text(line.note, "dim"), (0, 0, 0, 5)))
+    yield made
+    failed = [line for line in report.lines if line.passed is False]
+    for line in failed:
+        figures = f"{_figure(line.figure)}, allowed {_figure(line.tolerance)}"
+        yield Text(f"  FAILED {line.name.strip()}: {figures}", "bold red")
+    if not failed:
+        yield Text("  All checks pass.", "green")
+    yield facts(("inputs", [report.inputs]), ("versions", [versions()]))
+
+
+def _figure(figure: float) -> str:
+    whole = math.isfinite(figure) and figure == int(figure)
+    return f"{figure:.0f}" if whole else f"{figure:.1e}"

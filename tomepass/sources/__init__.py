@@ -1,0 +1,5 @@
+"""Models, images and example inputs from outside.
+
+May import: errors and printing.
+Start reading: ``models.py``.
+"""
