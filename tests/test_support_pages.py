@@ -12,18 +12,12 @@ from zoo import FAMILIES, REFUSED
 
 ROOT = Path(__file__).parent.parent
 REASONING = [
-    *(
-        "axis",
-        "batches",
-        "capture",
-        "carrying",
-        "fidelity",
-        "planning",
-        "reducing",
-        "rewrite",
-        "values",
-    ),
-    *("merging", "shapes", "structure", "tokens", "writing"),
+    *(f"capture/{name}" for name in ("dynamo", "exported", "fidelity")),
+    "model/batches",
+    *(f"planning/{name}" for name in ("plan_graph", "solving")),
+    *(f"reading/{name}" for name in ("axis", "layouts", "structure", "tokens", "weights")),
+    *(f"rewriting/{name}" for name in ("carrying", "merging", "reducing", "sweep", "values")),
+    "rewriting/writer",
 ]
 REASONS = {"Mismatch": 0, "at": 1, "Masked": 0, "Positional": 0, "TomeError": 0, "error": 1}
 REASONS["NotCapturedError"] = 0
@@ -77,7 +71,7 @@ def reasons(name: str) -> Iterator[str]:
             place = REASONS.get(callee)
             if place is not None and place < len(node.args):
                 reason = node.args[place]
-        elif isinstance(node, ast.Return) and name == "axis":
+        elif isinstance(node, ast.Return) and name == "reading/axis":
             reason = node.value
         text = text_of(reason)
         if text is not None and " " in text:
