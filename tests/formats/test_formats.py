@@ -91,7 +91,7 @@ def test_a_door_is_imported_only_when_it_is_used() -> None:
 
     heavy = sorted({module for form in DOORS.values() for module in form.needs})
     code = (
-        "import sys, tomepass.doors, tomepass.exporting, tomepass.artifacts, tomepass.saving; "
+        "import sys; from tomepass.formats import artifacts, exporting, loading; "
         f"print([m for m in {heavy} if m in sys.modules])"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

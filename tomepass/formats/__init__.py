@@ -34,7 +34,7 @@ class Door:
     Args:
         name: as in ``--to``.
         suffix: its files end with.
-        module: under :mod:`tomepass.doors`.
+        module: under :mod:`tomepass.formats`.
         needs: modules that writing and running import, beside torch.
         extra: of this package, that installs them.
         runtime: what runs its files.

@@ -127,7 +127,7 @@ def write_artifact(
     Args:
         model: a transformers model in eval mode.
         method: what to merge.
-        to: the format, one of :data:`tomepass.doors.DOORS`.
+        to: the format, one of :data:`tomepass.formats.DOORS`.
         path: of the file; formats of two files put the second beside it.
         force: replace what is there.
         dynamic_batch: any batch size; False fixes it at ``batch``.
