@@ -252,10 +252,10 @@ def _child(copy: Path, folder: Path, tests: str) -> None:
 
 def _import_from(copy: Path) -> None:
     """The copy's files come first, here and in what tests start; those of the original are gone."""
-    original = {str(ROOT), str(ROOT / "tests"), ""}
+    original = {"", *(str(path) for path in (ROOT, *(ROOT / "tests").glob("**/")))}
     sys.path[:] = [str(copy), *(p for p in sys.path if p not in original)]
     os.environ["PYTHONPATH"] = str(copy)
-    ours = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"tomepass"}
+    ours = {path.stem for path in (ROOT / "tests").rglob("*.py")} | {"tomepass", "tests"}
     for name in [n for n in sys.modules if n.partition(".")[0] in ours]:
         del sys.modules[name]
     import tomepass

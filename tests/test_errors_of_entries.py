@@ -537,7 +537,7 @@ def test_wrong_arguments_are_told_before_any_work(
     def work(*args: Any, **kwargs: Any) -> Any:
         raise AssertionError("something is captured already")
 
-    monkeypatch.setattr("tomepass.handover.merged.capture_module", work)
+    monkeypatch.setattr("tomepass.handover.applied.capture_module", work)
     with pytest.raises(kind, match=words) as caught:
         CALLS[entry](model, IMAGES, **arguments)
     assert "fault of tomepass" not in str(caught.value)
@@ -596,7 +596,7 @@ def test_a_folder_that_cannot_be_written_to_is_told_before_anything_is_measured(
         raise AssertionError("something is measured already")
 
     monkeypatch.setattr(Path, "write_text", denied)
-    monkeypatch.setattr("tomepass.calibration.searching.block_linearity", work)
+    monkeypatch.setattr("tomepass.calibration.measurements.block_linearity", work)
     with pytest.raises(TomeError, match="PermissionError: denied") as caught:
         _calibrated(model, [IMAGES], cache=tmp_path / "cache.json")
     assert isinstance(caught.value.__cause__, PermissionError)

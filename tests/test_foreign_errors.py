@@ -15,7 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 import tomepass
 from tomepass import ToMe, TomeBackend, TomeError
 from tomepass.errors import no_foreign_errors, the_users_own
-from tomepass.handover import merged as module
+from tomepass.handover import applied, applying
 from tomepass.handover.compiling import backend
 from tomepass.proof import check as equivalence
 
@@ -89,11 +89,11 @@ def broken(*args: Any, **kwargs: Any) -> Any:
 
 # Where each entry goes through each stage.
 STAGES = [
-    (module, "plan_graph", ("call", "explain", "check", "export")),
-    (module, "rewrite", ("apply",)),
-    (module, "make_report", ("explain",)),
-    (module, "take_fastest_attention", ("apply",)),
-    (module, "inputs_from_config", ("call",)),
+    (applied, "plan_graph", ("call", "explain", "check", "export")),
+    (applied, "rewrite", ("apply",)),
+    (applied, "make_report", ("explain",)),
+    (applied, "take_fastest_attention", ("apply",)),
+    (applying, "inputs_from_config", ("call",)),
     (equivalence, "record", ("check",)),
     (backend, "capture_dynamo", ("backend",)),
     (backend, "plan_graph", ("backend",)),

@@ -546,7 +546,7 @@ def test_reading_by_position_inside_a_stream_is_refused(form: type[Block], reaso
     error = caught.value
     assert error.block in (0, 1)
     assert error.node
-    assert "test_rewrite.py:" in str(error.source)
+    assert "test_sweep.py:" in str(error.source)
     # Where nothing merges there is nothing to refuse.
     assert tomepass.explain(model, r=0, example_inputs=pixels()).ok
 
@@ -564,7 +564,7 @@ def test_writing_into_some_tokens_is_refused() -> None:
     (refused,) = report.refused
     assert "aten.mul_ writes in place" in refused.reason
     assert refused.block == 0
-    assert "test_rewrite.py:" in str(refused.source)
+    assert "test_sweep.py:" in str(refused.source)
 
 
 def test_part_of_the_tokens_from_before_a_merge_is_refused_after_it() -> None:

@@ -257,7 +257,7 @@ def test_what_is_compiled_computes_the_same() -> None:
 
 def test_without_a_gpu_and_an_interpreter_it_is_said_what_to_do() -> None:
     code = (
-        "import torch; from tomepass.kernels.gpu_match import match_triton\n"
+        "import torch; from tomepass.kernels.gpu.match import match_triton\n"
         "try: match_triton(torch.randn(1, 1, 8, 16), 2, [0])\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

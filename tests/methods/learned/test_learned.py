@@ -264,7 +264,7 @@ def test_the_shares_kept_take_part_by_their_distance_from_those_planned(
             return float(form.loss(batches()[0], None))
 
     far = loss()
-    monkeypatch.setattr(training, "_rate_loss", lambda masks, rates: torch.zeros(()))
+    monkeypatch.setattr(training, "rate_loss", lambda masks, rates: torch.zeros(()))
     counted = far - loss()
     # DynamicViT, section 4.1: the squared distances, the mean over blocks, count twice.
     squared = [(1 / 64 - planned / 64) ** 2 for planned in (59, 50)]
