@@ -17,7 +17,7 @@ from tomepass.calibration.training_form import Held, Soft, first_weights, left, 
 from tomepass.calibration.training_loss import divergence, rate_loss, returned_tokens
 from tomepass.capture.captured import read_state
 from tomepass.capture.exported import capture_module
-from tomepass.errors import TomeError
+from tomepass.errors import Refused, TomeError
 from tomepass.graphs.surgery import with_outputs
 from tomepass.handover.merged import MergedModel
 from tomepass.handover.refusing import check_model
@@ -195,7 +195,7 @@ def _check(model: nn.Module, method: object) -> None:
         )
     check_model(model)
     if isinstance(model, MergedModel):
-        raise TomeError(
+        raise Refused(
             "the model has tomepass applied already",
             advice="train on the original model, then apply the method that comes back",
         )

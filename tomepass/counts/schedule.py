@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+
+class CountsError(ValueError):
+    """Counts or places of blocks that do not fit as many blocks as there are."""
+
+
 TARGETS = ("macs", "speedup")
 """What counts are solved for."""
 
@@ -112,8 +117,8 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     the blocks, each truncated.
 
     Raises:
-        ValueError: if a list is longer than ``blocks``, or the schedule is a target, whose counts
-            depend on the model.
+        CountsError: if a list is longer than ``blocks``.
+        ValueError: if the schedule is a target, whose counts depend on the model.
     """
     if schedule.kind in _SINGLE:
         raise ValueError(f"{schedule!r} becomes counts only for a model: see explain()")
@@ -122,7 +127,7 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     if schedule.kind == "list":
         counts = tuple(int(v) for v in schedule.values)
         if len(counts) > blocks:
-            raise ValueError(
+            raise CountsError(
                 f"r lists {len(counts)} counts but the model has {blocks} blocks: "
                 f"give at most {blocks}"
             )

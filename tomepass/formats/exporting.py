@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from tomepass.errors import TomeError, no_foreign_errors
+from tomepass.errors import NotExported, TomeError, no_foreign_errors
 from tomepass.handover.adaptive import AdaptiveModel
 from tomepass.handover.applied import make_applied
 from tomepass.handover.choices import Outputs, check_choices
@@ -83,7 +83,7 @@ def export(
     applied = make_applied(model, method, call, "raise", outputs)
     form = applied.capture.form
     if dynamic_batch and form.size is not None:
-        raise TomeError(
+        raise NotExported(
             "a program for any batch size cannot be made: the model is "
             f"{applied.capture.notes[-1]}",
             advice=f"export with dynamic_batch=False, for a batch of {form.size}; or once for each "
@@ -118,24 +118,24 @@ def operators(program: ExportedProgram) -> dict[str, int]:
 
 def _check_exportable(model: nn.Module, method: Method, dynamic_batch: object) -> None:
     if not isinstance(dynamic_batch, bool):
-        raise TomeError(
+        raise NotExported(
             "the batch alone can be dynamic: a merge counts the tokens there are, so the "
             f"resolution is fixed; got dynamic_batch={dynamic_batch!r}",
             advice="export once for each resolution, with example_inputs= of that size, and give "
             "dynamic_batch=True or False",
         )
     if method.adaptive is not False:
-        raise TomeError(
+        raise NotExported(
             f"{method!r} routes images to several graphs, a program is one",
             advice="export each budget: tomepass.export(model, merged.budgets[0].method)",
         )
     if method.trace_source:
-        raise TomeError(
+        raise NotExported(
             "a program returns the model's outputs alone, and no source map",
             advice=f"export with {method.replace(trace_source=False)!r}",
         )
     if any(module.training for module in model.modules()):
-        raise TomeError(
+        raise NotExported(
             "the model is in training mode: its dropout would be exported",
             advice="call model.eval() first",
         )
@@ -181,7 +181,7 @@ def _program(
         raise
     except Exception as error:
         lines = " ".join(str(error).strip().splitlines()[:3])[:500]
-        raise TomeError(
+        raise NotExported(
             f"{type(model).__name__} could not be exported: {type(error).__name__}: {lines}",
             advice="try dynamic_batch=False, or another version of torch",
         ) from error
@@ -213,7 +213,7 @@ def _check_operators(program: ExportedProgram) -> None:
             name, why = str(target), "it is not an operator of PyTorch's own"
         else:
             continue  # arithmetic on sizes
-        raise TomeError(
+        raise NotExported(
             f"{name} cannot be exported: {why}",
             node=node.name,
             advice="choose another method or option, for example combine='weighted_mean'",

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from tomepass.errors import TomeError
+from tomepass.errors import Refused, TomeError
 from tomepass.handover.applied import Applied, accepted, apply_capture, make_applied
 from tomepass.handover.captures import CAPTURES, Captures, Make
 from tomepass.handover.choices import OnUnmatched, Outputs
@@ -79,7 +79,7 @@ class AdaptiveModel(StandIn):
         applied = tome.captures.get(tome.model, call, method)
         form = applied.capture.form
         if form.size is not None:
-            raise TomeError(
+            raise Refused(
                 f"{type(tome.model).__name__}.{method} can be captured for a fixed batch size "
                 "alone, so its images cannot be split over budgets",
                 advice="apply the method without adaptive=",
@@ -249,7 +249,7 @@ def _together(parts: list[Any], order: Tensor, lengths: list[int]) -> Any:
             for value, length in zip(values, lengths, strict=True)
         )
         if not batched and any(value is not None for value in values):
-            raise TomeError(
+            raise Refused(
                 "the model returns something that is not one entry an image, which cannot be put "
                 "together from several budgets",
                 advice="apply the method without adaptive=",

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tomepass.errors import TomeError, no_foreign_errors
+from tomepass.errors import Refused, TomeError, no_foreign_errors
 from tomepass.handover.applied import analyse
 from tomepass.handover.captures import CAPTURES
 from tomepass.handover.choices import OnUnmatched, Outputs, check_choices, check_one_graph
@@ -68,7 +68,7 @@ def apply(
     check_choices(on_unmatched, outputs)
     check_limit(captures)
     if isinstance(model, MergedModel):
-        raise TomeError(
+        raise Refused(
             f"the model is already merged with {model._tome.method!r}",
             advice="apply tomepass to the original model",
         )

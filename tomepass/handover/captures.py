@@ -12,7 +12,7 @@ import torch
 from torch import SymInt, Tensor, nn
 
 from tomepass.capture.fidelity import can_be_held
-from tomepass.errors import TomeError
+from tomepass.errors import NotCaptured
 from tomepass.model.alone import one_at_a_time
 from tomepass.model.batches import Form, first_of, forms
 
@@ -202,7 +202,7 @@ def _device(tensor: Tensor) -> tuple[str, int | None]:
     return (tensor.device.type, tensor.device.index)
 
 
-class NotPreparedError(TomeError, AssertionError):
+class NotPreparedError(NotCaptured, AssertionError):
     """Dynamo raises an AssertionError as it is and wraps every other error."""
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tomepass.capture.captured import read_state
 from tomepass.capture.fidelity import NotCapturedError, hold_against
-from tomepass.errors import TomeError
+from tomepass.errors import Refused, TomeError
 from tomepass.handover.applied import Applied, make_applied, not_captured
 from tomepass.handover.captures import CAPTURES, Captures, Check, Make
 from tomepass.handover.choices import OnUnmatched, Outputs
@@ -91,7 +91,7 @@ class MergedModel(StandIn):
         call = tome.bind(args, kwargs)
         applied = tome.captures.get(tome.model, call)
         if applied.graph is None:
-            raise TomeError("this model is left unmerged, so there is no source map")
+            raise Refused("this model is left unmerged, so there is no source map")
         leaves = pytree.tree_leaves(call)
         if applied.source_graph is not None:
             (source,) = applied.run(tome.model, leaves, graph=applied.source_graph)
@@ -115,7 +115,7 @@ class MergedModel(StandIn):
         call = tome.bind(args, kwargs)
         applied = tome.captures.get(tome.model, call)
         if applied.graph is None:
-            raise TomeError("this model is left unmerged, so no block loses a token")
+            raise Refused("this model is left unmerged, so no block loses a token")
         state = read_state(tome.model, applied.capture)
         return applied.counting.counts(state, pytree.tree_leaves(call))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 from tomepass.counts.blocks import StreamPlan, held_at, plan_counts
 from tomepass.counts.schedule import (
     TARGETS,
+    CountsError,
     Schedule,
     counts_per_block,
     merged_at_most,
@@ -148,7 +149,8 @@ class Method:
             depth: blocks of the stream.
 
         Raises:
-            ValueError: if ``r`` is a list longer than the depth, or ``blocks`` names one beyond it.
+            CountsError: a ValueError, if ``r`` is a list longer than the depth, or ``blocks`` names
+                one beyond it.
         """
         if self.schedule.kind == "keep_rate":
             return self._keeping(float(self.schedule.values[0]), tokens, protected, depth)
@@ -202,7 +204,8 @@ class Method:
         """Tokens asked to go in each of ``depth`` blocks, before the cap.
 
         Raises:
-            ValueError: if ``r`` is a list longer than the depth, or ``blocks`` names one beyond it.
+            CountsError: a ValueError, if ``r`` is a list longer than the depth, or ``blocks`` names
+                one beyond it.
         """
         counts = counts_per_block(self.schedule, depth)
         if self.blocks is None:
@@ -274,7 +277,7 @@ class Method:
         if places is None:
             return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
         if outside := [i for i in places if i >= depth]:
-            raise ValueError(f"blocks={places} names {outside}, the model has {depth} blocks")
+            raise CountsError(f"blocks={places} names {outside}, the model has {depth} blocks")
         return places
 
     def _keeping(

@@ -1,0 +1,41 @@
+"""Mutations of the public surface: errors and their kinds, keywords, what a merged model adds."""
+
+from mutants import Mutant
+
+MUTANTS = [
+    Mutant(
+        name="an_error_travels_as_the_plain_one",
+        file="tomepass/errors.py",
+        old="return _rebuild, (known, self.reason, fields)",
+        new="return _rebuild, (TomeError, self.reason, fields)",
+        tests="tests/test_kinds_of_errors.py -k travels",
+    ),
+    Mutant(
+        name="counts_that_do_not_fit_are_no_value_error",
+        file="tomepass/planning/streams.py",
+        old="class CountsRefused(Refused, ValueError):",
+        new="class CountsRefused(Refused):",
+        tests="tests/test_kinds_of_errors.py -k value_error",
+    ),
+    Mutant(
+        name="the_short_stream_is_not_named",
+        file="tomepass/planning/streams.py",
+        old='which = f"stream {number} of {streams}" if streams > 1 else "its one stream"',
+        new='which = "its one stream"',
+        tests="tests/test_kinds_of_errors.py -k several",
+    ),
+    Mutant(
+        name="a_backend_that_warns_swallows_counts_that_do_not_fit",
+        file="tomepass/handover/compiling/backend.py",
+        old="except (_AlreadyMergedError, CountsRefused):",
+        new="except _AlreadyMergedError:",
+        tests="tests/test_kinds_of_errors.py -k backend",
+    ),
+    Mutant(
+        name="an_untrained_method_is_refused_as_a_model_is",
+        file="tomepass/methods/learned/policies.py",
+        old='            raise NotTrained(\n                f"{name} scores tokens',
+        new='            raise TomeError(\n                f"{name} scores tokens',
+        tests="tests/test_kinds_of_errors.py -k 'kind and policy'",
+    ),
+]
