@@ -38,4 +38,25 @@ MUTANTS = [
         new='            raise TomeError(\n                f"{name} scores tokens',
         tests="tests/test_kinds_of_errors.py -k 'kind and policy'",
     ),
+    Mutant(
+        name="a_blind_line_counts_as_proved",
+        file="tomepass/proof/report.py",
+        old="return self.ok and not self.unproved",
+        new="return self.ok",
+        tests="tests/proof/test_proved.py -k named",
+    ),
+    Mutant(
+        name="all_checks_pass_whatever_was_blind",
+        file="tomepass/proof/report.py",
+        old="    if report.unproved:\n",
+        new="    if report.unproved and failed:\n",
+        tests="tests/proof/test_proved.py -k named",
+    ),
+    Mutant(
+        name="what_the_next_line_decides_is_unproved",
+        file="tomepass/proof/report.py",
+        old=" and not line.followed)",
+        new=")",
+        tests="tests/proof/test_proved.py -k decides",
+    ),
 ]

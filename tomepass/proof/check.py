@@ -36,7 +36,7 @@ from tomepass.proof.duplicates import check_duplicates
 from tomepass.proof.kernels import kernel_lines
 from tomepass.proof.recorded import Recorded, edges_of, record, reference_lines
 from tomepass.proof.replay import relative_error, replayed
-from tomepass.proof.report import CheckLine, CheckReport
+from tomepass.proof.report import BLIND, CheckLine, CheckReport
 from tomepass.rewriting.sweep import rewrite
 
 FLOAT32_TOLERANCE = 1e-4
@@ -70,6 +70,10 @@ def check(
        the assignments of one run replayed, no further from float64 than twice eager's distance.
     4. Lossless on duplicate tokens, with a negative control that must fail.
     5. The same bits again, and an image's result independent of its neighbours.
+
+    Some of it cannot be tried for every method, model and input: line 2 for a method that does not
+    merge by bipartite matches, line 4 for one that loses something even where tokens are alike.
+    ``report.unproved`` holds those lines, ``report.proved`` is True where there are none.
 
     Args:
         model: the model, in eval mode, or an applied one.
@@ -230,11 +234,12 @@ def _compiled_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     compiled = subject.run_compiled(subject.call)
     error = _worst(compiled, eager)
     if subject.low_precision:
-        yield CheckLine(name, error, float("inf"), None, "merges flip on ties: see the next line")
+        note = "merges flip on ties: see the next line"
+        yield CheckLine(name, error, float("inf"), None, note, followed=True)
         yield _low_precision_line(subject)
     elif error > FLOAT32_TOLERANCE and not _referenced(subject):
         note = "which tokens tie cannot be told for this method: see the next line"
-        yield CheckLine(name, error, FLOAT32_TOLERANCE, None, note)
+        yield CheckLine(name, error, FLOAT32_TOLERANCE, None, note, followed=True)
         yield _tie_line(subject)
     elif error <= FLOAT32_TOLERANCE or not (tied := _tied_images(subject)):
         yield CheckLine(name, error, FLOAT32_TOLERANCE, error <= FLOAT32_TOLERANCE)
@@ -310,7 +315,7 @@ def _duplicates_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     passed: bool | None = found.error <= FLOAT32_TOLERANCE
     note = f"{found.schedule!r}; without proportional attention {found.control:.1e}"
     if found.blind is not None:
-        passed, note = (None if passed else False), f"blind here: {found.blind}"
+        passed, note = (None if passed else False), f"{BLIND}{found.blind}"
     yield CheckLine(name, found.error, FLOAT32_TOLERANCE, passed, note)
 
 
@@ -321,12 +326,16 @@ def _determinism_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     yield again
     name = "   whatever an image's neighbours"
     if not again.passed:
-        yield CheckLine(name, 0.0, 0.0, None, "blind here: not even the same batch repeats")
+        yield CheckLine(name, 0.0, 0.0, None, f"{BLIND}not even the same batch repeats")
         return
     changed = subject.run_compiled(pytree.tree_map(_other_neighbours, call))
     images = max(2, subject.images)
     alone = _own_rows(subject, call, images)
     rows = [(a[:1], b[:1]) for a, b, own in zip(first, changed, alone, strict=True) if own]
+    if not rows:
+        note = f"{BLIND}no output holds, for each image, what is read off that image alone"
+        yield CheckLine(name, 0.0, 0.0, None, note)
+        return
     ours, theirs = [a for a, _ in rows], [b for _, b in rows]
     yield _bits(name, ours, theirs, "the first image changes with the others")
 
