@@ -51,6 +51,7 @@ def main(
     for text in r or ("8", "13", "16"):
         method = ToMe(parse_r(text), adaptive=True)
         adaptive = tomepass.apply(subject, method, example_inputs=data.pixel_values[mine])
+        assert isinstance(adaptive, AdaptiveModel)
         rows.append({"r": text} | _compared(subject, judge, adaptive, seen, batch, rounds))
     Results(
         name="adaptive",

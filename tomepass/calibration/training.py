@@ -19,7 +19,7 @@ from tomepass.capture.captured import read_state
 from tomepass.capture.exported import capture_module
 from tomepass.errors import Refused, TomeError
 from tomepass.graphs.surgery import with_outputs
-from tomepass.handover.merged import MergedModel
+from tomepass.handover.merged import MergedModel, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.methods import Learned, Policy
 from tomepass.methods.fields import flag, number, whole
@@ -194,7 +194,7 @@ def _check(model: nn.Module, method: object) -> None:
             f"got {method!r}"
         )
     check_model(model)
-    if isinstance(model, MergedModel):
+    if of_one_graph(model):
         raise Refused(
             "the model has tomepass applied already",
             advice="train on the original model, then apply the method that comes back",

@@ -12,14 +12,13 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from tomepass.errors import NotExported, TomeError, no_foreign_errors
-from tomepass.handover.adaptive import AdaptiveModel
 from tomepass.handover.applied import make_applied
 from tomepass.handover.choices import Outputs, check_choices
-from tomepass.handover.merged import MergedModel, call_of
+from tomepass.handover.merged import MergedModel, call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.handover.standing_in.wrapping import SHARED
 from tomepass.kernels.written_out import FOR_RUNTIMES
-from tomepass.methods import Method, RLike
+from tomepass.methods import Method, MethodLike, RLike
 from tomepass.methods.asked import resolve_method
 from tomepass.model.batches import ANY, Form
 from tomepass.model.calls import call_with
@@ -39,7 +38,7 @@ _TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 @no_foreign_errors("export the model")
 def export(
     model: nn.Module,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
     example_inputs: Any = None,
@@ -69,9 +68,9 @@ def export(
             operator that runtimes have no converter for.
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
     """
-    if isinstance(model, (MergedModel, AdaptiveModel)):
+    if isinstance(model, MergedModel):
         method = model._tome.method if method is None and r is None else method
-        if isinstance(model, MergedModel) and outputs is None:
+        if of_one_graph(model) and outputs is None:
             outputs = model._tome.outputs
         model = model._tome.model
     method = resolve_method(method, r)

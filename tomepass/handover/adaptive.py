@@ -15,9 +15,7 @@ from tomepass.handover.captures import CAPTURES, Captures, Make
 from tomepass.handover.choices import OnUnmatched, Outputs
 from tomepass.handover.merged import MergedModel, call_of, captured, checker, warn_of_names
 from tomepass.handover.standing_in.bypass import captured_another
-from tomepass.handover.standing_in.tome import Tome
 from tomepass.handover.standing_in.wrapping import (
-    StandIn,
     gives_way,
     shadowed,
     stand_in,
@@ -36,12 +34,12 @@ gains.
 """
 
 
-class AdaptiveModel(StandIn):
+class AdaptiveModel(MergedModel):
     """A model with a few budgets, and a router; :func:`tomepass.apply` makes it.
 
     Each image goes, by :func:`redundancy`, to one of the models in ``budgets``; the results come
-    back in the order of the batch. An image's result does not depend on its neighbours. It stands
-    in for the model as a :class:`tomepass.MergedModel` does.
+    back in the order of the batch. An image's result does not depend on its neighbours. What is
+    about one graph, such as a report, its budgets answer and it refuses.
 
     Args:
         model: the model.
@@ -66,8 +64,9 @@ class AdaptiveModel(StandIn):
         self.__dict__["_tome_parts"] = tuple(
             MergedModel(model, each, "raise", "original", _reduced(plain, each)) for each in budgets
         )
-        super().__init__(Tome(model, method, on_unmatched, "original", plain))
+        super().__init__(model, method, on_unmatched, "original", plain)
 
+    _tome_graphs = "several"
     _tome_parts: tuple[MergedModel, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

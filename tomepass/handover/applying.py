@@ -16,12 +16,13 @@ from tomepass.handover.merged import (
     call_of,
     captured,
     check_limit,
+    of_one_graph,
     rebuild,
     warn_of_names,
 )
 from tomepass.handover.refusing import check_model
 from tomepass.handover.standing_in.wrapping import shadowed
-from tomepass.methods import Method, RLike
+from tomepass.methods import MethodLike, RLike
 from tomepass.methods.asked import resolve_method
 from tomepass.reporting.report import Report
 from tomepass.sources.examples import example_inputs as inputs_from_config
@@ -30,14 +31,14 @@ from tomepass.sources.examples import example_inputs as inputs_from_config
 @no_foreign_errors("apply itself to the model")
 def apply(
     model: nn.Module,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
     captures: int = CAPTURES,
-) -> Any:
+) -> MergedModel:
     """A module that computes what ``model`` computes, with redundant tokens merged.
 
     The model itself is not changed; its parameters are shared, as with ``torch.compile``.
@@ -57,8 +58,7 @@ def apply(
             beyond it the one longest out of use is made anew when it is needed.
 
     Returns:
-        a :class:`MergedModel`; an :class:`tomepass.adaptive.AdaptiveModel` where the method is
-        adaptive.
+        a :class:`MergedModel`, of several graphs where the method is adaptive.
 
     Raises:
         TomeError: if the model cannot be merged exactly, with block, node, source line, reason.
@@ -67,7 +67,7 @@ def apply(
     method = resolve_method(method, r)
     check_choices(on_unmatched, outputs)
     check_limit(captures)
-    if isinstance(model, MergedModel):
+    if of_one_graph(model):
         raise Refused(
             f"the model is already merged with {model._tome.method!r}",
             advice="apply tomepass to the original model",
@@ -94,7 +94,7 @@ def apply(
 @no_foreign_errors("explain the model")
 def explain(
     model: nn.Module,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
     example_inputs: Any = None,
@@ -112,7 +112,7 @@ def explain(
             and the config does not say what to make, or if the method or model is adaptive.
         TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
     """
-    if isinstance(model, MergedModel):
+    if of_one_graph(model):
         method = model._tome.method if method is None and r is None else method
         model = model._tome.model
     method = resolve_method(method, r)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.utils._pytree as pytree
@@ -36,6 +36,9 @@ class MergedModel(StandIn):
     Where the model has an attribute named as one of ours is (``source``, ``method``), it is the
     model's; ``MergedModel.source(merged, x)`` is ours.
     """
+
+    _tome_graphs: ClassVar[str] = "one"
+    """Whether a call runs one graph, or its images are split over ``"several"``."""
 
     def __init__(
         self,
@@ -76,12 +79,22 @@ class MergedModel(StandIn):
     def _tome_prepare(self, inputs: Any) -> None:
         captured(self, inputs)
 
+    def _tome_check_one(self, what: str) -> None:
+        """Refuses where there are several graphs, something that is about one."""
+        if self._tome_graphs != "one":
+            raise Refused(
+                f"{self._tome.method!r} routes images to several graphs, and {what} is of one",
+                advice="ask one of the budgets, each of which is a graph of its own: "
+                "merged.budgets[0]",
+            )
+
     @gives_way
     def source(self, *args: Any, **kwargs: Any) -> Tensor:
         """The final token of every original token: ``[B, N]`` indices into the merged sequence.
 
         Takes the model's inputs; needs ``trace_source=True`` in the method.
         """
+        self._tome_check_one("a source map")
         tome = self._tome
         if not tome.method.trace_source:
             raise TomeError(
@@ -111,6 +124,7 @@ class MergedModel(StandIn):
         Raises:
             TomeError: if the model is left unmerged.
         """
+        self._tome_check_one("a count of tokens")
         tome = self._tome
         call = tome.bind(args, kwargs)
         applied = tome.captures.get(tome.model, call)
@@ -122,6 +136,7 @@ class MergedModel(StandIn):
     @gives_way
     def kept_report(self, inputs: Any) -> KeptReport:
         """The distribution of :meth:`kept` over the images of inputs like those it takes."""
+        self._tome_check_one("a count of tokens")
         args, kwargs = as_call(inputs)
         kept = MergedModel.kept(self, *args, **kwargs)
         (stream, *_) = captured(self, inputs).report.streams
@@ -130,17 +145,24 @@ class MergedModel(StandIn):
     @gives_way
     def report(self, inputs: Any) -> Report:
         """What was read off the graph for inputs like these, and done."""
+        self._tome_check_one("a report")
         return _told_of_limit(captured(self, inputs), self._tome.captures.limit)
 
     @gives_way
     def captured(self, inputs: Any) -> Applied:
         """The rewritten graph for inputs like these, made if it is not there yet."""
+        self._tome_check_one("a capture")
         return captured(self, inputs)
 
     @gives_way
     def bind(self, inputs: Any) -> dict[str, Any]:
         """Inputs in the shapes :meth:`prepare` takes them, as keyword inputs of the model."""
         return self._tome.call_of(inputs)
+
+
+def of_one_graph(model: object) -> TypeGuard[MergedModel]:
+    """Is it a merged model whose calls run one graph? An adaptive one runs several."""
+    return isinstance(model, MergedModel) and model._tome_graphs == "one"
 
 
 def captured(merged: MergedModel, inputs: Any) -> Applied:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol, TypeAlias
 
 from tomepass.methods.base import Method, RLike
 from tomepass.methods.merging.tome import ToMe
+
+
+class HasMethod(Protocol):
+    """What holds a method, as a :class:`tomepass.Plan` does."""
+
+    @property
+    def method(self) -> Method:
+        """What is to be done."""
+        ...
+
+
+MethodLike: TypeAlias = Method | HasMethod
+"""What is taken as ``method=``: a method, or a plan."""
 
 
 def resolve_method(method: Any, r: RLike | None) -> Method:

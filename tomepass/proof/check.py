@@ -21,12 +21,12 @@ from tomepass.capture.captured import read_state
 from tomepass.errors import TomeError, compiling_merged, no_foreign_errors, the_users_own
 from tomepass.handover.applied import Applied, make_applied
 from tomepass.handover.applying import apply
-from tomepass.handover.choices import check_one_graph
+from tomepass.handover.choices import Outputs, check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, resolve_inner
-from tomepass.handover.merged import MergedModel, call_of, captured
+from tomepass.handover.merged import MergedModel, call_of, captured, of_one_graph
 from tomepass.handover.refusing import check_model
-from tomepass.methods import Method, RLike
+from tomepass.methods import MethodLike, RLike
 from tomepass.methods.asked import resolve_method
 from tomepass.model.calls import call_with, describe_inputs
 from tomepass.model.unmerged import answer_of, check_values, in_precision
@@ -53,12 +53,12 @@ _DEEP_TIE = 1e-5
 def check(
     model: nn.Module,
     inputs: Any,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
     inner: Inner = "inductor",
     inner_options: dict[str, Any] | None = None,
-    outputs: str = "original",
+    outputs: Outputs = "original",
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Proves, on the given inputs, that the merged and compiled model computes what it should.
@@ -92,7 +92,7 @@ def check(
         TypeError, ValueError: on a wrong ``r``, ``method`` and ``r`` both given, or inputs or
             options of a wrong type.
     """
-    if isinstance(model, MergedModel):
+    if of_one_graph(model):
         if method is None and r is None:
             method = model._tome.method
         model = model._tome.model
@@ -108,7 +108,7 @@ def check(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, got {progress!r}")
     check_values(model, call_of(model, inputs), "check")
-    merged = apply(model, method, example_inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
+    merged = apply(model, method, example_inputs=inputs, outputs=outputs)
     subject = _Subject(model, merged, inputs, inner, options)
     lines: list[CheckLine] = []
     for name, line in _LINES.items():

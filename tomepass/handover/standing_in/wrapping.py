@@ -14,7 +14,7 @@ import types
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from torch import Tensor, fx, nn
 
@@ -24,6 +24,8 @@ from tomepass.methods import Method
 from tomepass.model.calls import Inputs, forward_signature, no_tracing
 
 F = TypeVar("F", bound=Callable[..., Any])
+V = TypeVar("V")
+S = TypeVar("S", bound="StandIn")
 
 # What is shared with the model: the state, and what is done to it when it is saved and loaded.
 SHARED = (
@@ -69,9 +71,9 @@ def gives_way(function: F) -> F:
     return cast(F, _GivesWay(function, is_value=False))
 
 
-def value_gives_way(function: Callable[[Any], Any]) -> Any:
+def value_gives_way(function: Callable[[Any], V]) -> V:
     """A value of ours, unless the model has something of the same name."""
-    return _GivesWay(function, is_value=True)
+    return cast(V, _GivesWay(function, is_value=True))
 
 
 class StandIn(nn.Module):
@@ -98,7 +100,7 @@ class StandIn(nn.Module):
         raise NotImplementedError
 
     @gives_way
-    def prepare(self, inputs: Any) -> Any:
+    def prepare(self: S, inputs: Any) -> S:
         """Captures and rewrites ahead of the first call with inputs like these.
 
         Args:
@@ -136,10 +138,13 @@ class StandIn(nn.Module):
 
     # ---- attributes ------------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "_tome" or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return of_the_model(self, name)
+    # A type checker is to complete what is ours, and to refuse what nobody has.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "_tome" or (name.startswith("__") and name.endswith("__")):
+                raise AttributeError(name)
+            return of_the_model(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_tome" not in self.__dict__ or self._tome_keeps(name, value):
