@@ -59,4 +59,32 @@ MUTANTS = [
         new=")",
         tests="tests/proof/test_proved.py -k decides",
     ),
+    Mutant(
+        name="a_merged_models_own_method_hides_a_target",
+        file="tomepass/methods/asked.py",
+        old="if standing is not None and not given else",
+        new="if standing is not None and r is None else",
+        tests="tests/handover/test_asked.py -k keeps_its_method",
+    ),
+    Mutant(
+        name="a_target_beside_a_method_is_forgotten",
+        file="tomepass/methods/asked.py",
+        old="    if given:\n",
+        new="    if r is not None:\n",
+        tests="tests/handover/test_asked.py -k 'together or vain'",
+    ),
+    Mutant(
+        name="explain_forgets_a_target",
+        file="tomepass/handover/applying.py",
+        old="        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing\n",
+        new="        method, r, keep_rate=keep_rate, macs=macs, standing=standing\n",
+        tests="tests/handover/test_asked.py -k short_for",
+    ),
+    Mutant(
+        name="several_graphs_report_of_none",
+        file="tomepass/handover/adaptive.py",
+        old='    _tome_graphs = "several"\n',
+        new='    _tome_graphs = "one"\n',
+        tests="tests/test_typing.py",
+    ),
 ]

@@ -41,6 +41,9 @@ def export(
     method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     example_inputs: Any = None,
     dynamic_batch: bool = True,
     outputs: Outputs | None = None,
@@ -54,7 +57,10 @@ def export(
     Args:
         model: in eval mode; or an applied one, whose method is taken unless another is given.
         method: what to do, for example ``ToMe(r=8)``, or a plan. Default ``ToMe()``, r=16.
-        r: short for ``method=ToMe(r=r)``.
+        r: short for ``method=ToMe(r=r)``, as the next three are for ``ToMe`` with them.
+        keep_rate: the share of the tokens to keep at a quarter, a half and three quarters.
+        macs: the share of the multiply-accumulates to keep.
+        speedup: how many times as many there are unmerged.
         example_inputs: a tensor, a tuple or a dict of inputs: their resolution is the one that is
             exported. Default: made from ``model.config``.
         dynamic_batch: any batch size; False fixes that of the example inputs.
@@ -66,14 +72,18 @@ def export(
     Raises:
         TomeError: if the model cannot be merged or captured, is in training mode, or holds an
             operator that runtimes have no converter for.
-        TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
+        TypeError, ValueError: on a wrong ``r`` or target, or more than one of them and ``method``
+            given.
     """
+    standing = None
     if isinstance(model, MergedModel):
-        method = model._tome.method if method is None and r is None else method
+        standing = model._tome.method
         if of_one_graph(model) and outputs is None:
             outputs = model._tome.outputs
         model = model._tome.model
-    method = resolve_method(method, r)
+    method = resolve_method(
+        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
+    )
     outputs = "original" if outputs is None else outputs
     check_choices("raise", outputs)
     check_model(model)

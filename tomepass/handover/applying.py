@@ -34,6 +34,9 @@ def apply(
     method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
@@ -46,7 +49,10 @@ def apply(
     Args:
         model: any encoder; HuggingFace vision and audio models need nothing more.
         method: what to do, for example ``ToMe(r=8)``. Default ``ToMe()``, r=16.
-        r: short for ``method=ToMe(r=r)``.
+        r: short for ``method=ToMe(r=r)``, as the next three are for ``ToMe`` with them.
+        keep_rate: the share of the tokens to keep at a quarter, a half and three quarters.
+        macs: the share of the multiply-accumulates to keep.
+        speedup: how many times as many there are unmerged.
         example_inputs: a tensor, a tuple or a dict of inputs to capture ahead. Default: made
             from ``model.config`` where that says enough, else captured on first use.
         on_unmatched: ``"raise"`` a TomeError on a model that cannot be merged, or ``"warn"`` and
@@ -62,9 +68,10 @@ def apply(
 
     Raises:
         TomeError: if the model cannot be merged exactly, with block, node, source line, reason.
-        TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
+        TypeError, ValueError: on a wrong ``r`` or target, or more than one of them and ``method``
+            given.
     """
-    method = resolve_method(method, r)
+    method = resolve_method(method, r, keep_rate=keep_rate, macs=macs, speedup=speedup)
     check_choices(on_unmatched, outputs)
     check_limit(captures)
     if of_one_graph(model):
@@ -97,6 +104,9 @@ def explain(
     method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
@@ -110,12 +120,15 @@ def explain(
     Raises:
         TomeError: if torch.export cannot capture the model, or if there are no example inputs
             and the config does not say what to make, or if the method or model is adaptive.
-        TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
+        TypeError, ValueError: on a wrong ``r`` or target, or more than one of them and ``method``
+            given.
     """
+    standing = None
     if of_one_graph(model):
-        method = model._tome.method if method is None and r is None else method
-        model = model._tome.model
-    method = resolve_method(method, r)
+        standing, model = model._tome.method, model._tome.model
+    method = resolve_method(
+        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
+    )
     check_choices(on_unmatched, outputs)
     check_model(model)
     check_one_graph(method, "explain")

@@ -80,11 +80,10 @@ def measure(
             is then its cause; or if one of the two still recompiles after warming up.
         TypeError, ValueError: on options or ``rounds`` of a wrong type, or fewer rounds than 1.
     """
+    standing = None
     if of_one_graph(model):
-        if method is None and r is None:
-            method = model._tome.method
-        model = model._tome.model
-    method = resolve_method(method, r)
+        standing, model = model._tome.method, model._tome.model
+    method = resolve_method(method, r, standing=standing)
     check_model(model)
     check_one_graph(method, "measure")
     options = options_of(inner_options)

@@ -56,6 +56,9 @@ def check(
     method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     inner: Inner = "inductor",
     inner_options: dict[str, Any] | None = None,
     outputs: Outputs = "original",
@@ -79,7 +82,10 @@ def check(
         model: the model, in eval mode, or an applied one.
         inputs: a tensor, a tuple or a dict, as for :meth:`MergedModel.prepare`.
         method: as in :func:`tomepass.apply`.
-        r: short for ``method=ToMe(r=r)``.
+        r: short for ``method=ToMe(r=r)``, as the next three are for ``ToMe`` with them.
+        keep_rate: the share of the tokens to keep at a quarter, a half and three quarters.
+        macs: the share of the multiply-accumulates to keep.
+        speedup: how many times as many there are unmerged.
         inner: the backend that compiles, as in :class:`TomeBackend`.
         inner_options: its options.
         outputs: as in :func:`tomepass.apply`.
@@ -89,14 +95,15 @@ def check(
         TomeError: if the model cannot be merged, is in training mode, the method or model is
             adaptive, or the backend is missing; if the model itself raises for these inputs, which
             is then its cause, or returns NaN; or if they or the model are on the meta device.
-        TypeError, ValueError: on a wrong ``r``, ``method`` and ``r`` both given, or inputs or
-            options of a wrong type.
+        TypeError, ValueError: on a wrong ``r`` or target, more than one of them and ``method``
+            given, or inputs or options of a wrong type.
     """
+    standing = None
     if of_one_graph(model):
-        if method is None and r is None:
-            method = model._tome.method
-        model = model._tome.model
-    method = resolve_method(method, r)
+        standing, model = model._tome.method, model._tome.model
+    method = resolve_method(
+        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
+    )
     check_model(model)
     check_one_graph(method, "check")
     if model.training:
