@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         name="explain_forgets_a_target",
         file="tomepass/handover/applying.py",
-        old="        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing\n",
-        new="        method, r, keep_rate=keep_rate, macs=macs, standing=standing\n",
+        old=" speedup=speedup, standing=standing\n",
+        new=" standing=standing\n",
         tests="tests/handover/test_asked.py -k short_for",
     ),
     Mutant(
@@ -86,5 +86,26 @@ MUTANTS = [
         old='    _tome_graphs = "several"\n',
         new='    _tome_graphs = "one"\n',
         tests="tests/test_typing.py",
+    ),
+    Mutant(
+        name="a_copy_forgets_its_rate",
+        file="tomepass/methods/base.py",
+        old=' | {"r": self.schedule}',
+        new="",
+        tests="tests/methods/test_r.py -k nothing_of_the_rest",
+    ),
+    Mutant(
+        name="a_list_and_a_pair_read_alike",
+        file="tomepass/counts/schedule.py",
+        old='"r": list(self.values) if self.kind == "list" else self.values}',
+        new='"r": list(self.values)}',
+        tests="tests/methods/test_r.py -k nothing_of_the_rest",
+    ),
+    Mutant(
+        name="the_schedule_is_an_option_of_the_backend",
+        file="tomepass/handover/compiling/backend.py",
+        old="dataclasses.fields(mine.method) if f.init)",
+        new="dataclasses.fields(mine.method))",
+        tests="tests/handover/test_backend.py -k unknown_option",
     ),
 ]

@@ -43,6 +43,15 @@ class Schedule:
             return None
         return self.values[0] if self.kind == "macs" else 1.0 / self.values[0]
 
+    def as_written(self) -> dict[str, Any]:
+        """``r``, ``macs``, ``speedup`` and ``keep_rate`` as a user gives them; one is not None."""
+        names: dict[str, Any] = dict.fromkeys(("r", *_SINGLE))
+        if self.kind in _SINGLE:
+            return {**names, self.kind: self.values[0]}
+        if self.kind == "constant":
+            return {**names, "r": self.values[0]}
+        return {**names, "r": list(self.values) if self.kind == "list" else self.values}
+
     def to_json(self) -> Any:
         """An int, a list of ints, ``{"r": r, "inflection": i}``, or ``{"macs": share}``."""
         if self.kind in _SINGLE:

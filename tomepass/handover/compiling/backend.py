@@ -192,7 +192,7 @@ class TomeBackend(_Settings):
         if mine.method is None:
             of_method, known = [], "it has no method to change"
         else:
-            of_method = [*(f.name for f in dataclasses.fields(mine.method)), *TARGETS]
+            of_method = [*(f.name for f in dataclasses.fields(mine.method) if f.init), *TARGETS]
             known = f"and of the method: {', '.join(of_method)}"
         if unknown := sorted(set(others) - set(of_method)):
             raise TomeError(
