@@ -24,24 +24,25 @@ from torch import nn
 
 def use(model: nn.Module, x: torch.Tensor, plan: tomepass.Plan) -> torch.Tensor:
     merged = tomepass.apply(model, r=8)
-    merged = tomepass.apply(model, tomepass.ToMe(r=8)).prepare(x).eval()
-    report: tomepass.Report = tomepass.apply(model, plan).prepare(x).report(x)
-    original: nn.Module = merged.original
+    merged = tomepass.apply(model, tomepass.ToMe(r=8)).tome.prepare(x).eval()
+    report: tomepass.Report = tomepass.apply(model, plan).tome.prepare(x).tome.report(x)
+    original: nn.Module = merged.tome.original
     tomepass.explain(model, plan), tomepass.check(model, x, plan, outputs="merged")
     tomepass.export(model, plan)
-    return merged.source(x)
+    return merged.tome.source(x)
 """
 
 # Each line, in place of what `use` does, is refused with that.
 WRONG = {
     "merged.nonsense()": "operator",
-    "merged.prepare()": "call-arg",
+    "merged.tome.nonsense()": "attr-defined",
+    "merged.tome.prepare()": "call-arg",
     "tomepass.apply(model, 8)": "arg-type",
     "tomepass.apply(model, 'tome')": "arg-type",
     "tomepass.explain(model, model)": "arg-type",
     "tomepass.apply(model, outputs='short')": "arg-type",
     "tomepass.check(model, x, outputs='short')": "arg-type",
-    "number: int = merged.source(x)": "assignment",
+    "number: int = merged.tome.source(x)": "assignment",
 }
 
 
@@ -86,7 +87,7 @@ OF_ONE = ("source", "kept", "kept_report", "report", "captured")
 @pytest.mark.parametrize("name", OF_ONE)
 def test_several_graphs_answer_nothing_that_is_about_one(adaptive: MergedModel, name: str) -> None:
     with pytest.raises(Refused, match=r"routes images to several graphs, and .* is of one"):
-        getattr(adaptive, name)(pixels(3))
+        getattr(adaptive.tome, name)(pixels(3))
 
 
 @pytest.mark.parametrize(

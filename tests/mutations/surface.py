@@ -83,9 +83,9 @@ MUTANTS = [
     Mutant(
         name="several_graphs_report_of_none",
         file="tomepass/handover/adaptive.py",
-        old='    _tome_graphs = "several"\n',
-        new='    _tome_graphs = "one"\n',
-        tests="tests/test_typing.py",
+        old="        return Several(self)\n",
+        new="        return Added(self)\n",
+        tests="tests/test_typing.py -k about_one",
     ),
     Mutant(
         name="a_copy_forgets_its_rate",

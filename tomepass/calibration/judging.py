@@ -50,7 +50,7 @@ class Judge:
 
     Args:
         model: in eval mode.
-        batches: of inputs, each as for :meth:`MergedModel.prepare`, alike but for their length.
+        batches: of inputs, each as for :func:`tomepass.apply`, alike but for their length.
         labels: ``[images]`` class indices, if they are known.
 
     Raises:

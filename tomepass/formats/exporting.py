@@ -136,7 +136,7 @@ def _check_exportable(model: nn.Module, method: Method, dynamic_batch: object) -
     if method.adaptive is not False:
         raise NotExported(
             f"{method!r} routes images to several graphs, a program is one",
-            advice="export each budget: tomepass.export(model, merged.budgets[0].method)",
+            advice="export each budget: tomepass.export(model, merged.tome.budgets[0].tome.method)",
         )
     if method.trace_source:
         raise NotExported(

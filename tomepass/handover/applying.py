@@ -7,14 +7,13 @@ from typing import Any
 from torch import nn
 
 from tomepass.errors import Refused, TomeError, no_foreign_errors
+from tomepass.handover.added import captured, told_of_limit
 from tomepass.handover.applied import analyse
 from tomepass.handover.captures import CAPTURES
 from tomepass.handover.choices import OnUnmatched, Outputs, check_choices, check_one_graph
 from tomepass.handover.merged import (
     MergedModel,
-    _told_of_limit,
     call_of,
-    captured,
     check_limit,
     of_one_graph,
     rebuild,
@@ -135,4 +134,4 @@ def explain(
     check_limit(captures)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = call_of(model, inputs)
-    return _told_of_limit(analyse(model, method, call, outputs), captures)
+    return told_of_limit(analyse(model, method, call, outputs), captures)

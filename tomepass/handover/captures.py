@@ -101,6 +101,11 @@ class Captures:
         for kept in self._all():
             kept.applied = change(kept.applied)
 
+    def latest(self) -> Applied | None:
+        """The one that was used last; None where there is none."""
+        kept = max(self._all(), key=lambda kept: kept.used, default=None)
+        return None if kept is None else kept.applied
+
     def clear(self) -> None:
         """Forgets all; what is needed is captured again."""
         self._kept = {}
@@ -214,7 +219,7 @@ def _taken_in(store: int, known: int) -> int:
         raise NotPreparedError(
             "this call signature was not captured before compiling, or the model has changed "
             "since, and a capture inside a compiled region is impossible",
-            advice="call merged.prepare(inputs) with inputs like these first",
+            advice="call merged.tome.prepare(inputs) with inputs like these first",
         )
     return number
 

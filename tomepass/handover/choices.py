@@ -18,7 +18,7 @@ def check_one_graph(method: Method, door: str) -> None:
         raise Refused(
             f"adaptive={method.adaptive!r} routes images to several graphs, {door} is about one",
             advice="give a method without adaptive=, or that of one budget: "
-            "tomepass.apply(model, method, example_inputs=images).budgets[0].method",
+            "tomepass.apply(model, method, example_inputs=images).tome.budgets[0].tome.method",
         )
 
 

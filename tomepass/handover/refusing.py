@@ -30,7 +30,8 @@ def check_model(model: object) -> None:
         raise Refused(
             f"the model is already merged with {model._tome.method!r}, which routes images to "
             "several graphs",
-            advice="give its .original, or one of its .budgets, which is a graph of its own",
+            advice="give merged.tome.original, or one of merged.tome.budgets, each of which "
+            "is a graph of its own",
         )
     lazy = [n for n, m in model.named_modules() if _is_lazy(m)]
     if lazy:

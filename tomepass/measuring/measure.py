@@ -17,11 +17,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.errors import TomeError, compiling_merged
+from tomepass.handover.added import captured
 from tomepass.handover.applying import apply
 from tomepass.handover.choices import check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, inner_name, resolve_inner
-from tomepass.handover.merged import call_of, captured, of_one_graph
+from tomepass.handover.merged import call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.measuring.memory import peak_tensor_bytes
 from tomepass.measuring.values import Arm, Measurement, Settings, Spread
@@ -61,7 +62,7 @@ def measure(
 
     Args:
         model: the model, in eval mode, on the CPU or a CUDA device; or an applied one.
-        inputs: a tensor, a tuple or a dict, as for :meth:`MergedModel.prepare`. The first
+        inputs: a tensor, a tuple or a dict, as for :func:`tomepass.apply`. The first
             dimension of the first tensor is the batch.
         method: as in :func:`tomepass.apply`.
         r: short for ``method=ToMe(r=r)``.

@@ -19,12 +19,13 @@ from torch import Tensor, fx, nn
 from tomepass import reference
 from tomepass.capture.captured import read_state
 from tomepass.errors import TomeError, compiling_merged, no_foreign_errors, the_users_own
+from tomepass.handover.added import captured
 from tomepass.handover.applied import Applied, make_applied
 from tomepass.handover.applying import apply
 from tomepass.handover.choices import Outputs, check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, resolve_inner
-from tomepass.handover.merged import MergedModel, call_of, captured, of_one_graph
+from tomepass.handover.merged import MergedModel, call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.methods import MethodLike, RLike
 from tomepass.methods.asked import resolve_method
@@ -80,7 +81,7 @@ def check(
 
     Args:
         model: the model, in eval mode, or an applied one.
-        inputs: a tensor, a tuple or a dict, as for :meth:`MergedModel.prepare`.
+        inputs: a tensor, a tuple or a dict, as for :func:`tomepass.apply`.
         method: as in :func:`tomepass.apply`.
         r: short for ``method=ToMe(r=r)``, as the next three are for ``ToMe`` with them.
         keep_rate: the share of the tokens to keep at a quarter, a half and three quarters.

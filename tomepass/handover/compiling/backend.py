@@ -84,7 +84,8 @@ class _Settings:
             raise Refused(
                 "trace_source is not available under torch.compile's backend: a compiled model "
                 "returns the model's outputs alone",
-                advice="use tomepass.apply(model, ToMe(..., trace_source=True)).source(inputs)",
+                advice="apply the module instead: "
+                "tomepass.apply(model, ToMe(..., trace_source=True)).tome.source(inputs)",
             )
         object.__setattr__(self, "inner_options", hashable(dict(self.inner_options)))
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -20,12 +21,10 @@ from torch import Tensor, fx, nn
 
 from tomepass.handover.captures import Captures
 from tomepass.handover.standing_in.tome import Tome
-from tomepass.methods import Method
 from tomepass.model.calls import Inputs, forward_signature, no_tracing
 
 F = TypeVar("F", bound=Callable[..., Any])
 V = TypeVar("V")
-S = TypeVar("S", bound="StandIn")
 
 # What is shared with the model: the state, and what is done to it when it is saved and loaded.
 SHARED = (
@@ -48,7 +47,7 @@ _CONTAINER = ("__len__", "__getitem__", "__setitem__", "__delitem__", "__iter__"
 class _GivesWay:
     """An attribute of ours that gives way to the model's own of the same name.
 
-    On the class it is the function itself: ``MergedModel.source(merged, x)`` is always ours.
+    On the class it is the function itself: ``MergedModel.tome(merged)`` is always ours.
     """
 
     def __init__(self, function: Callable[..., Any], is_value: bool) -> None:
@@ -76,6 +75,23 @@ def value_gives_way(function: Callable[[Any], V]) -> V:
     return cast(V, _GivesWay(function, is_value=True))
 
 
+def moved(name: str, *, is_value: bool = False) -> Any:
+    """A name of version 0.1 for what stands under ``merged.tome``: it works, and warns."""
+    told = f"merged.{name} is merged.tome.{name} now"
+
+    def value(merged: Any) -> Any:
+        warnings.warn(told, DeprecationWarning, stacklevel=3)
+        return getattr(merged._tome_added(), name)
+
+    def method(merged: Any, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return getattr(merged._tome_added(), name)(*args, **kwargs)
+
+    function = value if is_value else method
+    function.__name__, function.__doc__ = name, f"What ``merged.tome.{name}`` is."
+    return _GivesWay(function, is_value)
+
+
 class StandIn(nn.Module):
     """A module in a model's place; a subclass says what it answers.
 
@@ -98,39 +114,6 @@ class StandIn(nn.Module):
     def _tome_prepare(self, inputs: Any) -> None:
         """Captures for inputs like these, if that is not done yet."""
         raise NotImplementedError
-
-    @gives_way
-    def prepare(self: S, inputs: Any) -> S:
-        """Captures and rewrites ahead of the first call with inputs like these.
-
-        Args:
-            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-
-        Returns:
-            itself.
-        """
-        self._tome_prepare(inputs)
-        return self
-
-    @value_gives_way
-    def original(self) -> nn.Module:
-        """The model."""
-        return self._tome.model
-
-    @value_gives_way
-    def method(self) -> Method:
-        """What is done."""
-        return self._tome.method
-
-    @value_gives_way
-    def on_unmatched(self) -> Any:
-        """What is done where the model cannot be merged."""
-        return self._tome.on_unmatched
-
-    @value_gives_way
-    def outputs(self) -> Any:
-        """``"original"``, or ``"merged"`` where token sequences come back short."""
-        return self._tome.outputs
 
     @value_gives_way
     def _captures(self) -> Captures:
