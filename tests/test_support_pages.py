@@ -14,13 +14,13 @@ ROOT = Path(__file__).parent.parent
 REASONING = [
     *(f"capture/{name}" for name in ("dynamo", "exported", "fidelity")),
     "model/batches",
-    *(f"planning/{name}" for name in ("plan_graph", "solving")),
+    *(f"planning/{name}" for name in ("plan_graph", "solving", "streams")),
     *(f"reading/{name}" for name in ("axis", "layouts", "structure", "tokens", "weights")),
     *(f"rewriting/{name}" for name in ("carrying", "merging", "reducing", "sweep", "values")),
     "rewriting/writer",
 ]
 REASONS = {"Mismatch": 0, "at": 1, "Masked": 0, "Positional": 0, "TomeError": 0, "error": 1}
-REASONS["NotCapturedError"] = 0
+REASONS |= dict.fromkeys(("NotCapturedError", "NotCaptured", "Refused", "CountsRefused"), 0)
 
 
 def test_the_support_matrix_is_up_to_date() -> None:

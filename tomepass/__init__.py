@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from tomepass.calibration.thresholds import calibrate_tau
     from tomepass.calibration.training import train_policy
     from tomepass.calibration.values import Calibration, Plan
-    from tomepass.errors import TomeError
+    from tomepass.errors import NotCaptured, NotExported, NotTrained, Refused, TomeError
     from tomepass.formats.exporting import export
     from tomepass.formats.loading import load
     from tomepass.handover.applying import apply, explain
@@ -60,10 +60,14 @@ __all__ = [
     "EViT",
     "MergedModel",
     "Method",
+    "NotCaptured",
+    "NotExported",
+    "NotTrained",
     "PiToMe",
     "Plan",
     "Policy",
     "Prune",
+    "Refused",
     "Report",
     "SPViT",
     "Threshold",
@@ -96,10 +100,14 @@ _HOME = {
     "EViT": "methods",
     "MergedModel": "handover.merged",
     "Method": "methods",
+    "NotCaptured": "errors",
+    "NotExported": "errors",
+    "NotTrained": "errors",
     "PiToMe": "methods",
     "Plan": "calibration.values",
     "Policy": "methods",
     "Prune": "methods",
+    "Refused": "errors",
     "Report": "reporting.report",
     "SPViT": "methods",
     "Threshold": "methods",

@@ -1,4 +1,4 @@
-"""The one error class of the pass, and the place where errors nobody foresaw become one."""
+"""The errors of the pass, all a TomeError; and the place where errors nobody foresaw become one."""
 
 from __future__ import annotations
 
@@ -73,11 +73,61 @@ class TomeError(RuntimeError):
             "source": self.source,
             "advice": self.advice,
         }
-        return _rebuild, (self.reason, fields)
+        # A class that holds more, such as graphs, travels as the public one it is of.
+        known = next(cls for cls in type(self).__mro__ if cls.__module__ == __name__)
+        return _rebuild, (known, self.reason, fields)
 
 
-def _rebuild(reason: str, fields: dict[str, object]) -> TomeError:
-    return TomeError(reason, **fields)  # type: ignore[arg-type]
+class NotCaptured(TomeError):
+    """No graph can stand for the model as it is called: nothing was read, nothing is merged.
+
+    >>> import torch, tomepass
+    >>> try:
+    ...     tomepass.apply(torch.nn.Identity(), r=8, example_inputs={"input": 7})
+    ... except tomepass.NotCaptured as error:
+    ...     print(error.reason)
+    no tensor among the inputs, so there is no batch to capture with
+    """
+
+
+class Refused(TomeError):
+    """What is asked for cannot be done with this model exactly, so it is not done.
+
+    >>> import torch, tomepass
+    >>> try:
+    ...     tomepass.apply(torch.nn.Linear(3, 3), r=8, example_inputs=torch.ones(2, 3))
+    ... except tomepass.Refused as error:
+    ...     print(error.reason)
+    Linear cannot be merged: the graph holds no attention, so there are no tokens to merge
+    """
+
+
+class NotTrained(TomeError):
+    """A method chooses tokens by a policy, and has none that was trained for this model.
+
+    >>> import tomepass
+    >>> try:
+    ...     tomepass.DynamicViT(keep_rate=0.7).ready()
+    ... except tomepass.NotTrained as error:
+    ...     print(error.reason)
+    DynamicViT scores tokens by a policy, and this one has none: it is not trained
+    """
+
+
+class NotExported(TomeError):
+    """No program, or no file for a runtime, can be made of the merged model.
+
+    >>> import torch, tomepass
+    >>> try:
+    ...     tomepass.export(torch.nn.Linear(3, 3), r=8, example_inputs=torch.ones(2, 3))
+    ... except tomepass.NotExported as error:
+    ...     print(error.advice)
+    call model.eval() first
+    """
+
+
+def _rebuild(kind: type[TomeError], reason: str, fields: dict[str, object]) -> TomeError:
+    return kind(reason, **fields)  # type: ignore[arg-type]
 
 
 @contextmanager

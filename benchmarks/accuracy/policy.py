@@ -128,7 +128,7 @@ def _quality(
     logs = (reduced.log_softmax(-1), whole.log_softmax(-1))
     kl = F.kl_div(*logs, log_target=True, reduction="batchmean")
     right = 100 * float((reduced.argmax(-1) == labels).float().mean())
-    kept = merged.kept(pixels)[:, list(places)].float().mean(0)
+    kept = merged.tome.kept(pixels)[:, list(places)].float().mean(0)
     return Quality(right, float(kl), kept.tolist())
 
 

@@ -51,6 +51,7 @@ def main(
     for text in r or ("8", "13", "16"):
         method = ToMe(parse_r(text), adaptive=True)
         adaptive = tomepass.apply(subject, method, example_inputs=data.pixel_values[mine])
+        assert isinstance(adaptive, AdaptiveModel)
         rows.append({"r": text} | _compared(subject, judge, adaptive, seen, batch, rounds))
     Results(
         name="adaptive",
@@ -72,11 +73,11 @@ def main(
 def _compared(
     model: nn.Module, judge: Judge, adaptive: AdaptiveModel, seen: Tensor, batch: int, rounds: int
 ) -> dict[str, Any]:
-    routes = torch.cat([adaptive.routes(part) for part in torch.split(seen, 64)])
-    counted = torch.bincount(routes, minlength=len(adaptive.budgets)).tolist()
-    outputs = [judge.outputs(budget.method).divergence for budget in adaptive.budgets]
+    routes = torch.cat([adaptive.tome.routes(part) for part in torch.split(seen, 64)])
+    counted = torch.bincount(routes, minlength=len(adaptive.tome.budgets)).tolist()
+    outputs = [judge.outputs(budget.tome.method).divergence for budget in adaptive.tome.budgets]
     divergence = torch.stack(outputs).gather(0, routes[None])[0].mean()
-    shares = [judge.share(budget.method) for budget in adaptive.budgets]
+    shares = [judge.share(budget.tome.method) for budget in adaptive.tome.budgets]
     macs = sum(n * share for n, share in zip(counted, shares, strict=True)) / len(seen)
     plain = even(ToMe(), macs, judge.share, judge.costs.tokens, judge.depth)
     return {

@@ -220,19 +220,19 @@ def _rows(
 @torch.no_grad()
 def decisions(merged: MergedModel, x: Tensor) -> list[Tensor]:
     """Where every block of a run sends each token of each image, ``[B, N]`` each."""
-    applied = merged.captured({"pixel_values": x})
+    applied = merged.tome.captured({"pixel_values": x})
     assert applied.graph is not None
     recorder = Recorder(applied.graph, CHOICES)
-    recorder.run(*read_state(merged.original, applied.capture), x)
+    recorder.run(*read_state(merged.tome.original, applied.capture), x)
     return [leaf for call in recorder.calls for leaf in pytree.tree_leaves(call.result)]
 
 
 @torch.no_grad()
 def with_decisions(merged: MergedModel, x: Tensor, given: list[Tensor]) -> Tensor:
     """The logits of a model that merges what another run decided."""
-    applied = merged.captured({"pixel_values": x})
+    applied = merged.tome.captured({"pixel_values": x})
     assert applied.graph is not None
-    state = read_state(merged.original, applied.capture)
+    state = read_state(merged.tome.original, applied.capture)
     logits: Tensor = pytree.tree_leaves(replayed(applied.graph)(*state, x, *given))[0]
     return logits
 

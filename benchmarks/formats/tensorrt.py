@@ -87,7 +87,7 @@ def _row(subject: nn.Module, method: ToMe, r: str, batch: int, rounds: int) -> d
     with torch.no_grad():
         ours, theirs = run(1).double(), merged(**inputs).logits.double()
     before, after = medians_in_turns([lambda: run(0), lambda: run(1)], rounds, 10)
-    report = merged.report(inputs)
+    report = merged.tome.report(inputs)
     return {
         "r": r,
         "engines": engines(compiled[1]),

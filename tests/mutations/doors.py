@@ -20,7 +20,7 @@ MUTANTS = [
     Mutant(
         name="a_model_may_be_merged_twice",
         file="tomepass/handover/applying.py",
-        old="    if isinstance(model, MergedModel):\n        raise TomeError(",
+        old="    if of_one_graph(model):\n        raise Refused(",
         new="    if False:\n        raise TomeError(",
         tests="tests/handover/test_merged.py -k twice",
     ),

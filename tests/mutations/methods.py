@@ -81,8 +81,8 @@ MUTANTS = [
     Mutant(
         name="json_loses_the_protected",
         file="tomepass/methods/base.py",
-        old="if field.name in common or value != field.default:",
-        new=('if field.name != "protected" and (field.name in common or value != field.default):'),
+        old="if own.name in common or value != own.default:",
+        new=('if own.name != "protected" and (own.name in common or value != own.default):'),
         tests="tests/methods/test_every_method.py -k 'json and tome_as_published'",
     ),
     Mutant(
@@ -142,8 +142,8 @@ MUTANTS = [
     Mutant(
         name="json_loses_a_field",
         file="tomepass/methods/base.py",
-        old="if field.name in common or value != field.default:",
-        new="if field.name in common:",
+        old="if own.name in common or value != own.default:",
+        new="if own.name in common:",
         tests="tests/handover/test_config.py tests/methods/test_every_method.py -k 'json'",
     ),
     Mutant(

@@ -13,7 +13,7 @@ from tomepass.errors import TomeError, no_foreign_errors
 from tomepass.handover.applying import explain
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import inner_name, resolve_inner
-from tomepass.handover.merged import MergedModel, call_of
+from tomepass.handover.merged import call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.kernels.attention import padded_to
 from tomepass.measuring.environment import environment
@@ -80,7 +80,7 @@ def plan(
     options = options_of(inner_options)
     resolve_inner(inner, {})  # a missing backend is better said before the work
     check_rounds(rounds)
-    if isinstance(model, MergedModel):
+    if of_one_graph(model):
         model = model._tome.model
     check_model(model)
     check_values(model, call_of(model, inputs), "plan")

@@ -15,7 +15,7 @@ from tomepass.capture.captured import read_state
 from tomepass.errors import TomeError, the_users_own
 from tomepass.handover.applied import apply_capture, read_streams
 from tomepass.handover.captures import signature_of
-from tomepass.handover.merged import MergedModel, call_of
+from tomepass.handover.merged import call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.methods import Method
 from tomepass.model.batches import Form, first_of
@@ -50,7 +50,7 @@ class Judge:
 
     Args:
         model: in eval mode.
-        batches: of inputs, each as for :meth:`MergedModel.prepare`, alike but for their length.
+        batches: of inputs, each as for :func:`tomepass.apply`, alike but for their length.
         labels: ``[images]`` class indices, if they are known.
 
     Raises:
@@ -63,7 +63,7 @@ class Judge:
     def __init__(
         self, model: nn.Module, batches: Iterable[Any], labels: Tensor | None = None
     ) -> None:
-        self.model = model._tome.model if isinstance(model, MergedModel) else model
+        self.model = model._tome.model if of_one_graph(model) else model
         check_model(self.model)
         if self.model.training:
             raise TomeError(

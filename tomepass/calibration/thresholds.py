@@ -37,7 +37,7 @@ class KeptOfBatches:
     def share(self, method: Method) -> float:
         """The share of the tokens that is in use after the last block, the mean over images."""
         from tomepass.capture.captured import read_state
-        from tomepass.handover.merged import captured
+        from tomepass.handover.added import captured
 
         made: dict[int, Counting] = {}
         kept, tokens = [], 1
@@ -65,7 +65,7 @@ def calibrate_tau(
 
     Args:
         model: the model, in eval mode.
-        batches: inputs, each as :meth:`tomepass.MergedModel.prepare` takes them.
+        batches: inputs, each as ``example_inputs`` of :func:`tomepass.apply`.
         rate: the share of the tokens that enter the first stream, protected ones too, which is to
             be in use after its last block, the mean over all images.
         method: whose plan is followed; its own ``tau`` does not count.

@@ -17,9 +17,9 @@ from tomepass.calibration.training_form import Held, Soft, first_weights, left, 
 from tomepass.calibration.training_loss import divergence, rate_loss, returned_tokens
 from tomepass.capture.captured import read_state
 from tomepass.capture.exported import capture_module
-from tomepass.errors import TomeError
+from tomepass.errors import Refused, TomeError
 from tomepass.graphs.surgery import with_outputs
-from tomepass.handover.merged import MergedModel
+from tomepass.handover.merged import MergedModel, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.methods import Learned, Policy
 from tomepass.methods.fields import flag, number, whole
@@ -194,8 +194,8 @@ def _check(model: nn.Module, method: object) -> None:
             f"got {method!r}"
         )
     check_model(model)
-    if isinstance(model, MergedModel):
-        raise TomeError(
+    if of_one_graph(model):
+        raise Refused(
             "the model has tomepass applied already",
             advice="train on the original model, then apply the method that comes back",
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from tomepass.capture.captured import Capture
 from tomepass.counts.blocks import BlockPlan, StreamPlan, plan_counts
-from tomepass.errors import TomeError
+from tomepass.errors import Refused
 from tomepass.methods import Learned, Method, Policy
 from tomepass.methods.reduction import Reduction
 from tomepass.planning.plan_graph import plan_graph
@@ -82,7 +82,7 @@ def planned(model: nn.Module, capture: Capture, method: Learned) -> PlannedStrea
         raise make_report(name, capture.graph, planned, None, None).refusal()
     streams = [s for s in planned.streams if any(block.r for block in s.plan.blocks)]
     if len(streams) != 1:
-        raise TomeError(
+        raise Refused(
             f"expected one stream of tokens to train a policy for, got {len(streams)} in {name}",
             advice="train on one tower at a time, with a keep rate below 1",
         )
@@ -97,7 +97,7 @@ def planned(model: nn.Module, capture: Capture, method: Learned) -> PlannedStrea
         elif stream.padding is not None:
             reason = "a padding mask"
         if reason is not None:
-            raise TomeError(
+            raise Refused(
                 f"a policy is trained through fused attention over all tokens, got {reason}",
                 block=block.index,
                 node=node.name,

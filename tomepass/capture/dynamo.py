@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from tomepass.capture.dialect import placeholders, to_dialect
 from tomepass.capture.fused_layers import DECOMPOSITIONS
 from tomepass.capture.regions import Inlining
-from tomepass.errors import TomeError
+from tomepass.errors import NotCaptured
 from tomepass.graphs.canonical import CanonicalGraph
 from tomepass.graphs.origin import ORIGIN, source_line
 
@@ -35,7 +35,7 @@ def capture_dynamo(
         decompositions: what is written out: operators, and functions that are traced instead.
     """
     if (replaced := _replaced_data(gm)) is not None:
-        raise TomeError(
+        raise NotCaptured(
             "the model replaces the data of its own parameters in its forward",
             node=replaced.name,
             source=source_line(replaced),

@@ -19,7 +19,7 @@ from tomepass.capture.captured import Capture, gradients_wanted
 from tomepass.capture.dialect import placeholders, spell_out, to_dialect, written_input
 from tomepass.capture.fidelity import NotCapturedError, called_once, can_be_held, hold_against
 from tomepass.capture.regions import regions_in_place, traced_by_dynamo
-from tomepass.errors import TomeError, first_lines
+from tomepass.errors import NotCaptured, TomeError, first_lines
 from tomepass.graphs.canonical import CanonicalGraph
 from tomepass.graphs.origin import source_line
 from tomepass.model.alone import Untraced, one_at_a_time
@@ -118,7 +118,7 @@ def _check_place(model: nn.Module, kwargs: dict[str, Any]) -> None:
     given = [v for v in pytree.tree_leaves(kwargs) if isinstance(v, Tensor)]
     held = [name for name, value in model.named_parameters() if value.is_meta]
     if held and not all(value.is_meta for value in given):
-        raise TomeError(
+        raise NotCaptured(
             f"parameters of {type(model).__name__} are on the meta device ({held[0]} is the first "
             f"of {len(held)}) and its inputs are not: their values are elsewhere, and hooks bring "
             "them while its parts run, as accelerate does when it offloads; a graph reads all at "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from tomepass.errors import TomeError, first_lines
+from tomepass.errors import NotCaptured, first_lines
 from tomepass.model.batches import Form, first_of
 from tomepass.model.calls import call_with
 from tomepass.model.guards import Guards
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from tomepass.capture.captured import Capture
 
 
-class NotCapturedError(TomeError):
+class NotCapturedError(NotCaptured):
     """A model that no graph can stand for, as it is now.
 
     Args:

@@ -165,7 +165,7 @@ def _row(model: nn.Module, data: ImageSet, r: int, original: Tensor) -> DemoRow:
 
     merged = apply(model, r=r, example_inputs=data.pixel_values[:2])
     outputs = _evaluate(merged, data.pixel_values)
-    report = merged.report(data.pixel_values[:2])
+    report = merged.tome.report(data.pixel_values[:2])
     first, last = report.blocks[0].tokens_in, report.blocks[-1].tokens_out
     tokens = f"{first} -> {last}" if last < first else str(first)
     agreement = _percent(outputs.argmax(-1) == original.argmax(-1))
@@ -244,8 +244,8 @@ def _picture(model: nn.Module, data: ImageSet, values: Sequence[int], path: Path
     protected: tuple[int, ...] = ()
     for value in values:
         merged = apply(model, ToMe(r=value, trace_source=True), example_inputs=pixels)
-        protected = merged.report(pixels).protected
-        sources.append((value, merged.source(pixels)))
+        protected = merged.tome.report(pixels).protected
+        sources.append((value, merged.tome.source(pixels)))
     patches = sources[0][1].shape[1] - len(protected)
     if pixels.ndim != 4 or patch_grid(patches, pixels.shape[2], pixels.shape[3]) is None:
         return None

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+
+class CountsError(ValueError):
+    """Counts or places of blocks that do not fit as many blocks as there are."""
+
+
 TARGETS = ("macs", "speedup")
 """What counts are solved for."""
 
@@ -37,6 +42,15 @@ class Schedule:
         if self.kind not in TARGETS:
             return None
         return self.values[0] if self.kind == "macs" else 1.0 / self.values[0]
+
+    def as_written(self) -> dict[str, Any]:
+        """``r``, ``macs``, ``speedup`` and ``keep_rate`` as a user gives them; one is not None."""
+        names: dict[str, Any] = dict.fromkeys(("r", *_SINGLE))
+        if self.kind in _SINGLE:
+            return {**names, self.kind: self.values[0]}
+        if self.kind == "constant":
+            return {**names, "r": self.values[0]}
+        return {**names, "r": list(self.values) if self.kind == "list" else self.values}
 
     def to_json(self) -> Any:
         """An int, a list of ints, ``{"r": r, "inflection": i}``, or ``{"macs": share}``."""
@@ -112,8 +126,8 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     the blocks, each truncated.
 
     Raises:
-        ValueError: if a list is longer than ``blocks``, or the schedule is a target, whose counts
-            depend on the model.
+        CountsError: if a list is longer than ``blocks``.
+        ValueError: if the schedule is a target, whose counts depend on the model.
     """
     if schedule.kind in _SINGLE:
         raise ValueError(f"{schedule!r} becomes counts only for a model: see explain()")
@@ -122,7 +136,7 @@ def counts_per_block(schedule: Schedule, blocks: int) -> tuple[int, ...]:
     if schedule.kind == "list":
         counts = tuple(int(v) for v in schedule.values)
         if len(counts) > blocks:
-            raise ValueError(
+            raise CountsError(
                 f"r lists {len(counts)} counts but the model has {blocks} blocks: "
                 f"give at most {blocks}"
             )

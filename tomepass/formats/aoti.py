@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotExported
 
 if TYPE_CHECKING:
     from tomepass.formats import Run
@@ -27,7 +27,7 @@ def write(program: ExportedProgram, path: Path) -> None:
     try:
         cpp_builder.get_cpp_compiler()
     except Exception as error:  # torch raises a class of its own that moves between versions
-        raise TomeError(
+        raise NotExported(
             "AOTInductor needs a C++ compiler, and there is none",
             advice="install g++, or name a compiler in the variable CXX",
         ) from error

@@ -14,7 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotExported, TomeError
 from tomepass.formats import Door, door
 from tomepass.formats.exporting import export, export_unmerged
 from tomepass.formats.names import reason
@@ -147,7 +147,7 @@ def write_artifact(
     form = door(to)
     check_path(path, form, force)
     if dynamic_batch and form.most is not None and batch > form.most:
-        raise TomeError(
+        raise NotExported(
             f"{form.runtime} is written for batches of 1 to {form.most}, got {batch}",
             advice="a smaller batch, or a fixed one: dynamic_batch=False, --dynamic none",
         )
@@ -184,14 +184,14 @@ def write_artifact(
 def check_path(path: Path, form: Door, force: bool) -> None:
     """Raises a TomeError where a file of a format cannot or must not be written at a path."""
     if path.suffix != form.suffix:
-        raise TomeError(
+        raise NotExported(
             f"{form.runtime} reads files that end with {form.suffix}, got {path.name!r}",
             advice=f"-o {path.with_suffix(form.suffix).name}",
         )
     if path.is_dir():
-        raise TomeError(f"{str(path)!r} is a directory; expected the name of a file")
+        raise NotExported(f"{str(path)!r} is a directory; expected the name of a file")
     if not path.parent.is_dir():
-        raise TomeError(f"no such directory: {str(path.parent)!r}", advice="make it first")
+        raise NotExported(f"no such directory: {str(path.parent)!r}", advice="make it first")
     _refuse_existing(path, form, force)
 
 
@@ -201,7 +201,7 @@ def parity(run: Run, merged: MergedModel, inputs: Mapping[str, Any]) -> Parity:
         theirs = [v for v in pytree.tree_leaves(merged(**inputs)) if isinstance(v, Tensor)]
     ours = run(inputs)
     if [tuple(v.shape) for v in ours] != [tuple(v.shape) for v in theirs]:
-        raise TomeError(
+        raise NotExported(
             f"expected outputs {[list(v.shape) for v in theirs]}, "
             f"the file gives {[list(v.shape) for v in ours]}"
         )
@@ -222,7 +222,7 @@ def _check_parity(rows: tuple[Parity, ...], path: Path, tolerance: float) -> Non
     # Not "greater than": what is not a number fails too.
     wrong = [row for row in rows if not row.relative_error <= tolerance]
     if wrong:
-        raise TomeError(
+        raise NotExported(
             f"what was written computes something else: a relative error of "
             f"{wrong[0].relative_error:.1e} at batch {wrong[0].batch}, {tolerance:.0e} is allowed; "
             f"{path.name!r} was not written",
@@ -257,7 +257,7 @@ def _told(form: Door) -> Iterator[None]:
         raise
     except Exception as error:
         advice = "try dynamic_batch=False, another format, or another version of its runtime"
-        raise TomeError(
+        raise NotExported(
             f"{form.runtime} failed: {reason(error)}",
             advice=None if isinstance(error, OSError) else advice,
         ) from error
@@ -281,7 +281,7 @@ def _aside(path: Path) -> Iterator[Path]:
 def _refuse_existing(path: Path, form: Door, force: bool) -> None:
     for there in form.files(path):
         if there.exists() and not force:
-            raise TomeError(f"{there.name!r} exists", advice="give --force to replace it")
+            raise NotExported(f"{there.name!r} exists", advice="give --force to replace it")
 
 
 def _put_in_place(folder: Path, form: Door, path: Path, force: bool) -> None:

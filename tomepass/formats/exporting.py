@@ -11,15 +11,14 @@ import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from tomepass.errors import TomeError, no_foreign_errors
-from tomepass.handover.adaptive import AdaptiveModel
+from tomepass.errors import NotExported, TomeError, no_foreign_errors
 from tomepass.handover.applied import make_applied
 from tomepass.handover.choices import Outputs, check_choices
-from tomepass.handover.merged import MergedModel, call_of
+from tomepass.handover.merged import MergedModel, call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.handover.standing_in.wrapping import SHARED
 from tomepass.kernels.written_out import FOR_RUNTIMES
-from tomepass.methods import Method, RLike
+from tomepass.methods import Method, MethodLike, RLike
 from tomepass.methods.asked import resolve_method
 from tomepass.model.batches import ANY, Form
 from tomepass.model.calls import call_with
@@ -39,9 +38,12 @@ _TRACES = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn")
 @no_foreign_errors("export the model")
 def export(
     model: nn.Module,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     example_inputs: Any = None,
     dynamic_batch: bool = True,
     outputs: Outputs | None = None,
@@ -55,7 +57,10 @@ def export(
     Args:
         model: in eval mode; or an applied one, whose method is taken unless another is given.
         method: what to do, for example ``ToMe(r=8)``, or a plan. Default ``ToMe()``, r=16.
-        r: short for ``method=ToMe(r=r)``.
+        r: short for ``method=ToMe(r=r)``, as the next three are for ``ToMe`` with them.
+        keep_rate: the share of the tokens to keep at a quarter, a half and three quarters.
+        macs: the share of the multiply-accumulates to keep.
+        speedup: how many times as many there are unmerged.
         example_inputs: a tensor, a tuple or a dict of inputs: their resolution is the one that is
             exported. Default: made from ``model.config``.
         dynamic_batch: any batch size; False fixes that of the example inputs.
@@ -67,14 +72,18 @@ def export(
     Raises:
         TomeError: if the model cannot be merged or captured, is in training mode, or holds an
             operator that runtimes have no converter for.
-        TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
+        TypeError, ValueError: on a wrong ``r`` or target, or more than one of them and ``method``
+            given.
     """
-    if isinstance(model, (MergedModel, AdaptiveModel)):
-        method = model._tome.method if method is None and r is None else method
-        if isinstance(model, MergedModel) and outputs is None:
+    standing = None
+    if isinstance(model, MergedModel):
+        standing = model._tome.method
+        if of_one_graph(model) and outputs is None:
             outputs = model._tome.outputs
         model = model._tome.model
-    method = resolve_method(method, r)
+    method = resolve_method(
+        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
+    )
     outputs = "original" if outputs is None else outputs
     check_choices("raise", outputs)
     check_model(model)
@@ -83,7 +92,7 @@ def export(
     applied = make_applied(model, method, call, "raise", outputs)
     form = applied.capture.form
     if dynamic_batch and form.size is not None:
-        raise TomeError(
+        raise NotExported(
             "a program for any batch size cannot be made: the model is "
             f"{applied.capture.notes[-1]}",
             advice=f"export with dynamic_batch=False, for a batch of {form.size}; or once for each "
@@ -118,24 +127,24 @@ def operators(program: ExportedProgram) -> dict[str, int]:
 
 def _check_exportable(model: nn.Module, method: Method, dynamic_batch: object) -> None:
     if not isinstance(dynamic_batch, bool):
-        raise TomeError(
+        raise NotExported(
             "the batch alone can be dynamic: a merge counts the tokens there are, so the "
             f"resolution is fixed; got dynamic_batch={dynamic_batch!r}",
             advice="export once for each resolution, with example_inputs= of that size, and give "
             "dynamic_batch=True or False",
         )
     if method.adaptive is not False:
-        raise TomeError(
+        raise NotExported(
             f"{method!r} routes images to several graphs, a program is one",
-            advice="export each budget: tomepass.export(model, merged.budgets[0].method)",
+            advice="export each budget: tomepass.export(model, merged.tome.budgets[0].tome.method)",
         )
     if method.trace_source:
-        raise TomeError(
+        raise NotExported(
             "a program returns the model's outputs alone, and no source map",
             advice=f"export with {method.replace(trace_source=False)!r}",
         )
     if any(module.training for module in model.modules()):
-        raise TomeError(
+        raise NotExported(
             "the model is in training mode: its dropout would be exported",
             advice="call model.eval() first",
         )
@@ -181,7 +190,7 @@ def _program(
         raise
     except Exception as error:
         lines = " ".join(str(error).strip().splitlines()[:3])[:500]
-        raise TomeError(
+        raise NotExported(
             f"{type(model).__name__} could not be exported: {type(error).__name__}: {lines}",
             advice="try dynamic_batch=False, or another version of torch",
         ) from error
@@ -213,7 +222,7 @@ def _check_operators(program: ExportedProgram) -> None:
             name, why = str(target), "it is not an operator of PyTorch's own"
         else:
             continue  # arithmetic on sizes
-        raise TomeError(
+        raise NotExported(
             f"{name} cannot be exported: {why}",
             node=node.name,
             advice="choose another method or option, for example combine='weighted_mean'",

@@ -11,7 +11,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotExported, TomeError
 
 
 def output_names(program: ExportedProgram) -> list[str]:
@@ -55,7 +55,7 @@ def refuse_bfloat16(program: ExportedProgram, runtime: str) -> None:
     """Raises a TomeError for a program that computes in it: NumPy has no such numbers."""
     nodes = program.graph.find_nodes(op="placeholder")
     if any(getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16 for node in nodes):
-        raise TomeError(
+        raise NotExported(
             f"the model is in bfloat16, and {runtime} takes no bfloat16 inputs from Python",
             advice="export it in float32: model.float(), or --dtype fp32",
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.export import ExportedProgram
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotExported
 from tomepass.formats.names import arrays, output_names, reason, refuse_bfloat16
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def write(program: ExportedProgram, path: Path) -> None:
             program, dynamo=True, opset_version=OPSET, output_names=names, verbose=False
         )
     except Exception as error:  # the exporter wraps what it raises in classes of its own
-        raise TomeError(
+        raise NotExported(
             f"torch.onnx.export failed: {reason(error)}",
             advice="torch.onnx.export(tomepass.export(model), dynamo=True) shows the whole error",
         ) from error

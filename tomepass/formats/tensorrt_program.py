@@ -14,7 +14,7 @@ import torch.utils._pytree as pytree
 from torch.export import ExportedProgram
 from torch.export.passes import move_to_device_pass
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotExported
 from tomepass.formats import DOORS
 from tomepass.kernels.written_out import FOR_TENSORRT
 
@@ -81,7 +81,7 @@ def load(path: Path) -> Run:
 
 def _on_cuda(program: ExportedProgram) -> ExportedProgram:
     if not torch.cuda.is_available():
-        raise TomeError("TensorRT needs a CUDA device, and there is none")
+        raise NotExported("TensorRT needs a CUDA device, and there is none")
     return move_to_device_pass(program, "cuda")
 
 

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
-from tomepass.errors import TomeError
+from tomepass.errors import Refused, TomeError
+from tomepass.handover.added import Added, captured
 from tomepass.handover.applied import Applied, accepted, apply_capture, make_applied
 from tomepass.handover.captures import CAPTURES, Captures, Make
 from tomepass.handover.choices import OnUnmatched, Outputs
-from tomepass.handover.merged import MergedModel, call_of, captured, checker, warn_of_names
+from tomepass.handover.merged import MergedModel, call_of, checker, warn_of_names
 from tomepass.handover.standing_in.bypass import captured_another
-from tomepass.handover.standing_in.tome import Tome
-from tomepass.handover.standing_in.wrapping import (
-    StandIn,
-    gives_way,
-    shadowed,
-    stand_in,
-    value_gives_way,
-)
+from tomepass.handover.standing_in.wrapping import moved, shadowed, stand_in
 from tomepass.methods import Method, ToMe
 from tomepass.planning.plan_graph import plan_graph
 from tomepass.planning.streams import PlannedStream
@@ -36,12 +30,56 @@ gains.
 """
 
 
-class AdaptiveModel(StandIn):
+class Several(Added["AdaptiveModel"]):
+    """What tomepass adds where images go to several graphs: ``merged.tome``."""
+
+    @property
+    def budgets(self) -> tuple[MergedModel, ...]:
+        """The models that images go to, from the least redundant images to the most."""
+        return self._merged._tome_budgets()
+
+    def routes(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The budget of each image, ``[B]`` int64. Takes the model's inputs."""
+        tome = self._merged._tome
+        call = tome.bind(args, kwargs)
+        return self._merged._tome_routes(tome.captures.get(tome.model, call), call)
+
+    def clear(self) -> None:
+        """Forgets all that was captured; what is needed is captured again."""
+        super().clear()
+        for budget in self._merged._tome_parts:
+            budget._tome.captures.clear()
+
+    def report(self, inputs: Any = None) -> NoReturn:
+        """Raises: each budget has one of its own."""
+        raise self._of_one("a report")
+
+    def captured(self, inputs: Any) -> NoReturn:
+        """Raises: each budget has one of its own."""
+        raise self._of_one("a capture")
+
+    def source(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises: images of one batch have different sequences."""
+        raise self._of_one("a source map")
+
+    def kept(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises: each budget has one of its own."""
+        raise self._of_one("a count of tokens")
+
+    def _of_one(self, what: str) -> Refused:
+        return Refused(
+            f"{self.method!r} routes images to several graphs, and {what} is of one",
+            advice="ask one of the budgets, each of which is a graph of its own: "
+            "merged.tome.budgets[0].tome",
+        )
+
+
+class AdaptiveModel(MergedModel):
     """A model with a few budgets, and a router; :func:`tomepass.apply` makes it.
 
     Each image goes, by :func:`redundancy`, to one of the models in ``budgets``; the results come
-    back in the order of the batch. An image's result does not depend on its neighbours. It stands
-    in for the model as a :class:`tomepass.MergedModel` does.
+    back in the order of the batch. An image's result does not depend on its neighbours. What is
+    about one graph, such as a report, its budgets answer and it refuses.
 
     Args:
         model: the model.
@@ -66,8 +104,9 @@ class AdaptiveModel(StandIn):
         self.__dict__["_tome_parts"] = tuple(
             MergedModel(model, each, "raise", "original", _reduced(plain, each)) for each in budgets
         )
-        super().__init__(Tome(model, method, on_unmatched, "original", plain))
+        super().__init__(model, method, on_unmatched, "original", plain)
 
+    _tome_graphs = "several"
     _tome_parts: tuple[MergedModel, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -79,7 +118,7 @@ class AdaptiveModel(StandIn):
         applied = tome.captures.get(tome.model, call, method)
         form = applied.capture.form
         if form.size is not None:
-            raise TomeError(
+            raise Refused(
                 f"{type(tome.model).__name__}.{method} can be captured for a fixed batch size "
                 "alone, so its images cannot be split over budgets",
                 advice="apply the method without adaptive=",
@@ -112,17 +151,10 @@ class AdaptiveModel(StandIn):
         kept = tome.captures.limit
         return _rebuild, (tome.model, tome.method, tome.on_unmatched, budgets, None, kept)
 
-    @value_gives_way
-    def budgets(self) -> tuple[MergedModel, ...]:
-        """The models that images go to, from the least redundant images to the most."""
-        return self._tome_budgets()
+    def _tome_added(self) -> Several:
+        return Several(self)
 
-    @gives_way
-    def routes(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The budget of each image, ``[B]`` int64. Takes the model's inputs."""
-        tome = self._tome
-        call = tome.bind(args, kwargs)
-        return self._tome_routes(tome.captures.get(tome.model, call), call)
+    budgets, routes = moved("budgets", is_value=True), moved("routes")
 
     def _tome_prepare(self, inputs: Any) -> None:
         for budget in self._tome_budgets():
@@ -249,7 +281,7 @@ def _together(parts: list[Any], order: Tensor, lengths: list[int]) -> Any:
             for value, length in zip(values, lengths, strict=True)
         )
         if not batched and any(value is not None for value in values):
-            raise TomeError(
+            raise Refused(
                 "the model returns something that is not one entry an image, which cannot be put "
                 "together from several budgets",
                 advice="apply the method without adaptive=",

@@ -6,22 +6,22 @@ from typing import Any
 
 from torch import nn
 
-from tomepass.errors import TomeError, no_foreign_errors
+from tomepass.errors import Refused, TomeError, no_foreign_errors
+from tomepass.handover.added import captured, told_of_limit
 from tomepass.handover.applied import analyse
 from tomepass.handover.captures import CAPTURES
 from tomepass.handover.choices import OnUnmatched, Outputs, check_choices, check_one_graph
 from tomepass.handover.merged import (
     MergedModel,
-    _told_of_limit,
     call_of,
-    captured,
     check_limit,
+    of_one_graph,
     rebuild,
     warn_of_names,
 )
 from tomepass.handover.refusing import check_model
 from tomepass.handover.standing_in.wrapping import shadowed
-from tomepass.methods import Method, RLike
+from tomepass.methods import MethodLike, RLike
 from tomepass.methods.asked import resolve_method
 from tomepass.reporting.report import Report
 from tomepass.sources.examples import example_inputs as inputs_from_config
@@ -30,14 +30,17 @@ from tomepass.sources.examples import example_inputs as inputs_from_config
 @no_foreign_errors("apply itself to the model")
 def apply(
     model: nn.Module,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
     captures: int = CAPTURES,
-) -> Any:
+) -> MergedModel:
     """A module that computes what ``model`` computes, with redundant tokens merged.
 
     The model itself is not changed; its parameters are shared, as with ``torch.compile``.
@@ -45,7 +48,10 @@ def apply(
     Args:
         model: any encoder; HuggingFace vision and audio models need nothing more.
         method: what to do, for example ``ToMe(r=8)``. Default ``ToMe()``, r=16.
-        r: short for ``method=ToMe(r=r)``.
+        r: short for ``method=ToMe(r=r)``, as the next three are for ``ToMe`` with them.
+        keep_rate: the share of the tokens to keep at a quarter, a half and three quarters.
+        macs: the share of the multiply-accumulates to keep.
+        speedup: how many times as many there are unmerged.
         example_inputs: a tensor, a tuple or a dict of inputs to capture ahead. Default: made
             from ``model.config`` where that says enough, else captured on first use.
         on_unmatched: ``"raise"`` a TomeError on a model that cannot be merged, or ``"warn"`` and
@@ -57,18 +63,18 @@ def apply(
             beyond it the one longest out of use is made anew when it is needed.
 
     Returns:
-        a :class:`MergedModel`; an :class:`tomepass.adaptive.AdaptiveModel` where the method is
-        adaptive.
+        a :class:`MergedModel`, of several graphs where the method is adaptive.
 
     Raises:
         TomeError: if the model cannot be merged exactly, with block, node, source line, reason.
-        TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
+        TypeError, ValueError: on a wrong ``r`` or target, or more than one of them and ``method``
+            given.
     """
-    method = resolve_method(method, r)
+    method = resolve_method(method, r, keep_rate=keep_rate, macs=macs, speedup=speedup)
     check_choices(on_unmatched, outputs)
     check_limit(captures)
-    if isinstance(model, MergedModel):
-        raise TomeError(
+    if of_one_graph(model):
+        raise Refused(
             f"the model is already merged with {model._tome.method!r}",
             advice="apply tomepass to the original model",
         )
@@ -94,9 +100,12 @@ def apply(
 @no_foreign_errors("explain the model")
 def explain(
     model: nn.Module,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     example_inputs: Any = None,
     on_unmatched: OnUnmatched = "raise",
     outputs: Outputs = "original",
@@ -110,16 +119,19 @@ def explain(
     Raises:
         TomeError: if torch.export cannot capture the model, or if there are no example inputs
             and the config does not say what to make, or if the method or model is adaptive.
-        TypeError, ValueError: on a wrong ``r``, or ``method`` and ``r`` both given.
+        TypeError, ValueError: on a wrong ``r`` or target, or more than one of them and ``method``
+            given.
     """
-    if isinstance(model, MergedModel):
-        method = model._tome.method if method is None and r is None else method
-        model = model._tome.model
-    method = resolve_method(method, r)
+    standing = None
+    if of_one_graph(model):
+        standing, model = model._tome.method, model._tome.model
+    method = resolve_method(
+        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
+    )
     check_choices(on_unmatched, outputs)
     check_model(model)
     check_one_graph(method, "explain")
     check_limit(captures)
     inputs = inputs_from_config(model) if example_inputs is None else example_inputs
     call = call_of(model, inputs)
-    return _told_of_limit(analyse(model, method, call, outputs), captures)
+    return told_of_limit(analyse(model, method, call, outputs), captures)

@@ -12,7 +12,7 @@ import torch
 from torch import SymInt, Tensor, nn
 
 from tomepass.capture.fidelity import can_be_held
-from tomepass.errors import TomeError
+from tomepass.errors import NotCaptured
 from tomepass.model.alone import one_at_a_time
 from tomepass.model.batches import Form, first_of, forms
 
@@ -100,6 +100,11 @@ class Captures:
         """Puts something else in the place of each."""
         for kept in self._all():
             kept.applied = change(kept.applied)
+
+    def latest(self) -> Applied | None:
+        """The one that was used last; None where there is none."""
+        kept = max(self._all(), key=lambda kept: kept.used, default=None)
+        return None if kept is None else kept.applied
 
     def clear(self) -> None:
         """Forgets all; what is needed is captured again."""
@@ -202,7 +207,7 @@ def _device(tensor: Tensor) -> tuple[str, int | None]:
     return (tensor.device.type, tensor.device.index)
 
 
-class NotPreparedError(TomeError, AssertionError):
+class NotPreparedError(NotCaptured, AssertionError):
     """Dynamo raises an AssertionError as it is and wraps every other error."""
 
 
@@ -214,7 +219,7 @@ def _taken_in(store: int, known: int) -> int:
         raise NotPreparedError(
             "this call signature was not captured before compiling, or the model has changed "
             "since, and a capture inside a compiled region is impossible",
-            advice="call merged.prepare(inputs) with inputs like these first",
+            advice="call merged.tome.prepare(inputs) with inputs like these first",
         )
     return number
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from tomepass.errors import TomeError
+from tomepass.errors import Refused
 from tomepass.methods import Method
 
 OnUnmatched = Literal["raise", "warn"]
@@ -15,10 +15,10 @@ Outputs = Literal["original", "merged"]
 def check_one_graph(method: Method, door: str) -> None:
     """Refuses a method that makes several graphs, where a door is about one."""
     if method.adaptive is not False:
-        raise TomeError(
+        raise Refused(
             f"adaptive={method.adaptive!r} routes images to several graphs, {door} is about one",
             advice="give a method without adaptive=, or that of one budget: "
-            "tomepass.apply(model, method, example_inputs=images).budgets[0].method",
+            "tomepass.apply(model, method, example_inputs=images).tome.budgets[0].tome.method",
         )
 
 

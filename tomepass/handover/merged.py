@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar, TypeGuard
 
 import torch
-import torch.utils._pytree as pytree
-from torch import Tensor, nn
+from torch import nn
 
-from tomepass.capture.captured import read_state
 from tomepass.capture.fidelity import NotCapturedError, hold_against
-from tomepass.errors import TomeError
+from tomepass.handover.added import Added, captured
 from tomepass.handover.applied import Applied, make_applied, not_captured
 from tomepass.handover.captures import CAPTURES, Captures, Check, Make
 from tomepass.handover.choices import OnUnmatched, Outputs
 from tomepass.handover.standing_in.bypass import captured_another, merging
 from tomepass.handover.standing_in.tome import Tome
-from tomepass.handover.standing_in.wrapping import StandIn, gives_way, stand_in
+from tomepass.handover.standing_in.wrapping import StandIn, moved, stand_in, value_gives_way
 from tomepass.methods import Method
 from tomepass.model.calls import Inputs, as_call, call_with, check_call
-from tomepass.reporting.kept import KeptReport
-from tomepass.reporting.report import Report
 
 
 class MergedModel(StandIn):
@@ -33,9 +29,12 @@ class MergedModel(StandIn):
     beside them: one rewritten graph for each call signature, resolution, dtype and mode, of the
     forward and of methods that attend on their own.
 
-    Where the model has an attribute named as one of ours is (``source``, ``method``), it is the
-    model's; ``MergedModel.source(merged, x)`` is ours.
+    All of that stands under one name, :attr:`tome`. Where the model has an attribute of that name,
+    it is the model's, and ``MergedModel.tome(merged)`` is ours.
     """
+
+    _tome_graphs: ClassVar[str] = "one"
+    """Whether a call runs one graph, or its images are split over ``"several"``."""
 
     def __init__(
         self,
@@ -76,77 +75,26 @@ class MergedModel(StandIn):
     def _tome_prepare(self, inputs: Any) -> None:
         captured(self, inputs)
 
-    @gives_way
-    def source(self, *args: Any, **kwargs: Any) -> Tensor:
-        """The final token of every original token: ``[B, N]`` indices into the merged sequence.
+    # ---- what is added -----------------------------------------------------------------------
 
-        Takes the model's inputs; needs ``trace_source=True`` in the method.
-        """
-        tome = self._tome
-        if not tome.method.trace_source:
-            raise TomeError(
-                "the source map is not traced",
-                advice=f"apply with {tome.method.replace(trace_source=True)!r}",
-            )
-        call = tome.bind(args, kwargs)
-        applied = tome.captures.get(tome.model, call)
-        if applied.graph is None:
-            raise TomeError("this model is left unmerged, so there is no source map")
-        leaves = pytree.tree_leaves(call)
-        if applied.source_graph is not None:
-            (source,) = applied.run(tome.model, leaves, graph=applied.source_graph)
-            return source  # type: ignore[no-any-return]
-        first, stream = _first_tensor(call), applied.report.streams[0]
-        assert first is not None
-        assert not any(block.r for block in stream.blocks), "merges without a source map"
-        # Nothing merges: every token is its own.
-        return torch.arange(stream.tokens, device=first.device).expand(first.shape[0], -1)
+    @value_gives_way
+    def tome(self) -> Added[MergedModel]:
+        """What tomepass adds: the method, reports, where the tokens went."""
+        return self._tome_added()
 
-    @gives_way
-    def kept(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Tokens in use after each block of the first stream, for each image: ``[B, blocks]``.
+    def _tome_added(self) -> Added[MergedModel]:
+        return Added(self)
 
-        Takes the model's inputs. Padding and places out of use do not count.
-
-        Raises:
-            TomeError: if the model is left unmerged.
-        """
-        tome = self._tome
-        call = tome.bind(args, kwargs)
-        applied = tome.captures.get(tome.model, call)
-        if applied.graph is None:
-            raise TomeError("this model is left unmerged, so no block loses a token")
-        state = read_state(tome.model, applied.capture)
-        return applied.counting.counts(state, pytree.tree_leaves(call))
-
-    @gives_way
-    def kept_report(self, inputs: Any) -> KeptReport:
-        """The distribution of :meth:`kept` over the images of inputs like those it takes."""
-        args, kwargs = as_call(inputs)
-        kept = MergedModel.kept(self, *args, **kwargs)
-        (stream, *_) = captured(self, inputs).report.streams
-        return KeptReport.of(type(self._tome.model).__name__, self._tome.method, stream, kept)
-
-    @gives_way
-    def report(self, inputs: Any) -> Report:
-        """What was read off the graph for inputs like these, and done."""
-        return _told_of_limit(captured(self, inputs), self._tome.captures.limit)
-
-    @gives_way
-    def captured(self, inputs: Any) -> Applied:
-        """The rewritten graph for inputs like these, made if it is not there yet."""
-        return captured(self, inputs)
-
-    @gives_way
-    def bind(self, inputs: Any) -> dict[str, Any]:
-        """Inputs in the shapes :meth:`prepare` takes them, as keyword inputs of the model."""
-        return self._tome.call_of(inputs)
+    prepare, source, kept = moved("prepare"), moved("source"), moved("kept")
+    kept_report, report = moved("kept_report"), moved("report")
+    captured, bind = moved("captured"), moved("bind")
+    method, original = moved("method", is_value=True), moved("original", is_value=True)
+    outputs, on_unmatched = moved("outputs", is_value=True), moved("on_unmatched", is_value=True)
 
 
-def captured(merged: MergedModel, inputs: Any) -> Applied:
-    """The rewritten graph of a merged model for inputs like these, made if it is not there."""
-    tome = merged._tome
-    return tome.captures.get(tome.model, tome.call_of(inputs))
+def of_one_graph(model: object) -> TypeGuard[MergedModel]:
+    """Is it a merged model whose calls run one graph? An adaptive one runs several."""
+    return isinstance(model, MergedModel) and model._tome_graphs == "one"
 
 
 def maker(method: Method, on_unmatched: OnUnmatched, outputs: Outputs) -> Make:
@@ -179,7 +127,7 @@ def checker(method: Method, on_unmatched: OnUnmatched) -> Check:
 
 
 def call_of(model: nn.Module, inputs: Any) -> dict[str, Any]:
-    """Inputs in the shapes :meth:`MergedModel.prepare` takes them, as a model's keyword inputs."""
+    """Inputs in the shapes :meth:`Added.prepare` takes them, as a model's keyword inputs."""
     call = Inputs.of(model).bind(*as_call(inputs))
     check_call(call, type(model).__name__)
     return call
@@ -197,29 +145,15 @@ def rebuild(
     return made
 
 
-def _told_of_limit(applied: Applied, captures: int) -> Report:
-    """A report that says how many captures are kept, where each batch size needs one."""
-    report = applied.report
-    if applied.capture.form.size is None:
-        return report
-    told = f"{captures} captures are kept: captures= of tomepass.apply"
-    return replace(report, notes=(*report.notes, told))
-
-
 def warn_of_names(merged: StandIn, names: list[str]) -> None:
     """Says which names of ours are the model's."""
-    model, kind = type(merged._tome.model).__name__, type(merged).__mro__[1]
+    model = type(merged._tome.model).__name__
+    ours = "tomepass.MergedModel.tome(merged)" if "tome" in names else f"merged.tome.{names[0]}"
     warnings.warn(
         f"{model} has attributes of its own that are named as some of a merged model's: "
-        f"{', '.join(names)}. merged.{names[0]} is the model's; tomepass's is "
-        f"{kind.__module__}.{kind.__name__}.{names[0]}(merged)",
+        f"{', '.join(names)}. merged.{names[0]} is the model's; tomepass's is {ours}",
         stacklevel=3,
     )
-
-
-def _first_tensor(call: dict[str, Any]) -> Tensor | None:
-    """The input whose first dimension is the batch."""
-    return next((v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim), None)
 
 
 def check_limit(captures: object) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from tomepass.errors import TomeError
+from tomepass.errors import Refused
 from tomepass.model.parallel import refuse_sharded
 
 
@@ -16,25 +16,26 @@ def check_model(model: object) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if isinstance(model, torch._dynamo.OptimizedModule):
-        raise TomeError(
+        raise Refused(
             "the model is already compiled",
             advice="give the model itself, and compile what apply returns: "
             "torch.compile(tomepass.apply(model))",
         )
     if isinstance(model, torch.jit.ScriptModule):
-        raise TomeError(
+        raise Refused(
             f"{type(model).__name__} is compiled by TorchScript: there is no Python to capture",
             advice="give the model that torch.jit.trace or torch.jit.script was given",
         )
     if isinstance(model, AdaptiveModel):
-        raise TomeError(
+        raise Refused(
             f"the model is already merged with {model._tome.method!r}, which routes images to "
             "several graphs",
-            advice="give its .original, or one of its .budgets, which is a graph of its own",
+            advice="give merged.tome.original, or one of merged.tome.budgets, each of which "
+            "is a graph of its own",
         )
     lazy = [n for n, m in model.named_modules() if _is_lazy(m)]
     if lazy:
-        raise TomeError(
+        raise Refused(
             f"parameters of {type(model).__name__} have no shape yet: {lazy[0] or 'it'} is a lazy "
             "module",
             advice="call the model itself once, which makes them",

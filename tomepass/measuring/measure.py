@@ -17,15 +17,16 @@ import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.errors import TomeError, compiling_merged
+from tomepass.handover.added import captured
 from tomepass.handover.applying import apply
 from tomepass.handover.choices import check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, inner_name, resolve_inner
-from tomepass.handover.merged import MergedModel, call_of, captured
+from tomepass.handover.merged import call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.measuring.memory import peak_tensor_bytes
 from tomepass.measuring.values import Arm, Measurement, Settings, Spread
-from tomepass.methods import Method, RLike
+from tomepass.methods import MethodLike, RLike
 from tomepass.methods.asked import resolve_method
 from tomepass.model.calls import call_with
 from tomepass.model.unmerged import check_values, the_models_own
@@ -44,7 +45,7 @@ _STAGES = 4  # capture, two compilations, memory
 def measure(
     model: nn.Module,
     inputs: Any,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
     inner: Inner = "inductor",
@@ -61,7 +62,7 @@ def measure(
 
     Args:
         model: the model, in eval mode, on the CPU or a CUDA device; or an applied one.
-        inputs: a tensor, a tuple or a dict, as for :meth:`MergedModel.prepare`. The first
+        inputs: a tensor, a tuple or a dict, as for :func:`tomepass.apply`. The first
             dimension of the first tensor is the batch.
         method: as in :func:`tomepass.apply`.
         r: short for ``method=ToMe(r=r)``.
@@ -80,11 +81,10 @@ def measure(
             is then its cause; or if one of the two still recompiles after warming up.
         TypeError, ValueError: on options or ``rounds`` of a wrong type, or fewer rounds than 1.
     """
-    if isinstance(model, MergedModel):
-        if method is None and r is None:
-            method = model._tome.method
-        model = model._tome.model
-    method = resolve_method(method, r)
+    standing = None
+    if of_one_graph(model):
+        standing, model = model._tome.method, model._tome.model
+    method = resolve_method(method, r, standing=standing)
     check_model(model)
     check_one_graph(method, "measure")
     options = options_of(inner_options)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tomepass.methods.asked import resolve_method
+from tomepass.methods.asked import MethodLike, resolve_method
 from tomepass.methods.base import Method, RLike, method_from_dict
 from tomepass.methods.dropping.ats import ATS
 from tomepass.methods.dropping.avit import AViT
@@ -34,6 +34,7 @@ __all__ = [
     "EViT",
     "Learned",
     "Method",
+    "MethodLike",
     "PiToMe",
     "Policy",
     "Prune",

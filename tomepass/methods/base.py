@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import KW_ONLY, InitVar, dataclass
+from dataclasses import KW_ONLY, InitVar, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from tomepass.counts.blocks import StreamPlan, held_at, plan_counts
 from tomepass.counts.schedule import (
     TARGETS,
+    CountsError,
     Schedule,
     counts_per_block,
     merged_at_most,
@@ -59,6 +60,11 @@ class Method:
         multiple_of: after the first reduction, the counts of tokens left are rounded down to
             multiples of this, at equal or fewer multiply-accumulates: matrix units take 16.
 
+    Attributes:
+        r: as it was written, the standard count where none was; None beside a rate or a target,
+            which ``macs``, ``speedup`` and ``keep_rate`` hold in the same way.
+        schedule: whichever was given, normalised.
+
     Raises:
         TypeError: if ``r`` is a float, a bool, or holds one; if more than one of ``r``, ``macs``,
             ``speedup`` and ``keep_rate`` is given.
@@ -77,7 +83,7 @@ class Method:
     soft: ClassVar[bool] = False
     """Whether sizes are a mask with gradients that multiplies the exponentials of attention."""
 
-    r: RLike | None = None
+    r: RLike | None = field(default=None, compare=False)  # the schedule is compared
     _: KW_ONLY
     macs: InitVar[float | None] = None
     speedup: InitVar[float | None] = None
@@ -88,6 +94,7 @@ class Method:
     trace_source: bool = False
     multiple_of: int = 1
     adaptive: bool | tuple[float, ...] = False
+    schedule: Schedule = field(init=False)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -103,8 +110,10 @@ class Method:
         self, macs: float | None, speedup: float | None, keep_rate: float | None
     ) -> None:
         given = {"r": self.r, "macs": macs, "speedup": speedup, "keep_rate": keep_rate}
+        schedule = _schedule(given, self.standard)
         self._set(
-            r=_schedule(given, self.standard),
+            schedule=schedule,
+            **schedule.as_written(),
             blocks=positions("blocks", self.blocks),
             prop_attn=flag("prop_attn", self.prop_attn),
             protected=positions("protected", self.protected),
@@ -148,7 +157,8 @@ class Method:
             depth: blocks of the stream.
 
         Raises:
-            ValueError: if ``r`` is a list longer than the depth, or ``blocks`` names one beyond it.
+            CountsError: a ValueError, if ``r`` is a list longer than the depth, or ``blocks`` names
+                one beyond it.
         """
         if self.schedule.kind == "keep_rate":
             return self._keeping(float(self.schedule.values[0]), tokens, protected, depth)
@@ -192,17 +202,12 @@ class Method:
 
     # ---- what all have ----------------------------------------------------------------------
 
-    @property
-    def schedule(self) -> Schedule:
-        """The normalised counts, rate or target."""
-        assert isinstance(self.r, Schedule)
-        return self.r
-
     def counts(self, depth: int) -> tuple[int, ...]:
         """Tokens asked to go in each of ``depth`` blocks, before the cap.
 
         Raises:
-            ValueError: if ``r`` is a list longer than the depth, or ``blocks`` names one beyond it.
+            CountsError: a ValueError, if ``r`` is a list longer than the depth, or ``blocks`` names
+                one beyond it.
         """
         counts = counts_per_block(self.schedule, depth)
         if self.blocks is None:
@@ -214,10 +219,10 @@ class Method:
         """The configuration as JSON types; :func:`method_from_dict` reads it back."""
         common = ("r", "prop_attn", "protected", "trace_source", "multiple_of")
         data: dict[str, Any] = {"method": self.name}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in common or value != field.default:
-                data[field.name] = _to_json(value)
+        for own in _given(self):
+            value = self.schedule if own.name == "r" else getattr(self, own.name)
+            if own.name in common or value != own.default:
+                data[own.name] = _to_json(value)
         return data
 
     @classmethod
@@ -241,16 +246,16 @@ class Method:
         """A copy with some fields changed; ``macs``, ``speedup`` or ``keep_rate`` takes the place
         of ``r``.
         """
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        fields = {f.name: getattr(self, f.name) for f in _given(self)} | {"r": self.schedule}
         if any(target in changes for target in ("keep_rate", *TARGETS)):
             del fields["r"]
         return type(self)(**(fields | changes))
 
     def __repr__(self) -> str:
         shown = [repr(self.schedule)]
-        for field in dataclasses.fields(self):
-            if field.name != "r" and (value := getattr(self, field.name)) != field.default:
-                shown.append(f"{field.name}={value!r}")
+        for own in _given(self):
+            if own.name != "r" and (value := getattr(self, own.name)) != own.default:
+                shown.append(f"{own.name}={value!r}")
         return f"{type(self).__name__}({', '.join(shown)})"
 
     def _set(self, **fields: Any) -> None:
@@ -274,7 +279,7 @@ class Method:
         if places is None:
             return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4}))
         if outside := [i for i in places if i >= depth]:
-            raise ValueError(f"blocks={places} names {outside}, the model has {depth} blocks")
+            raise CountsError(f"blocks={places} names {outside}, the model has {depth} blocks")
         return places
 
     def _keeping(
@@ -302,10 +307,15 @@ def method_from_dict(data: dict[str, Any]) -> Method:
     if (name := fields.pop("method", "tome")) not in KNOWN:
         raise TomeError(f"unknown method {name!r}; known: {', '.join(map(repr, sorted(KNOWN)))}")
     kind = KNOWN[name]
-    known = {field.name for field in dataclasses.fields(kind)}
+    known = {own.name for own in _given(kind)}
     if unknown := sorted(set(fields) - known):
         raise TomeError(f"unknown fields {unknown} of method {name!r}; known: {sorted(known)}")
     return kind(**kind.fields_from(fields))
+
+
+def _given(method: Method | type[Method]) -> list[dataclasses.Field[Any]]:
+    """The fields that a method is made of, without what follows from them."""
+    return [own for own in dataclasses.fields(method) if own.init]
 
 
 def _schedule(given: dict[str, Any], standard: Schedule) -> Schedule:

@@ -9,7 +9,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotCaptured
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Form:
         ``torch.export``.
         """
         if (first := first_of(call)) is None:
-            raise TomeError("no tensor among the inputs, so there is no batch to capture with")
+            raise NotCaptured("no tensor among the inputs, so there is no batch to capture with")
         _check_dense(call)
         dimension = torch.export.Dim("batch", min=1)
 
@@ -98,7 +98,7 @@ def _check_dense(call: dict[str, Any]) -> None:
     for value in pytree.tree_leaves(call):
         if isinstance(value, Tensor) and (value.is_nested or value.layout is not torch.strided):
             kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
-            raise TomeError(
+            raise NotCaptured(
                 f"expected dense tensors as inputs, got a {kind} one of {value.dtype}",
                 advice="call to_dense() on it first; a nested tensor must be padded",
             )

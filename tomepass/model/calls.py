@@ -13,7 +13,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch import Tensor, fx, nn
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotCaptured
 
 REST = "*"
 """Where a call keeps what was given by position to a method that names no such inputs."""
@@ -138,16 +138,16 @@ def check_call(call: Mapping[str, Any], method: str = "forward") -> None:
         raise no_tracing()
     for name, value in call.items():
         if (strange := _strange(value)) is not None:
-            raise TomeError(
+            raise NotCaptured(
                 f"input {name!r} of {method} holds an instance of {type(strange).__name__}, which "
                 "a capture cannot tell from another one",
                 advice="give tensors, numbers and strings, in tuples, lists or dicts",
             )
 
 
-def no_tracing() -> TomeError:
+def no_tracing() -> NotCaptured:
     """The refusal of tracers, which cannot follow a merged model."""
-    return TomeError(
+    return NotCaptured(
         "a merged model cannot be traced by torch.jit.trace or torch.fx.symbolic_trace, which "
         "would fix the batch size and record choices of tokens as constants (tracers stand "
         "behind torch.onnx.export(dynamo=False), openvino.convert_model and fvcore too)",
@@ -171,7 +171,7 @@ def _signature(model: nn.Module, method: str) -> inspect.Signature:
     try:
         return inspect.signature(getattr(model, method))
     except ValueError as error:  # of a function that is not written in Python
-        raise TomeError(
+        raise NotCaptured(
             f"the inputs of {type(model).__name__}.{method} cannot be told: {error}",
             advice="give a module whose forward is a Python function that names its inputs",
         ) from error

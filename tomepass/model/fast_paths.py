@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotCaptured
 
 
 def refuse_skipped_modules(model: nn.Module) -> None:
@@ -20,7 +20,7 @@ def refuse_skipped_modules(model: nn.Module) -> None:
             strange = [type(m) for m in parts if type(m) not in (nn.Linear, nn.LayerNorm)]
             if strange:
                 kind = f"{strange[0].__module__.split('.')[0]}.{strange[0].__name__}"
-                raise TomeError(
+                raise NotCaptured(
                     f"{name or type(layer).__name__} runs as one fused operator, which reads "
                     f"weights and leaves out the {kind} around them: the model itself ignores it",
                     advice="call torch.backends.mha.set_fastpath_enabled(False) first, under which "

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from tomepass.errors import TomeError
+from tomepass.errors import NotCaptured, TomeError
 
 _BEFORE = (
     "merge first and shard what comes of it, as a whole: fully_shard(tomepass.apply(model, ...)); "
@@ -19,7 +19,7 @@ _BEFORE = (
 def refuse_sharded(model: nn.Module) -> None:
     """Raises a TomeError for a model whose parameters are spread over processes."""
     if (how := _sharded(model)) is not None:
-        raise TomeError(
+        raise NotCaptured(
             f"{type(model).__name__} is sharded by {how}: its parameters are held in pieces, and "
             "gathered by code around its modules that no graph holds",
             advice=_BEFORE,
@@ -34,7 +34,7 @@ def sharded_inside(model: Any) -> TomeError | None:
     parts = [how for part in model.children() if (how := _sharded(part)) is not None]
     if not parts:
         return None
-    return TomeError(
+    return NotCaptured(
         f"parts of {type(model).__name__} are sharded one by one by {parts[0]}, which gathers "
         "their parameters between graphs: no graph holds more than one of them, and tokens merged "
         "in one would be unmerged at its end",

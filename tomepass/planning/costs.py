@@ -11,6 +11,7 @@ from torch import fx
 
 from tomepass.counts.blocks import StreamPlan
 from tomepass.planning.macs import macs_by_name
+from tomepass.planning.streams import plan_of
 from tomepass.reading.layouts import Attended, Carried, Outcome, Positional
 
 if TYPE_CHECKING:
@@ -84,11 +85,12 @@ class ModelCosts:
     def planned(self, method: Method) -> tuple[PlannedStream, ...]:
         """The streams under a method whose counts are those of the deepest."""
         schedule, planned = method.schedule, []
-        for stream in self.streams:
+        for number, stream in enumerate(self.streams):
             own, fitting = len(stream.stream.blocks), method
             if own < self.depth and schedule.kind == "list":
                 fitting = method.replace(r=[int(count) for count in schedule.values[:own]])
-            plan = fitting.plan(stream.plan.tokens, stream.plan.protected, own)
+            held, count = stream.plan, len(self.streams)
+            plan = plan_of(fitting, stream.stream, held.tokens, held.protected, number, count)
             planned.append(replace(stream, plan=plan))
         return tuple(planned)
 

@@ -15,7 +15,7 @@ from tomepass.methods import Method
 from tomepass.planning.costs import ModelCosts
 from tomepass.planning.macs import batch_sizes
 from tomepass.planning.solving import even
-from tomepass.planning.streams import Planned, PlannedStream
+from tomepass.planning.streams import Planned, PlannedStream, plan_of
 from tomepass.reading.attention import find_attentions
 from tomepass.reading.axis import Axis
 from tomepass.reading.layouts import Attended, Layout, Masked, Positional
@@ -41,9 +41,9 @@ def plan_graph(captured: CanonicalGraph, method: Method) -> Planned:
     """Reads a graph and plans its streams; what cannot be planned is a mismatch.
 
     Raises:
-        ValueError: if the method lists more counts than a stream has blocks.
-        TomeError: if it names a share of the multiply-accumulates that cannot be reached, or is
-            not trained.
+        CountsRefused: if the method lists more counts than a stream has blocks.
+        Refused: if it names a share of the multiply-accumulates that cannot be reached.
+        NotTrained: if it scores tokens by a policy and has none.
     """
     method.ready()
     if (write := hidden_write(captured.graph, captured.data)) is not None:
@@ -64,7 +64,8 @@ def plan_graph(captured: CanonicalGraph, method: Method) -> Planned:
         if (shared := _shared(stream, planned)) is not None:
             mismatches.append(shared)
             continue
-        found = _plan_stream(captured, stream, structure, method)
+        place = len(planned), len(planned) + 1 + len(waiting)
+        found = _plan_stream(captured, stream, structure, method, place)
         if isinstance(found, Stream):
             # Its tokens are made anew on the way: two streams, one after the other.
             rest = stream.blocks[len(found.blocks) :]
@@ -113,9 +114,17 @@ def _shared(stream: Stream, planned: list[PlannedStream]) -> Mismatch | None:
 
 
 def _plan_stream(
-    captured: CanonicalGraph, stream: Stream, structure: Structure, method: Method
+    captured: CanonicalGraph,
+    stream: Stream,
+    structure: Structure,
+    method: Method,
+    place: tuple[int, int],
 ) -> PlannedStream | Stream | Mismatch:
-    """The plan, or the blocks at its start that are a stream of their own, or why not."""
+    """The plan, or the blocks at its start that are a stream of their own, or why not.
+
+    Args:
+        place: the number of the stream, and how many there are.
+    """
     ancestry = structure.ancestry
     last = stream.blocks[-1].merge_at
     for attention, mismatch in structure.others.items():
@@ -141,7 +150,7 @@ def _plan_stream(
     if solved_later:
         plan = plan_counts(tokens, protected, (0,) * blocks)
     else:
-        plan = method.plan(tokens, protected, blocks)
+        plan = plan_of(method, stream, tokens, protected, *place)
     planned = PlannedStream(stream, layout, flow, ancestry.of(last), plan, padding)
     return _masked_tokens(planned) or planned
 

@@ -6,7 +6,7 @@ import bisect
 import math
 from collections.abc import Callable
 
-from tomepass.errors import TomeError
+from tomepass.errors import Refused
 from tomepass.methods import Method
 
 Share = Callable[[Method], float]
@@ -31,7 +31,7 @@ def even(method: Method, macs: float, share: Share, tokens: int, depth: int) -> 
     most = tokens * depth
     if left(most) > macs:
         asked = f"macs={macs:.3g}" if method.schedule.macs is None else repr(method.schedule)
-        raise TomeError(
+        raise Refused(
             f"{asked} cannot be reached: the most that {type(method).__name__} can do leaves "
             f"{left(most):.3f} of the multiply-accumulates",
             advice=f"ask for macs={math.ceil(left(most) * 1000) / 1000} or more",

@@ -19,14 +19,15 @@ from torch import Tensor, fx, nn
 from tomepass import reference
 from tomepass.capture.captured import read_state
 from tomepass.errors import TomeError, compiling_merged, no_foreign_errors, the_users_own
+from tomepass.handover.added import captured
 from tomepass.handover.applied import Applied, make_applied
 from tomepass.handover.applying import apply
-from tomepass.handover.choices import check_one_graph
+from tomepass.handover.choices import Outputs, check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, resolve_inner
-from tomepass.handover.merged import MergedModel, call_of, captured
+from tomepass.handover.merged import MergedModel, call_of, of_one_graph
 from tomepass.handover.refusing import check_model
-from tomepass.methods import Method, RLike
+from tomepass.methods import MethodLike, RLike
 from tomepass.methods.asked import resolve_method
 from tomepass.model.calls import call_with, describe_inputs
 from tomepass.model.unmerged import answer_of, check_values, in_precision
@@ -36,7 +37,7 @@ from tomepass.proof.duplicates import check_duplicates
 from tomepass.proof.kernels import kernel_lines
 from tomepass.proof.recorded import Recorded, edges_of, record, reference_lines
 from tomepass.proof.replay import relative_error, replayed
-from tomepass.proof.report import CheckLine, CheckReport
+from tomepass.proof.report import BLIND, CheckLine, CheckReport
 from tomepass.rewriting.sweep import rewrite
 
 FLOAT32_TOLERANCE = 1e-4
@@ -53,12 +54,15 @@ _DEEP_TIE = 1e-5
 def check(
     model: nn.Module,
     inputs: Any,
-    method: Method | None = None,
+    method: MethodLike | None = None,
     *,
     r: RLike | None = None,
+    keep_rate: float | None = None,
+    macs: float | None = None,
+    speedup: float | None = None,
     inner: Inner = "inductor",
     inner_options: dict[str, Any] | None = None,
-    outputs: str = "original",
+    outputs: Outputs = "original",
     progress: Callable[[str], None] | None = None,
 ) -> CheckReport:
     """Proves, on the given inputs, that the merged and compiled model computes what it should.
@@ -71,11 +75,18 @@ def check(
     4. Lossless on duplicate tokens, with a negative control that must fail.
     5. The same bits again, and an image's result independent of its neighbours.
 
+    Some of it cannot be tried for every method, model and input: line 2 for a method that does not
+    merge by bipartite matches, line 4 for one that loses something even where tokens are alike.
+    ``report.unproved`` holds those lines, ``report.proved`` is True where there are none.
+
     Args:
         model: the model, in eval mode, or an applied one.
-        inputs: a tensor, a tuple or a dict, as for :meth:`MergedModel.prepare`.
+        inputs: a tensor, a tuple or a dict, as for :func:`tomepass.apply`.
         method: as in :func:`tomepass.apply`.
-        r: short for ``method=ToMe(r=r)``.
+        r: short for ``method=ToMe(r=r)``, as the next three are for ``ToMe`` with them.
+        keep_rate: the share of the tokens to keep at a quarter, a half and three quarters.
+        macs: the share of the multiply-accumulates to keep.
+        speedup: how many times as many there are unmerged.
         inner: the backend that compiles, as in :class:`TomeBackend`.
         inner_options: its options.
         outputs: as in :func:`tomepass.apply`.
@@ -85,14 +96,15 @@ def check(
         TomeError: if the model cannot be merged, is in training mode, the method or model is
             adaptive, or the backend is missing; if the model itself raises for these inputs, which
             is then its cause, or returns NaN; or if they or the model are on the meta device.
-        TypeError, ValueError: on a wrong ``r``, ``method`` and ``r`` both given, or inputs or
-            options of a wrong type.
+        TypeError, ValueError: on a wrong ``r`` or target, more than one of them and ``method``
+            given, or inputs or options of a wrong type.
     """
-    if isinstance(model, MergedModel):
-        if method is None and r is None:
-            method = model._tome.method
-        model = model._tome.model
-    method = resolve_method(method, r)
+    standing = None
+    if of_one_graph(model):
+        standing, model = model._tome.method, model._tome.model
+    method = resolve_method(
+        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
+    )
     check_model(model)
     check_one_graph(method, "check")
     if model.training:
@@ -104,7 +116,7 @@ def check(
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, got {progress!r}")
     check_values(model, call_of(model, inputs), "check")
-    merged = apply(model, method, example_inputs=inputs, outputs=outputs)  # type: ignore[arg-type]
+    merged = apply(model, method, example_inputs=inputs, outputs=outputs)
     subject = _Subject(model, merged, inputs, inner, options)
     lines: list[CheckLine] = []
     for name, line in _LINES.items():
@@ -230,11 +242,12 @@ def _compiled_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     compiled = subject.run_compiled(subject.call)
     error = _worst(compiled, eager)
     if subject.low_precision:
-        yield CheckLine(name, error, float("inf"), None, "merges flip on ties: see the next line")
+        note = "merges flip on ties: see the next line"
+        yield CheckLine(name, error, float("inf"), None, note, followed=True)
         yield _low_precision_line(subject)
     elif error > FLOAT32_TOLERANCE and not _referenced(subject):
         note = "which tokens tie cannot be told for this method: see the next line"
-        yield CheckLine(name, error, FLOAT32_TOLERANCE, None, note)
+        yield CheckLine(name, error, FLOAT32_TOLERANCE, None, note, followed=True)
         yield _tie_line(subject)
     elif error <= FLOAT32_TOLERANCE or not (tied := _tied_images(subject)):
         yield CheckLine(name, error, FLOAT32_TOLERANCE, error <= FLOAT32_TOLERANCE)
@@ -310,7 +323,7 @@ def _duplicates_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     passed: bool | None = found.error <= FLOAT32_TOLERANCE
     note = f"{found.schedule!r}; without proportional attention {found.control:.1e}"
     if found.blind is not None:
-        passed, note = (None if passed else False), f"blind here: {found.blind}"
+        passed, note = (None if passed else False), f"{BLIND}{found.blind}"
     yield CheckLine(name, found.error, FLOAT32_TOLERANCE, passed, note)
 
 
@@ -321,12 +334,16 @@ def _determinism_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     yield again
     name = "   whatever an image's neighbours"
     if not again.passed:
-        yield CheckLine(name, 0.0, 0.0, None, "blind here: not even the same batch repeats")
+        yield CheckLine(name, 0.0, 0.0, None, f"{BLIND}not even the same batch repeats")
         return
     changed = subject.run_compiled(pytree.tree_map(_other_neighbours, call))
     images = max(2, subject.images)
     alone = _own_rows(subject, call, images)
     rows = [(a[:1], b[:1]) for a, b, own in zip(first, changed, alone, strict=True) if own]
+    if not rows:
+        note = f"{BLIND}no output holds, for each image, what is read off that image alone"
+        yield CheckLine(name, 0.0, 0.0, None, note)
+        return
     ours, theirs = [a for a, _ in rows], [b for _, b in rows]
     yield _bits(name, ours, theirs, "the first image changes with the others")
 

@@ -25,7 +25,7 @@ from tomepass.ops.merging.side import keep, merge_bias, merge_rows, rows
 from tomepass.ops.merging.unmerge import unmerge
 from tomepass.ops.padding import PADDED
 from tomepass.proof.replay import Call, Recorder, relative_error
-from tomepass.proof.report import CheckLine
+from tomepass.proof.report import BLIND, CheckLine
 from tomepass.reporting.report import BlockReport
 
 # A merge may differ from the reference by the rounding of its weights and its result.
@@ -83,7 +83,7 @@ def reference_lines(run: Recorded, name: str) -> Iterator[CheckLine]:
     assert run.applied.rewritten is not None
     if not run.applied.rewritten.referenced:
         method = type(run.applied.report.method).__name__
-        note = f"blind here: the reference knows bipartite matches and means, not {method}"
+        note = f"{BLIND}the reference knows bipartite matches and means, not {method}"
         yield CheckLine(name, 0.0, 0.0, None, note)
         return
     chains = _chains(run)

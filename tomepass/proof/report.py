@@ -18,9 +18,17 @@ if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
 
 
+BLIND = "blind here: "
+"""How the note of a line begins that proves nothing for this method, model or inputs."""
+
+
 @dataclass(frozen=True)
 class CheckReport:
-    """The harness's answer. ``ok`` is True if no line fails; prints as a table."""
+    """What :func:`tomepass.check` found, a line a property. Prints as a table.
+
+    ``ok`` is True if no line fails, ``proved`` if every line could be tried and passes;
+    ``unproved`` holds those that could not, for this method, model and inputs.
+    """
 
     model: str
     method: Method
@@ -33,9 +41,23 @@ class CheckReport:
         """Did no line fail? A line that is blind for this model says so and does not fail."""
         return all(line.passed is not False for line in self.lines)
 
+    @property
+    def proved(self) -> bool:
+        """Did every line pass, and was none of them blind?"""
+        return self.ok and not self.unproved
+
+    @property
+    def unproved(self) -> tuple[CheckLine, ...]:
+        """The lines that could prove nothing here: blind for the model, or not for the method."""
+        return tuple(line for line in self.lines if line.passed is None and not line.followed)
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON types."""
-        return asdict(self) | {"method": self.method.to_dict(), "ok": self.ok}
+        return asdict(self) | {
+            "method": self.method.to_dict(),
+            "ok": self.ok,
+            "proved": self.proved,
+        }
 
     def __str__(self) -> str:
         from tomepass.printing.style import to_text
@@ -51,13 +73,23 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class CheckLine:
-    """One line: what was measured, against what, and whether it passes (None: blind here)."""
+    """One line: what was measured, against what, and whether it passes.
+
+    Args:
+        name: what is checked.
+        figure: what was measured.
+        tolerance: the most it may be.
+        passed: None where the figure decides nothing.
+        note: why it does not, and what else is to be known.
+        followed: whether the next line decides instead, by another figure.
+    """
 
     name: str
     figure: float
     tolerance: float
     passed: bool | None
     note: str = ""
+    followed: bool = False
 
 
 def check_table(report: CheckReport) -> Iterator[RenderableType]:
@@ -80,7 +112,13 @@ def check_table(report: CheckReport) -> Iterator[RenderableType]:
     for line in failed:
         figures = f"{_figure(line.figure)}, allowed {_figure(line.tolerance)}"
         yield Text(f"  FAILED {line.name.strip()}: {figures}", "bold red")
-    if not failed:
+    if report.unproved:
+        told = "Not proved" if failed else "No check fails, but this is not proved"
+        yield Text(f"  {told}:", "yellow")
+        for line in report.unproved:
+            why = line.note.removeprefix(BLIND) or "nothing to compare"
+            yield Padding(Text(f"{line.name.strip()}: {why}", "yellow"), (0, 0, 0, 4))
+    elif not failed:
         yield Text("  All checks pass.", "green")
     yield facts(("inputs", [report.inputs]), ("versions", [versions()]))
 

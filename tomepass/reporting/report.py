@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import fx
 
-from tomepass.errors import TomeError
+from tomepass.errors import Refused, TomeError
 from tomepass.graphs.canonical import CanonicalGraph
 from tomepass.graphs.origin import source_line
 from tomepass.methods import Method
@@ -126,10 +126,10 @@ class Report:
         """MACs before over MACs after: what the arithmetic allows."""
         return self.macs_original / self.macs if self.macs else 1.0
 
-    def refusal(self) -> TomeError:
+    def refusal(self) -> Refused:
         """The first reason for refusing, as an error."""
         first = self.refused[0] if self.refused else Mismatch("nothing to merge was found")
-        return TomeError(
+        return Refused(
             f"{self.model} cannot be merged: {first.reason}",
             block=first.block,
             node=first.node,

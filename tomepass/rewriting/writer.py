@@ -14,7 +14,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from tomepass.errors import TomeError
+from tomepass.errors import Refused
 from tomepass.graphs.nodes import is_known, same, shape_of, target_name
 from tomepass.graphs.origin import carry_origin, source_line
 from tomepass.ops.library import is_overhead
@@ -147,9 +147,9 @@ class Writer:
                     node, f"expected {length} tokens on dimension {axis.dim}, got {list(shape)}"
                 )
 
-    def error(self, node: fx.Node, reason: str) -> TomeError:
+    def error(self, node: fx.Node, reason: str) -> Refused:
         """An error at a node, in the block being written."""
-        return TomeError(reason, block=self.block, node=node.name, source=source_line(node))
+        return Refused(reason, block=self.block, node=node.name, source=source_line(node))
 
 
 def _discarding(env: ShapeEnv | None) -> AbstractContextManager[None]:

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from tomepass.capture.dynamo import capture_dynamo, carry_marks, fix_sizes
 from tomepass.counts.schedule import TARGETS
-from tomepass.errors import DYNAMO_CONTROL, TomeError, no_foreign_errors
+from tomepass.errors import DYNAMO_CONTROL, Refused, TomeError, no_foreign_errors
 from tomepass.graphs.canonical import CanonicalGraph
 from tomepass.handover.choices import OnUnmatched, Outputs, check_choices
 from tomepass.handover.compiling.dynamo import (
@@ -39,6 +39,7 @@ from tomepass.model.parallel import sharded_inside
 from tomepass.ops.choices import CHOICES
 from tomepass.ops.library import is_overhead
 from tomepass.planning.plan_graph import plan_graph
+from tomepass.planning.streams import CountsRefused
 from tomepass.reading.attention import has_attention
 from tomepass.reporting.report import Report, make_report
 from tomepass.rewriting.sweep import rewrite
@@ -74,16 +75,17 @@ class _Settings:
         check_inner(self.inner)
         check_choices(self.on_unmatched, self.outputs)
         if self.method is not None and self.method.adaptive is not False:
-            raise TomeError(
+            raise Refused(
                 "adaptive is not available under torch.compile's backend: images of one batch go "
                 "to different graphs",
                 advice="use tomepass.apply(model, method, example_inputs=images) and its compile()",
             )
         if self.method is not None and self.method.trace_source:
-            raise TomeError(
+            raise Refused(
                 "trace_source is not available under torch.compile's backend: a compiled model "
                 "returns the model's outputs alone",
-                advice="use tomepass.apply(model, ToMe(..., trace_source=True)).source(inputs)",
+                advice="apply the module instead: "
+                "tomepass.apply(model, ToMe(..., trace_source=True)).tome.source(inputs)",
             )
         object.__setattr__(self, "inner_options", hashable(dict(self.inner_options)))
 
@@ -166,7 +168,7 @@ class TomeBackend(_Settings):
                     return None
                 fixed = fix_sizes(captured, gm, example_inputs)
                 merged, report = self._rewritten(fixed, method, gm, call)
-        except _AlreadyMergedError:
+        except (_AlreadyMergedError, CountsRefused):
             raise
         except TomeError as error:
             merged, report, refusal = None, _unread(method, example_inputs, error), error
@@ -191,7 +193,7 @@ class TomeBackend(_Settings):
         if mine.method is None:
             of_method, known = [], "it has no method to change"
         else:
-            of_method = [*(f.name for f in dataclasses.fields(mine.method)), *TARGETS]
+            of_method = [*(f.name for f in dataclasses.fields(mine.method) if f.init), *TARGETS]
             known = f"and of the method: {', '.join(of_method)}"
         if unknown := sorted(set(others) - set(of_method)):
             raise TomeError(
@@ -209,7 +211,8 @@ class TomeBackend(_Settings):
         call: CompiledCall | None,
     ) -> tuple[fx.GraphModule | None, Report]:
         planned = plan_graph(captured, method)
-        rewritten, refused = None, _BUCKET if is_bucket(gm) else None
+        rewritten = None
+        refused: TomeError | None = _BUCKET if is_bucket(gm) else None
         if planned.streams and refused is None:
             try:
                 rewritten = rewrite(captured, planned, outputs=self.outputs)
@@ -227,7 +230,7 @@ class TomeBackend(_Settings):
         return rewritten.module, report
 
 
-class _AlreadyMergedError(TomeError):
+class _AlreadyMergedError(Refused):
     """The compiled model is one of ours: that is said whatever is done with what is unmatched."""
 
 
@@ -274,7 +277,7 @@ _SEEN: weakref.WeakKeyDictionary[Any, list[_Seen]] = weakref.WeakKeyDictionary()
 
 _WARNED: weakref.WeakSet[Any] = weakref.WeakSet()
 
-_BUCKET = TomeError(
+_BUCKET = Refused(
     "this graph is one of the buckets that Dynamo cuts a model in DistributedDataParallel into, so "
     "that gradients are reduced while others are computed; tokens merged in a bucket would be "
     "unmerged at its end",

@@ -38,7 +38,7 @@ def save(
     if (own := getattr(model, "save_pretrained", None)) is None:
         raise TomeError(
             f"{type(model).__name__} has no save_pretrained",
-            advice="save its state_dict(), and the method: merged.method.to_json()",
+            advice="save its state_dict(), and the method: merged.tome.method.to_json()",
         )
     if options.get("push_to_hub"):  # which would upload before there is a tomepass.json
         refuse_to_push()

@@ -11,19 +11,20 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import Any, NoReturn, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
 
 from torch import Tensor, fx, nn
 
 from tomepass.handover.captures import Captures
 from tomepass.handover.standing_in.tome import Tome
-from tomepass.methods import Method
 from tomepass.model.calls import Inputs, forward_signature, no_tracing
 
 F = TypeVar("F", bound=Callable[..., Any])
+V = TypeVar("V")
 
 # What is shared with the model: the state, and what is done to it when it is saved and loaded.
 SHARED = (
@@ -46,7 +47,7 @@ _CONTAINER = ("__len__", "__getitem__", "__setitem__", "__delitem__", "__iter__"
 class _GivesWay:
     """An attribute of ours that gives way to the model's own of the same name.
 
-    On the class it is the function itself: ``MergedModel.source(merged, x)`` is always ours.
+    On the class it is the function itself: ``MergedModel.tome(merged)`` is always ours.
     """
 
     def __init__(self, function: Callable[..., Any], is_value: bool) -> None:
@@ -69,9 +70,26 @@ def gives_way(function: F) -> F:
     return cast(F, _GivesWay(function, is_value=False))
 
 
-def value_gives_way(function: Callable[[Any], Any]) -> Any:
+def value_gives_way(function: Callable[[Any], V]) -> V:
     """A value of ours, unless the model has something of the same name."""
-    return _GivesWay(function, is_value=True)
+    return cast(V, _GivesWay(function, is_value=True))
+
+
+def moved(name: str, *, is_value: bool = False) -> Any:
+    """A name of version 0.1 for what stands under ``merged.tome``: it works, and warns."""
+    told = f"merged.{name} is merged.tome.{name} now"
+
+    def value(merged: Any) -> Any:
+        warnings.warn(told, DeprecationWarning, stacklevel=3)
+        return getattr(merged._tome_added(), name)
+
+    def method(merged: Any, *args: Any, **kwargs: Any) -> Any:
+        warnings.warn(told, DeprecationWarning, stacklevel=2)
+        return getattr(merged._tome_added(), name)(*args, **kwargs)
+
+    function = value if is_value else method
+    function.__name__, function.__doc__ = name, f"What ``merged.tome.{name}`` is."
+    return _GivesWay(function, is_value)
 
 
 class StandIn(nn.Module):
@@ -97,49 +115,19 @@ class StandIn(nn.Module):
         """Captures for inputs like these, if that is not done yet."""
         raise NotImplementedError
 
-    @gives_way
-    def prepare(self, inputs: Any) -> Any:
-        """Captures and rewrites ahead of the first call with inputs like these.
-
-        Args:
-            inputs: a tensor, a tuple of positional inputs, or a dict of keyword inputs.
-
-        Returns:
-            itself.
-        """
-        self._tome_prepare(inputs)
-        return self
-
-    @value_gives_way
-    def original(self) -> nn.Module:
-        """The model."""
-        return self._tome.model
-
-    @value_gives_way
-    def method(self) -> Method:
-        """What is done."""
-        return self._tome.method
-
-    @value_gives_way
-    def on_unmatched(self) -> Any:
-        """What is done where the model cannot be merged."""
-        return self._tome.on_unmatched
-
-    @value_gives_way
-    def outputs(self) -> Any:
-        """``"original"``, or ``"merged"`` where token sequences come back short."""
-        return self._tome.outputs
-
     @value_gives_way
     def _captures(self) -> Captures:
         return self._tome.captures
 
     # ---- attributes ------------------------------------------------------------------------
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "_tome" or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(name)
-        return of_the_model(self, name)
+    # A type checker is to complete what is ours, and to refuse what nobody has.
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "_tome" or (name.startswith("__") and name.endswith("__")):
+                raise AttributeError(name)
+            return of_the_model(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if "_tome" not in self.__dict__ or self._tome_keeps(name, value):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from tomepass.counts.schedule import TARGETS
+from tomepass.counts.schedule import TARGETS, CountsError
 from tomepass.methods.dropping.prune import Pruning
 from tomepass.methods.fields import number, whole
 
@@ -117,7 +117,7 @@ class DiffRate(Pruning):
 
     def _refuse_misfits(self, pruned: tuple[int | float, ...], depth: int) -> None:
         if len(pruned) != depth:
-            raise ValueError(
+            raise CountsError(
                 f"pruned={pruned} is for {len(pruned)} blocks and the model has {depth}: give one "
                 "share or count for each"
             )
@@ -128,7 +128,7 @@ class DiffRate(Pruning):
             return
         for index, (part, r) in enumerate(zip(pruned, asked, strict=True)):
             if isinstance(part, int) and part > r:
-                raise ValueError(
+                raise CountsError(
                     f"pruned={pruned} prunes {part} tokens in block {index}, where "
                     f"{self.schedule!r} lets {r} go"
                 )

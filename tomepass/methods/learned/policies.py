@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from tomepass.counts.schedule import Schedule
-from tomepass.errors import TomeError
+from tomepass.errors import NotTrained
 from tomepass.methods.dropping.prune import Pruning, refuse_sizes
 from tomepass.methods.learned.policy import Policy
 
@@ -52,7 +52,7 @@ class Learned(Pruning):
         """Raises a TomeError if there is no policy."""
         if self.policy is None:
             name = type(self).__name__
-            raise TomeError(
+            raise NotTrained(
                 f"{name} scores tokens by a policy, and this one has none: it is not trained",
                 advice=f"train it: tomepass.train_policy(model, {name}(...), batches)",
             )
@@ -103,7 +103,7 @@ class Learned(Pruning):
         assert policy is not None
         if block.index not in policy.blocks:
             trained = ", ".join(map(str, policy.blocks))
-            raise TomeError(
+            raise NotTrained(
                 f"block {block.index} is to lose tokens, and the policy was trained for blocks "
                 f"{trained} alone",
                 block=block.index,
@@ -112,7 +112,7 @@ class Learned(Pruning):
         held, width = policy.weights(block.index), block.width
         shapes = self.shapes(width)
         if {name: tuple(tensor.shape) for name, tensor in held.items()} != shapes:
-            raise TomeError(
+            raise NotTrained(
                 f"the policy was trained for another model, or for another method than "
                 f"{type(self).__name__}: its weights do not fit tokens of width {width}",
                 block=block.index,
