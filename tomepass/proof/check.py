@@ -44,7 +44,6 @@ FLOAT32_TOLERANCE = 1e-4
 # How much further from float64 than eager the compiled graph may be, in low precision.
 LOW_PRECISION_RATIO = 2.0
 
-
 # Cosines closer than this, of keys that went through some blocks, rounding may tie.
 _DEEP_TIE = 1e-5
 
