@@ -1,4 +1,10 @@
-"""What the token analysis answers: how a value holds tokens, and what each reader does to them."""
+"""The results of following the tokens of a stream through a graph (see ``tokens.py``).
+
+A :class:`Layout` says which dimensions of a tensor count images and tokens. The other classes are
+the outcomes for one operator that reads tokens: for example :class:`Carried`, where the result
+holds the same tokens, :class:`Attended`, an attention over them, and :class:`Positional`, where
+the operator depends on where each token stands, so that tokens have to be unmerged before it.
+"""
 
 from __future__ import annotations
 

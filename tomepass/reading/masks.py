@@ -1,4 +1,8 @@
-"""Attention masks and biases: which hide nothing, which only say where tokens stand."""
+"""Classifies what is added to attention scores: position biases, padding masks and other masks.
+
+A learned position bias and a padding mask have exact counterparts on merged tokens; other masks
+mostly have none. A mask that hides nothing can be left out.
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,9 @@
-"""Stage 3: which dimension carries the tokens, node by node, and what each reader needs.
+"""Follows the tokens of a stream from node to node, and says what each reader does with them.
 
-The analysis runs on the graph as captured. Every node that the tokens reach gets an outcome:
-carried on, some positions taken, averaged, attended, or read by position, which means
-"unmerge first". The rewrite follows the outcomes; it decides nothing about operators itself.
+The graph is read as it was captured. Every node that tokens reach gets an outcome (``layouts.py``):
+the result holds the same tokens, some positions are taken out, tokens are averaged, tokens attend
+to each other, or the node depends on positions, so that tokens have to be unmerged before it.
+Rewriting follows these outcomes and decides nothing about operators itself.
 """
 
 from __future__ import annotations
