@@ -1,6 +1,6 @@
 """The reason why something is not merged: what was expected, what was found, and where.
 
-A :class:`Mismatch` is a value. Reports show it, and where ``on_unmatched="raise"`` the error is made
+A :class:`Mismatch` is a value. Reports show it; with ``on_unmatched="raise"`` an error is made
 of it.
 """
 
