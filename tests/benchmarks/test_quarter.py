@@ -132,7 +132,7 @@ def test_the_summary_is_written_after_each_part(
             return outcome
         written = json.loads((out / "gpu_quarter_tiny.json").read_text())
         there.append(len(written["rows"]))
-        return Outcome("failed", why="interrupted") if code else Outcome("skipped")
+        return Outcome("stopped", why="after 1 min")
 
     monkeypatch.setattr(quarter, "planned_parts", lambda like: parts)
     monkeypatch.setattr(quarter, "run_part", run)
@@ -152,9 +152,10 @@ def test_a_process_that_fails_is_told_by_its_last_words(
     script.write_text(f"#!/bin/sh\necho '{said}'\nexit 1\n")
     script.chmod(0o755)
     monkeypatch.setattr(quarter.sys, "executable", str(script))
+    (tmp_path / "gpu_bandwidth_bf16_tiny.json").write_text('{"rows": [{"of": "an earlier run"}]}')
     failed = quarter.run_part(part("bandwidth", 1), 20, tmp_path)
     assert failed.state == "failed"
-    assert failed.why == "RuntimeError: illegal / access"
+    assert (failed.why, failed.rows) == ("RuntimeError: illegal / access", ())
     assert (tmp_path / "gpu_bandwidth_bf16_tiny.log").exists()
 
 
