@@ -16,6 +16,7 @@ from tomepass.measuring.environment import describe, environment
 from tomepass.measuring.values import threads_named
 from tomepass.printing.plots import INK, SERIES, at_foot, figure, save
 from tomepass.printing.style import table
+from tomepass.sources.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,18 +84,7 @@ class Results:
         shown = table(self.title, *(name.replace(", ", ",\n") for name in self.columns))
         for cells in self.cells():
             shown.add_row(*cells)
-        out.mkdir(parents=True, exist_ok=True)
-        data = {
-            "benchmark": self.name,
-            "settings": self.settings,
-            "environment": where,
-            "rows": self.rows,
-        }
-        (out / f"{self.name}.json").write_text(json.dumps(data, indent=1) + "\n")
-        lines = [list(self.columns), ["---"] * len(self.columns), *self.cells()]
-        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-        note = f"\n{self.note}\n" if self.note else ""
-        (out / f"{self.name}.md").write_text(text + note)
+        self.write(out)
         kinds = ".json and .md"
         if self.plot is not None:
             self._draw(self.plot, where, out)
@@ -103,6 +93,21 @@ class Results:
         console.print(shown)
         console.print(describe(where))
         console.print(f"written: {out / self.name}{kinds}")
+
+    def write(self, out: Path) -> None:
+        """Writes ``NAME.json`` and ``NAME.md``, each there whole or not at all."""
+        out.mkdir(parents=True, exist_ok=True)
+        data = {
+            "benchmark": self.name,
+            "settings": self.settings,
+            "environment": environment(),
+            "rows": self.rows,
+        }
+        write_whole(out / f"{self.name}.json", json.dumps(data, indent=1) + "\n")
+        lines = [list(self.columns), ["---"] * len(self.columns), *self.cells()]
+        text = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        note = f"\n{self.note}\n" if self.note else ""
+        write_whole(out / f"{self.name}.md", text + note)
 
     def _draw(self, plot: Callable[[Axes, Sequence[Row]], None], where: Row, out: Path) -> None:
         machine = f"{where['cpu']} ({where['cpu_capability']}), {threads_named(where['threads'])}"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -108,6 +108,22 @@ WITHIN = 0.01
 _GROUPS = {"all": {**METHODS, **CALIBRATED}, "ablations": ABLATIONS}
 
 
+COLUMNS: dict[str, Callable[[Any], str]] = {
+    "method": cell("method"),
+    "MACs": cell("macs", "{:.1%}"),
+    "KL": cell("KL", "{:.4f}"),
+    "agreement": cell("agreement", "{:.1%}"),
+    "top-1": lambda row: "" if row["top-1"] is None else f"{row['top-1']:.1%}",
+}
+
+
+SPEEDS: dict[str, Callable[[Any], str]] = {
+    "images/s": cell("images/s", "{:.1f}"),
+    "speed-up": lambda r: f"{r['speed-up']:.2f}x ({r['least']:.2f}-{r['greatest']:.2f})",
+    "ideal": lambda row: f"{1 / row['macs']:.2f}x",
+}
+
+
 def main(
     model: Annotated[str | None, typer.Option(help="A model directory. Default: digits.")] = None,
     images: Annotated[Path | None, typer.Option(help="A folder of images.")] = None,
@@ -134,11 +150,27 @@ def main(
     mine, others = split(data, tuned)
     run = _Run(subject, data, mine, others, batch, rounds, backend, out / f"{name}.cache")
     out.mkdir(parents=True, exist_ok=True)
+    rows = _rows(run, _chosen(methods or ["all"]), macs or (0.85, 0.7, 0.6, 0.5), speed)
+    settings = {"model": label, "images": len(others), "tuned": len(mine), "batch": batch}
+    Results(
+        name=name,
+        title=f"{label}, {len(others)} images, nothing trained",
+        columns=COLUMNS | SPEEDS if speed else COLUMNS,
+        rows=rows,
+        settings=settings | {"rounds": rounds, "backend": backend},
+        plot=_plot if speed else _plot_divergence,
+    ).publish(out)
+
+
+def _rows(
+    run: _Run, methods: Mapping[str, Method], macs: Sequence[float], speed: bool
+) -> list[Any]:
+    """A row a method and share of the MACs; those that cannot be had are said and left out."""
     rows = []
     with progress_bar() as bar:
         task = bar.add_task("", total=None)
-        for what, method in _chosen(methods or ["all"]).items():
-            for share in macs or (0.85, 0.7, 0.6, 0.5):
+        for what, method in methods.items():
+            for share in macs:
                 bar.update(task, description=f"{what} at {share:.0%} of the MACs")
                 try:
                     rows.append(run.row(what, method, share, speed))
@@ -146,30 +178,7 @@ def main(
                     bar.console.print(f"left out: {error.reason}")
     if not rows:
         raise TomeError("nothing to report: no method reaches what was asked for")
-    if speed:
-        rows = _on_one_scale(rows)
-    columns: dict[str, Callable[[Any], str]] = {
-        "method": cell("method"),
-        "MACs": cell("macs", "{:.1%}"),
-        "KL": cell("KL", "{:.4f}"),
-        "agreement": cell("agreement", "{:.1%}"),
-        "top-1": lambda row: "" if row["top-1"] is None else f"{row['top-1']:.1%}",
-    }
-    if speed:
-        columns |= {
-            "images/s": cell("images/s", "{:.1f}"),
-            "speed-up": lambda r: f"{r['speed-up']:.2f}x ({r['least']:.2f}-{r['greatest']:.2f})",
-            "ideal": lambda row: f"{1 / row['macs']:.2f}x",
-        }
-    settings = {"model": label, "images": len(others), "tuned": len(mine), "batch": batch}
-    Results(
-        name=name,
-        title=f"{label}, {len(others)} images, nothing trained",
-        columns=columns,
-        rows=rows,
-        settings=settings | {"rounds": rounds, "backend": backend},
-        plot=_plot if speed else _plot_divergence,
-    ).publish(out)
+    return _on_one_scale(rows) if speed else rows
 
 
 def load(

@@ -11,7 +11,7 @@ What a policy draws before it is trained is told too.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any, NamedTuple
@@ -40,6 +40,16 @@ class Quality(NamedTuple):
     kept: list[float]
 
 
+COLUMNS: dict[str, Callable[[Any], str]] = {
+    "method": cell("method"),
+    "top-1 %": cell("accuracy", "{:.1f}"),
+    "KL": cell("KL", "{:.3f}"),
+    "least to greatest": lambda row: f"{row['least KL']:.3f}-{row['greatest KL']:.3f}",
+    "tokens in use": lambda row: ", ".join(f"{kept:.1f}" for kept in row["kept"]),
+    "training, s": cell("seconds of training", "{:.0f}"),
+}
+
+
 @app.command(cls=MultiValueCommand)
 def main(
     rate: Annotated[float, typer.Option(help="Of the tokens, kept in each of the blocks.")] = 0.3,
@@ -63,53 +73,65 @@ def main(
     order = torch.randperm(len(seen))
     batches = [augment(seen[rows]) for rows in torch.split(order, batch)]
 
-    def trained(kind: Callable[..., Any]) -> list[Method]:
-        options: dict[str, Any] = {"epochs": epochs, "learning_rate": learning_rate}
-        seeds = range(trainings)
-        return [train_policy(model, kind(**given), batches, seed=s, **options) for s in seeds]
-
-    made: dict[str, Callable[[], list[Method]]] = {
-        "random": lambda: [Prune(score="random", seed=s, **given) for s in range(SEEDS)],
-        "class attention": lambda: [Prune(**given)],
-        "draw alone": lambda: [DynamicViT(policy=_untrained(model, places), **given)],
-        "DynamicViT": lambda: trained(DynamicViT),
-        "AdaViT": lambda: trained(AdaViT),
-    }
-    rows = []
-    for name, make in made.items():
-        start = time.perf_counter()
-        methods = make()
-        seconds = (time.perf_counter() - start) / len(methods)
-        found = [_quality(model, method, places, pixels, labels) for method in methods]
-        kl = [quality.kl for quality in found]
-        rows.append(
-            {"method": name, "accuracy": mean(quality.accuracy for quality in found)}
-            | {"KL": mean(kl), "least KL": min(kl), "greatest KL": max(kl)}
-            | {"kept": [mean(k) for k in zip(*(quality.kept for quality in found), strict=True)]}
-            | {"seconds of training": seconds}
-        )
-
-    def plot(axes: Any, rows: Any) -> None:
-        bars(axes, [row["method"] for row in rows], {"divergence": [row["KL"] for row in rows]})
-        axes.set_ylabel("KL from the unreduced model")
-
+    training = {"epochs": epochs, "learning_rate": learning_rate}
+    made = _methods(model, given, batches, trainings, training)
+    rows = [
+        _row(name, make, lambda method: _quality(model, method, places, pixels, labels))
+        for name, make in made.items()
+    ]
     Results(
         name="policy",
         title=f"Digits, {rate:g} of the tokens kept in blocks {', '.join(map(str, places))}",
-        columns={
-            "method": cell("method"),
-            "top-1 %": cell("accuracy", "{:.1f}"),
-            "KL": cell("KL", "{:.3f}"),
-            "least to greatest": lambda row: f"{row['least KL']:.3f}-{row['greatest KL']:.3f}",
-            "tokens in use": lambda row: ", ".join(f"{kept:.1f}" for kept in row["kept"]),
-            "training, s": cell("seconds of training", "{:.0f}"),
-        },
+        columns=COLUMNS,
         rows=rows,
         settings=given
         | {"epochs": epochs, "batch": batch, "learning_rate": learning_rate}
         | {"trainings": trainings},
-        plot=plot,
+        plot=_plot,
     ).publish(out)
+
+
+def _methods(
+    model: nn.Module, given: Any, batches: Sequence[Tensor], trainings: int, training: Any
+) -> dict[str, Callable[[], list[Method]]]:
+    """What makes the methods of each row, some of them by training."""
+
+    def trained(kind: Callable[..., Any]) -> list[Method]:
+        seeds = range(trainings)
+        return [train_policy(model, kind(**given), batches, seed=s, **training) for s in seeds]
+
+    return {
+        "random": lambda: [Prune(score="random", seed=s, **given) for s in range(SEEDS)],
+        "class attention": lambda: [Prune(**given)],
+        "draw alone": lambda: [DynamicViT(policy=_untrained(model, given["blocks"]), **given)],
+        "DynamicViT": lambda: trained(DynamicViT),
+        "AdaViT": lambda: trained(AdaViT),
+    }
+
+
+def _row(
+    name: str, make: Callable[[], list[Method]], quality_of: Callable[[Method], Quality]
+) -> dict[str, Any]:
+    """The mean over methods that differ in their seeds, and what making one took."""
+    start = time.perf_counter()
+    methods = make()
+    seconds = (time.perf_counter() - start) / len(methods)
+    found = [quality_of(method) for method in methods]
+    kl = [quality.kl for quality in found]
+    return {
+        "method": name,
+        "accuracy": mean(quality.accuracy for quality in found),
+        "KL": mean(kl),
+        "least KL": min(kl),
+        "greatest KL": max(kl),
+        "kept": [mean(k) for k in zip(*(quality.kept for quality in found), strict=True)],
+        "seconds of training": seconds,
+    }
+
+
+def _plot(axes: Any, rows: Any) -> None:
+    bars(axes, [row["method"] for row in rows], {"divergence": [row["KL"] for row in rows]})
+    axes.set_ylabel("KL from the unreduced model")
 
 
 def _untrained(model: nn.Module, places: tuple[int, ...]) -> Policy:

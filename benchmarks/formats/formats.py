@@ -24,7 +24,7 @@ from benchmarks.results import OUT, Results, bars, cell
 from tomepass import ToMe, TomeError
 from tomepass.cli.options import errors_told, parse_r
 from tomepass.formats import DOORS
-from tomepass.formats.artifacts import write_artifact
+from tomepass.formats.artifacts import Writing, write_artifact
 from tomepass.sources.examples import example_inputs
 
 
@@ -103,10 +103,8 @@ def _row(subject: Any, method: ToMe, name: str, batch: int) -> dict[str, Any]:
     form = DOORS[asked.to]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / f"merged{form.suffix}"
-        written = write_artifact(
-            subject, method, asked.to, path, batch=batch, options=asked.options,
-            tolerance=asked.tolerance,
-        )  # fmt: skip
+        how = Writing(batch=batch, options=asked.options, tolerance=asked.tolerance)
+        written = write_artifact(subject, method, asked.to, path, how)
         size = sum(file.stat().st_size for file in path.parent.iterdir())
     assert written.milliseconds is not None
     assert written.speedup is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from tomepass.ops.merging.merge import merge, merge_size
 from tomepass.ops.merging.unmerge import unmerge
 from tomepass.proof.replay import relative_error
 
-Rows = list[dict[str, Any]]
+Rows = Iterator[dict[str, Any]]
 
 # Tokens, heads, channels a head, batch, r, protected: of the settings that are measured.
 SHAPES = {
@@ -55,40 +55,47 @@ def _operands(shape: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
 def correct(dtype: torch.dtype, device: torch.device, tiny: bool) -> Rows:
     """Each kernel against the composite operator, or float64, and against itself."""
-    rows = []
     for name, shape in (TINY if tiny else SHAPES).items():
-        x, keys, size, r, protected = _operands(shape, dtype, device)
-        x, keys, size = x[:4], keys[:4], size[:4]
-        wide = keys.float()
-        left = x.shape[1] - r
-        same = match_triton(wide, r, protected) == match(wide, r, protected)
-        narrow = match_triton(keys, r, protected) == match(keys, r, protected)
-        assign = match_triton(keys, r, protected)
-        sources = sources_triton(assign, left)
-        merged, _ = merge_triton(x, None, size, assign, *sources)
-        exact, _ = reference.merge(x.double(), size, assign, left)
-        again, _ = merge_triton(x, None, size, assign, *sources)
-        alone = merge_triton(x[1:2], None, size[1:2], assign[1:2], *(s[1:2] for s in sources))[0]
-        affine = (torch.rand(x.shape[2]).to(x), torch.rand(x.shape[2]).to(x))
-        normed = merge_norm_triton(x, None, size, assign, *sources, *affine, 1e-6)[2].double()
-        gain, shift = (a.double() for a in affine)
-        wanted = F.layer_norm(merged.double(), gain.shape, gain, shift, 1e-6)
-        summed = sum_triton(x, size, assign, *sources).double()
-        total = merge_size(size, assign, left).double().unsqueeze(-1)
-        back = unmerge_triton(merged, assign)
-        row = {
-            "shape": name,
-            "maps of float32 equal": bool(same.all()),
-            f"maps of {str(dtype)[6:]} equal": float(narrow.float().mean()),
-            "merge, error": relative_error(merged, exact),
-            "LayerNorm, error": relative_error(normed, wanted),
-            "sum, error": relative_error(summed, exact * total),
-            "unmerge equal": bool(torch.equal(back, unmerge(merged, assign, 1))),
-            "same bits again": bool(torch.equal(merged, again)),
-            "same bits alone": bool(torch.equal(merged[1:2], alone)),
-        }
-        rows.append(row | {"right": right(row, dtype)})
-    return rows
+        yield correct_at(name, shape, dtype, device)
+
+
+def correct_at(name: str, shape: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """All kernels at one shape, on four images."""
+    x, keys, size, r, protected = _operands(shape, dtype, device)
+    x, keys, size = x[:4], keys[:4], size[:4]
+    wide = keys.float()
+    left = x.shape[1] - r
+    same = match_triton(wide, r, protected) == match(wide, r, protected)
+    assign = match_triton(keys, r, protected)
+    narrow = assign == match(keys, r, protected)
+    sources = sources_triton(assign, left)
+    merged, _ = merge_triton(x, None, size, assign, *sources)
+    exact, _ = reference.merge(x.double(), size, assign, left)
+    again, _ = merge_triton(x, None, size, assign, *sources)
+    alone = merge_triton(x[1:2], None, size[1:2], assign[1:2], *(s[1:2] for s in sources))[0]
+    summed = sum_triton(x, size, assign, *sources).double()
+    total = merge_size(size, assign, left).double().unsqueeze(-1)
+    back = unmerge_triton(merged, assign)
+    row = {
+        "shape": name,
+        "maps of float32 equal": bool(same.all()),
+        f"maps of {str(dtype)[6:]} equal": float(narrow.float().mean()),
+        "merge, error": relative_error(merged, exact),
+        "LayerNorm, error": _error_of_norm(x, size, assign, sources, merged),
+        "sum, error": relative_error(summed, exact * total),
+        "unmerge equal": bool(torch.equal(back, unmerge(merged, assign, 1))),
+        "same bits again": bool(torch.equal(merged, again)),
+        "same bits alone": bool(torch.equal(merged[1:2], alone)),
+    }
+    return row | {"right": right(row, dtype)}
+
+
+def _error_of_norm(x: Tensor, size: Tensor, assign: Tensor, sources: Any, merged: Tensor) -> float:
+    """Of a LayerNorm in the pass of a merge, against one in float64."""
+    affine = (torch.rand(x.shape[2]).to(x), torch.rand(x.shape[2]).to(x))
+    normed = merge_norm_triton(x, None, size, assign, *sources, *affine, 1e-6)[2].double()
+    gain, shift = (a.double() for a in affine)
+    return relative_error(normed, F.layer_norm(merged.double(), gain.shape, gain, shift, 1e-6))
 
 
 def right(row: dict[str, Any], dtype: torch.dtype) -> str:
@@ -104,8 +111,8 @@ def bandwidth(dtype: torch.dtype, rounds: int, device: torch.device, tiny: bool)
     Each is replayed as a CUDA graph. The cache does not hold all of the buffers, but of the late
     shape.
     """
-    shapes = TINY if tiny else SHAPES
-    return [_bandwidth(name, shape, dtype, rounds, device) for name, shape in shapes.items()]
+    for name, shape in (TINY if tiny else SHAPES).items():
+        yield _bandwidth(name, shape, dtype, rounds, device)
 
 
 def _bandwidth(
@@ -185,27 +192,28 @@ def attention(
 
     Paths take turns, each as a CUDA graph.
     """
-    rows = []
     for tokens in (17,) if tiny else LENGTHS:
         batch = 2 if tiny else max(256 * 197 // tokens, 8)
         heads = 2 if tiny else HEADS[width]
-        q, k, v = (
-            torch.randn(batch, tokens, heads, width).to(device, dtype).transpose(1, 2)
-            for _ in range(3)
-        )
-        size = torch.randint(1, 9, (batch, tokens)).float().to(device)
-        torch.compiler.reset()  # Dynamo compiles a function for eight shapes at most
-        found: dict[str, Any] = {}
-        with torch.no_grad():
-            for name, path in PATHS.items():
-                found[name] = _compiled(path, (q, k, v, size), device)
-            runs = {name: run for name, run in found.items() if callable(run)}
-            times = milliseconds(list(runs.values()), rounds, device)
-        found |= {n: 1000 * statistics.median(t) for n, t in zip(runs, times, strict=True)}
-        fastest = min(runs.keys() - {"without sizes"}, key=found.__getitem__)
-        row: dict[str, Any] = {"tokens": tokens, "head": width, "batch": batch}
-        rows.append({**row, **found, "fastest": fastest})
-    return rows
+        yield _attention((batch, tokens, heads, width), dtype, rounds, device)
+
+
+def _attention(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, rounds: int, device: torch.device
+) -> dict[str, Any]:
+    batch, tokens, _, width = shape
+    q, k, v = (torch.randn(shape).to(device, dtype).transpose(1, 2) for _ in range(3))
+    size = torch.randint(1, 9, (batch, tokens)).float().to(device)
+    torch.compiler.reset()  # Dynamo compiles a function for eight shapes at most
+    found: dict[str, Any] = {}
+    with torch.no_grad():
+        for name, path in PATHS.items():
+            found[name] = _compiled(path, (q, k, v, size), device)
+        runs = {name: run for name, run in found.items() if callable(run)}
+        times = milliseconds(list(runs.values()), rounds, device)
+    found |= {n: 1000 * statistics.median(t) for n, t in zip(runs, times, strict=True)}
+    fastest = min(runs.keys() - {"without sizes"}, key=found.__getitem__)
+    return {"tokens": tokens, "head": width, "batch": batch, **found, "fastest": fastest}
 
 
 def _compiled(path: Any, operands: Any, device: torch.device) -> Callable[[], Any] | str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import tomepass
 from benchmarks.gpu.models import Setting
+from benchmarks.gpu.options import options_of, verdict
 from tomepass import ToMe, TomeBackend
 
 KINDS = ("linear", "attention", "matching", "merging", "rest")
@@ -29,17 +31,14 @@ _WORDS = {
 
 def profiled(
     setting: Setting, mode: str, dtype: torch.dtype, rounds: int, device: torch.device
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A row a form: milliseconds a call by kind of kernel, and the share of matching and merging.
 
     The merged form is measured with the composite operators too: what the kernels changed. Their
     products count as linear layers, whose kernels have the same names; and the merge kernel's time
     holds the residual sum and the LayerNorm that it takes along, so the share is an upper bound.
     """
-    from benchmarks.gpu.options import options_of, verdict
-
     images, r = setting.images(device, dtype), setting.counts[-1]
-    rows = []
     for form in ("unmerged", "merged, composite operators", "merged"):
         torch.compiler.reset()
         model: Any = setting.model().to(device, dtype)
@@ -58,15 +57,14 @@ def profiled(
         row = {"what": form, **times, "in all": whole, "matching and merging": share}
         judged = form == "merged"
         goal = {"to reach": _MOST if judged else "-"}
-        rows.append(row | goal | {"reached": verdict(share <= _MOST) if judged else "-"})
-    return rows
+        yield row | goal | {"reached": verdict(share <= _MOST) if judged else "-"}
 
 
 def _composite(merged: Any, images: torch.Tensor) -> Any:
     """An applied model whose captures run composite operators."""
     from dataclasses import replace
 
-    merged._captures.change(lambda applied: replace(applied, on_device=None))
+    merged._tome.captures.change(lambda applied: replace(applied, on_device=None))
     return merged
 
 

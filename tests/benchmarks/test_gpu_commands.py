@@ -18,6 +18,7 @@ from benchmarks.gpu import command as gpu
 from benchmarks.gpu import kernels as gpu_kernels
 from benchmarks.gpu import models as gpu_models
 from benchmarks.gpu import profile as gpu_profile
+from benchmarks.gpu import publishing, whole
 from benchmarks.gpu import timing as gpu_timing
 
 pytest.importorskip("triton")
@@ -57,7 +58,9 @@ def test_bandwidth_without_a_gpu(tmp_path: Path) -> None:
 @pytest.mark.doors
 @pytest.mark.parametrize("only", sorted({*gpu.NAMES} - {"kernels", "bandwidth"}))
 def test_every_part_runs_without_a_gpu(only: str, tmp_path: Path) -> None:
-    rows = run(tmp_path, "--only", only, *(["--mode", "default"] * (only in gpu.COMPILED)))["rows"]
+    rows = run(tmp_path, "--only", only, *(["--mode", "default"] * (only in publishing.COMPILED)))[
+        "rows"
+    ]
     assert rows
     if only == "check":
         assert "FAIL" not in {row["verdict"] for row in rows}
@@ -68,7 +71,7 @@ def test_every_part_runs_without_a_gpu(only: str, tmp_path: Path) -> None:
 def test_a_file_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one measured no other writes over."""
     asked: list[Any] = []
-    monkeypatch.setattr(gpu, "compared", lambda s, r, *rest: asked.append(r) or {"r": r})
+    monkeypatch.setattr(whole, "compared", lambda s, r, *rest: asked.append(r) or {"r": r})
     found = run(tmp_path / "a", "--only", "vit_b", "--mode", "default", "--r", "4")
     assert found["file"] == "gpu_vit_b_default_r4_bf16_tiny"
     assert (found["settings"]["r"], asked) == (4, [4])
@@ -131,10 +134,10 @@ def test_a_target_is_reached_or_not(
     spread = SimpleNamespace(median=ratio, low=ratio, high=ratio)
     arm = SimpleNamespace(milliseconds=spread, compile_seconds=1.0)
     found = SimpleNamespace(ratio=spread, ratio_ideal=1.7, original=arm, merged=arm)
-    monkeypatch.setattr(gpu, "measure", lambda *args, **options: found)
+    monkeypatch.setattr(whole, "measure", lambda *args, **options: found)
     monkeypatch.setattr(tomepass, "explain", lambda *args, **options: SimpleNamespace(kernels=()))
     setting = replace(gpu_models.TINY, model=lambda: torch.nn.Linear(1, 1))
-    row = gpu.compared(setting, 4, "default", torch.float32, 1, torch.device("cpu"))
+    row = whole.compared(setting, 4, "default", torch.float32, 1, torch.device("cpu"))
     assert (row["to reach"], row["reached"]) == (0.9, reached)
 
 
@@ -145,7 +148,7 @@ def test_the_planner_merges_or_declines(
     plan = tomepass.Plan(tomepass.ToMe(r), 1.2 if r else 1.0, "as measured", (), "inductor", ())
     monkeypatch.setattr(tomepass, "plan", lambda *args, **options: plan)
     setting = replace(gpu_models.TINY, model=lambda: torch.nn.Linear(1, 1))
-    (row,) = gpu.planned(setting, "reduce-overhead", torch.float32, 1, torch.device("cpu"))
+    (row,) = whole.planned(setting, "reduce-overhead", torch.float32, 1, torch.device("cpu"))
     assert (row["merges"], row["reached"]) == (merges, "yes")  # to decline is an answer
 
 

@@ -15,7 +15,7 @@ import tomepass
 from tomepass import EViT, Plan, ToMe, TomeError
 from tomepass.cli.commands import app
 from tomepass.formats import DOORS, Door, artifacts
-from tomepass.formats.artifacts import Parity, check_path, parity, write_artifact
+from tomepass.formats.artifacts import Parity, Writing, check_path, parity, write_artifact
 from tomepass.sources.models import load_model
 
 
@@ -80,8 +80,8 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What the command asks of ``write_artifact``, which is not run."""
     kept: dict[str, Any] = {}
 
-    def stand_in(model: Any, method: Any, to: str, path: Path, **options: Any) -> Any:
-        kept.update(options, model=model, method=method)
+    def stand_in(model: Any, method: Any, to: str, path: Path, how: Any, **options: Any) -> Any:
+        kept.update(vars(how), **options, model=model, method=method)
         rows = (Parity(1, 0.0, 0.0, 1.0),)
         return artifacts.Artifact(path, DOORS[to], rows, None, 1)
 
@@ -157,10 +157,15 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     monkeypatch.setattr(Noted, "ran", [])
 
     def write(
-        to: str, path: Path, kind: type[Door] = Noted, model: Any = small, **options: Any
+        to: str,
+        path: Path,
+        kind: type[Door] = Noted,
+        model: Any = small,
+        **options: Any,
     ) -> Any:
         monkeypatch.setitem(DOORS, to, kind(**vars(DOORS[to])))
-        asked["made"] = write_artifact(model, ToMe(8), to, path, **options)
+        given = {name: options.pop(name) for name in ("force", "progress") if name in options}
+        asked["made"] = write_artifact(model, ToMe(8), to, path, Writing(**options), **given)
         return asked
 
     return write
@@ -231,9 +236,9 @@ def test_force_replaces(exported: Any, stand_in: Any, tmp_path: Path) -> None:
     out = tmp_path / "vit.pt2"
     out.write_text("old")
     with pytest.raises(TomeError, match="--force"):
-        write_artifact(exported.model, ToMe(8), "pt2", out, timed=False)
+        write_artifact(exported.model, ToMe(8), "pt2", out, Writing(timed=False))
     assert out.read_text() == "old"
-    write_artifact(exported.model, ToMe(8), "pt2", out, timed=False, force=True)
+    write_artifact(exported.model, ToMe(8), "pt2", out, Writing(timed=False), force=True)
     assert out.stat().st_size > 1000
 
 

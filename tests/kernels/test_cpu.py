@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from profiles import examples
 from torch import Tensor
 
-from tests.assignments import assignments
+from benchmarks.gpu.operands import assignments
 from tomepass import reference
 from tomepass.counts.schedule import capped
 from tomepass.kernels.cpu import match_cpu, merge_bias_cpu, merge_cpu, pad_keys_cpu

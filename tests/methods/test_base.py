@@ -81,7 +81,7 @@ def test_a_name_is_taken_once_and_not_inherited() -> None:
 
 
 def test_a_method_without_a_graph_step_says_so() -> None:
-    with pytest.raises(NotImplementedError, match="Method says not how"):
+    with pytest.raises(NotImplementedError, match="Method does not say how"):
         Method(4).reduce(None)  # type: ignore[arg-type]
     with pytest.raises(TomeError, match="unknown method 'nobody'"):
         method_from_dict({"method": "nobody"})

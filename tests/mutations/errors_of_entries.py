@@ -29,8 +29,8 @@ MUTANTS = [
     Mutant(
         name="what_the_backend_makes_of_the_unmerged_model_counts_as_ours",
         file="tomepass/measuring/measure.py",
-        old="        if form is merged:\n            return compiling_merged",
-        new="        if form is not None:\n            return compiling_merged",
+        old="lambda: the_models_own(model, call, reason)",
+        new="lambda: compiling_merged(inner_name(inner))",
         tests=f"{TESTS} -k 'model_itself_raises and FailsCompiled'",
     ),
     Mutant(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.utils._pytree as pytree
@@ -24,6 +25,8 @@ from tomepass.model.unmerged import check_values
 from tomepass.printing.style import progress_bar
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
+
     from tomepass.handover.compiling.inner import Inner
 
 
@@ -86,32 +89,49 @@ def plan(
     check_values(model, call_of(model, inputs), "plan")
 
     with progress_bar(progress) as bar:
-
-        def attempt(method: Method) -> Tried:
-            what = repr(method)
-            task = bar.add_task(what, total=steps(rounds))
-            found = measure(
-                model,
-                inputs,
-                method,
-                inner=inner,
-                inner_options=options,
-                rounds=rounds,
-                progress=lambda step: bar.update(task, description=f"{what}: {step}", advance=1),
-            )
-            return _tried(found)
-
-        counted = _counted(model, inputs)
-        if asked.schedule.kind == "speedup":
-            goal, multiple = asked.schedule.values[0], _multiple(model, inputs)
-
-            def propose(ideal: float) -> Method:
-                return counted(ToMe(speedup=ideal, multiple_of=multiple))
-
-            tried = tuple(approach(goal, propose, attempt, lambda found: found.speedup))
-        else:
-            tried = tuple(attempt(method) for method in _alternatives(asked, counted))
+        tried = _all_tried(asked, _Measuring(model, inputs, inner, options, rounds, bar))
     return _chosen(asked, tried, inner)
+
+
+@dataclass(frozen=True)
+class _Measuring:
+    """What all schedules are measured with: :func:`measure` says what each means."""
+
+    model: nn.Module
+    inputs: Any
+    inner: Inner
+    options: Mapping[str, Any]
+    rounds: int
+    bar: Progress
+
+    def attempt(self, method: Method) -> Tried:
+        """Measures one schedule."""
+        what = repr(method)
+        task = self.bar.add_task(what, total=steps(self.rounds))
+        found = measure(
+            self.model,
+            self.inputs,
+            method,
+            inner=self.inner,
+            inner_options=self.options,
+            rounds=self.rounds,
+            progress=lambda step: self.bar.update(task, description=f"{what}: {step}", advance=1),
+        )
+        return _tried(found)
+
+
+def _all_tried(asked: Method, measuring: _Measuring) -> tuple[Tried, ...]:
+    """More and more merged until a speed-up that was asked for is measured, else alternatives."""
+    model, inputs = measuring.model, measuring.inputs
+    counted = _counted(model, inputs)
+    if asked.schedule.kind != "speedup":
+        return tuple(measuring.attempt(method) for method in _alternatives(asked, counted))
+    goal, multiple = asked.schedule.values[0], _multiple(model, inputs)
+
+    def propose(ideal: float) -> Method:
+        return counted(ToMe(speedup=ideal, multiple_of=multiple))
+
+    return tuple(approach(goal, propose, measuring.attempt, lambda found: found.speedup))
 
 
 def _counted(model: nn.Module, inputs: Any) -> Callable[[Method], Method]:

@@ -97,15 +97,7 @@ def calibrate(
     if goal is None:
         raise TypeError("give the goal: macs=0.6 or speedup=1.5")
     _check_numbers(held_out, seed)
-    resolve_inner(inner, {})  # a missing backend is better said before the work
-    options = options_of(inner_options)
-    if not 0 < held_out < 1:
-        raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
-    if speedup is None and (inner != "inductor" or options):
-        idle = "inner" if inner != "inductor" else "inner_options"
-        raise ValueError(
-            f"{idle}= and macs={macs!r} make no sense together: only speedup= compiles anything"
-        )
+    options = _options(inner, inner_options, None if speedup is not None else f"macs={macs!r}")
     asked = _asked(methods)
     path = None if cache is None else cache_path(cache)
     judge = Judge(model, batches)
@@ -279,6 +271,20 @@ def _check_numbers(held_out: object, seed: object) -> None:
         raise TypeError(f"seed: expected an int, got {seed!r}")
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed: expected an int of 64 bits, got {seed}")
+    if not 0 < float(held_out) < 1:
+        raise ValueError(f"held_out: expected a share between 0 and 1, got {held_out!r}")
+
+
+def _options(inner: Inner, given: Mapping[str, Any] | None, idle: str | None) -> dict[str, Any]:
+    """The backend's options: none may be given where ``idle`` names a goal without compiling."""
+    resolve_inner(inner, {})  # a missing backend is better said before the work
+    options = options_of(given)
+    if idle is not None and (inner != "inductor" or options):
+        name = "inner" if inner != "inductor" else "inner_options"
+        raise ValueError(
+            f"{name}= and {idle} make no sense together: only speedup= compiles anything"
+        )
+    return options
 
 
 def _until_measured(

@@ -85,16 +85,15 @@ def train_policy(
     if first is None:
         raise ValueError("batches: expected one or more, got none")
     example = _split(first, labelled)[0]
-    with _seeded(whole("seed", seed), _devices(model)):
+    with _seeded(whole("seed", seed), _devices(model)), progress_bar(progress) as bar:
         trained = _Training(model, method, example)
         optimizer = torch.optim.AdamW(trained.parameters(), lr=rate, weight_decay=0.0)
-        with progress_bar(progress) as bar:
-            task = bar.add_task("training", total=rounds)
-            for epoch in range(rounds):
-                for group in optimizer.param_groups:
-                    group["lr"] = rate * (1 + math.cos(math.pi * epoch / rounds)) / 2
-                loss = _epoch(trained, optimizer, batches, labelled)
-                bar.update(task, advance=1, description=f"training, loss {loss:.4f}")
+        task = bar.add_task("training", total=rounds)
+        for epoch in range(rounds):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1 + math.cos(math.pi * epoch / rounds)) / 2
+            loss = _epoch(trained, optimizer, batches, labelled)
+            bar.update(task, advance=1, description=f"training, loss {loss:.4f}")
     return method.replace(policy=trained.policy)
 
 

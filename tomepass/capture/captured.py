@@ -1,4 +1,4 @@
-"""A model captured: the graph, where its state comes from, and what it was captured with."""
+"""A captured model: its graph, where to read its parameters, and for which calls it stands."""
 
 from __future__ import annotations
 

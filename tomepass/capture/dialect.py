@@ -1,4 +1,9 @@
-"""One dialect of graph: assertions dropped, regions inlined, each operation spelled one way."""
+"""Simplifies a captured graph in place, so that each operation is written in only one way.
+
+Assertions on metadata are dropped, subgraphs that run under a mode of their own are inlined, all
+concatenations become ``aten.cat``, equal computations are done once, and attention masks that hide
+nothing are left out.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs that Dynamo hands to a backend, traced into the same dialect as exported ones."""
+"""Traces the graph that Dynamo hands to a backend into the dialect that exported models have."""
 
 from __future__ import annotations
 

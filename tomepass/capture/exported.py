@@ -1,8 +1,9 @@
-"""Stage 1: one dialect of graph from both doors.
+"""Captures a module with ``torch.export``, for one call of one of its methods.
 
-The dialect is pre-dispatch ATen (``aten.linear``, ``aten.layer_norm``,
-``aten.scaled_dot_product_attention``, ``aten.view`` ...) in which every tensor enters through a
-placeholder, parameters included, and every node carries a fake value in ``meta["val"]``.
+The result is a graph of pre-dispatch ATen operators (``aten.linear``, ``aten.layer_norm``,
+``aten.scaled_dot_product_attention``, ``aten.view`` ...). Every tensor enters through a
+placeholder, parameters included, and every node carries a fake value in ``meta["val"]``. The
+backend of ``torch.compile`` works on graphs of the same dialect (``dynamo.py``).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Is a capture the model? Both are run once on the first inputs, and compared.
+"""Compares a captured graph with the model, by running both on the first inputs.
 
-``torch.export`` follows a model's Python with tensors that have no values. Where a model reads
-something else than tensors, or changes its course while it is followed, the graph can be another
-function, and nothing says so.
+``torch.export`` runs a model's Python code with tensors that have no values. Where a model reads
+something other than tensors, or behaves differently while it is traced, the graph can compute
+another function without any error being raised. This comparison finds that.
 """
 
 from __future__ import annotations

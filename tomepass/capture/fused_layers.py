@@ -1,6 +1,7 @@
-"""Fused layers of PyTorch, written out: inside one operator no attention can be seen.
+"""Replaces PyTorch's fused encoder layers by their parts, so that their attention can be found.
 
-``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` take these in eval mode without gradients.
+In eval mode without gradients ``nn.TransformerEncoder`` and ``nn.MultiheadAttention`` call one
+operator for a whole layer. Here it is decomposed into linear layers, attention and LayerNorm.
 """
 
 from __future__ import annotations

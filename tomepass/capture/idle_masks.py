@@ -1,4 +1,7 @@
-"""Attention masks that hide nothing, which are dropped: fused attention is quicker without."""
+"""Removes attention masks that hide nothing.
+
+Transformers builds such masks while a model is exported. Fused attention is faster without one.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Regions of a graph that Dynamo sets apart: what stands in them, and putting it in its place."""
+"""Inlines the subgraphs that Dynamo keeps apart, such as checkpointed or nested compile regions.
+
+Each is called by a higher-order operator. Inlined, its operators are part of the graph like all
+others.
+"""
 
 from __future__ import annotations
 

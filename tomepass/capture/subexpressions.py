@@ -1,4 +1,7 @@
-"""What a graph computes more than once, computed once: a mask expanded anew in each attention."""
+"""Removes repeated computations from a graph: of equal ones the first is kept.
+
+An example is an attention mask that every block expands again.
+"""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def export(
     from tomepass.cli.chosen import chosen_method
     from tomepass.cli.options import parse_dtype
     from tomepass.formats import door
-    from tomepass.formats.artifacts import check_path, write_artifact
+    from tomepass.formats.artifacts import Writing, check_path, write_artifact
 
     check_path(out, door(to), force)
     any_batch = _any_batch(dynamic)
@@ -217,12 +217,8 @@ def export(
             method,
             to,
             out,
+            Writing(any_batch, batch, timed, tolerance=tolerance, outputs=outputs),
             force=force,
-            dynamic_batch=any_batch,
-            batch=batch,
-            timed=timed,
-            tolerance=tolerance,
-            outputs=outputs,
             progress=lambda step: progress.update(task, description=step),
         )
     console = Console()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,8 +57,6 @@ def run_demo(
 
     Without a model and images, the embedded digits model and its held-out images are used.
     """
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
     from tomepass.handover.compiling.inner import default_inner
     from tomepass.printing.plots import accuracy_plot
 
@@ -66,27 +65,13 @@ def run_demo(
     values = list(r or (DIGITS_R if model_name is None else DEFAULT_R))
     inner = default_inner()
     label = "digits" if model_name is None else Path(model_name).name
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        # Loading, explaining, six lines of checks, two steps an r, drawing.
-        task = progress.add_task("loading", total=10 + 2 * len(values))
-
-        def step(text: str) -> None:
-            progress.update(task, description=text, advance=1)
-
+    # Loading, explaining, six lines of checks, two steps an r, drawing.
+    with _steps(console, 10 + 2 * len(values)) as step:
         model, data = _load(model_name, images, labels, limit, step)
         step("capturing and planning")
         console.print(_explain(model, data, values[-1]))
         console.print(_check(model, data, values[-1], inner, step))
-        original = _evaluate(model, data.pixel_values)
-        rows = [_row(model, data, 0, original)]
-        measurements = []
-        for value in values:
-            step(f"r={value}: classifying {len(data.names)} images")
-            rows.append(_row(model, data, value, original))
-            step(f"r={value}: compiling and measuring")
-            measurements.append(_measure(model, data, value, inner, batch, rounds))
-        rows = _timed(rows, measurements)
+        rows = _rows(model, data, values, (inner, batch, rounds), step)
         step("drawing")
         out.mkdir(parents=True, exist_ok=True)
         picture = _picture(model, data, values, out / "merged_tokens.png")
@@ -102,6 +87,36 @@ def run_demo(
         console.print(f"picture: {picture}")
     console.print(f"plot: {plot}")
     return rows
+
+
+@contextmanager
+def _steps(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """A bar with a text, which is told what is done next."""
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("loading", total=total)
+        yield lambda text: progress.update(task, description=text, advance=1)
+
+
+def _rows(
+    model: nn.Module,
+    data: ImageSet,
+    values: Sequence[int],
+    timing: tuple[str, int, int],
+    step: Callable[[str], None],
+) -> list[DemoRow]:
+    """A row for the unmerged model, and one a value of r; ``timing``: backend, batch, rounds."""
+    original = _evaluate(model, data.pixel_values)
+    rows = [_row(model, data, 0, original)]
+    measurements = []
+    for value in values:
+        step(f"r={value}: classifying {len(data.names)} images")
+        rows.append(_row(model, data, value, original))
+        step(f"r={value}: compiling and measuring")
+        measurements.append(_measure(model, data, value, *timing))
+    return _timed(rows, measurements)
 
 
 def _load(

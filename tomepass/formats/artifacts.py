@@ -6,7 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,19 +104,52 @@ class Artifact:
         return shown
 
 
+@dataclass(frozen=True)
+class Writing:
+    """How a model is written, run and judged.
+
+    Args:
+        dynamic_batch: any batch size; False fixes it at ``batch``.
+        batch: images a timed call.
+        timed: measure against the unmerged model, written in the same format.
+        options: of the format's ``load``, for both models.
+        tolerance: the greatest relative error allowed. Default: :data:`TOLERANCE`, or
+            :data:`LOW_PRECISION_TOLERANCE` for a model in bfloat16 or float16.
+        outputs: as in :func:`tomepass.apply`.
+    """
+
+    dynamic_batch: bool = True
+    batch: int = 8
+    timed: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tolerance: float | None = None
+    outputs: Outputs = "original"
+
+    def check(self, form: Door) -> None:
+        """Refuses a batch that the format's runtime does not take."""
+        if self.dynamic_batch and form.most is not None and self.batch > form.most:
+            raise NotExported(
+                f"{form.runtime} is written for batches of 1 to {form.most}, got {self.batch}",
+                advice="a smaller batch, or a fixed one: dynamic_batch=False, --dynamic none",
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Batch sizes on which the file is held against the model."""
+        return BATCHES if self.dynamic_batch else (self.batch,)
+
+
+AS_USUAL = Writing()
+
+
 def write_artifact(
     model: nn.Module,
     method: Method,
     to: str,
     path: Path,
+    how: Writing = AS_USUAL,
     *,
     force: bool = False,
-    dynamic_batch: bool = True,
-    batch: int = 8,
-    timed: bool = True,
-    options: Mapping[str, Any] | None = None,
-    tolerance: float | None = None,
-    outputs: Outputs = "original",
     progress: Callable[[str], None] = lambda step: None,
 ) -> Artifact:
     """Exports a model, writes it in a format, and runs what was written.
@@ -129,14 +162,8 @@ def write_artifact(
         method: what to merge.
         to: the format, one of :data:`tomepass.formats.DOORS`.
         path: of the file; formats of two files put the second beside it.
+        how: batches, tolerance, and whether it is timed.
         force: replace what is there.
-        dynamic_batch: any batch size; False fixes it at ``batch``.
-        batch: images a timed call.
-        timed: measure against the unmerged model, written in the same format.
-        options: of the format's ``load``, for both models.
-        tolerance: the greatest relative error allowed. Default: :data:`TOLERANCE`, or
-            :data:`LOW_PRECISION_TOLERANCE` for a model in bfloat16 or float16.
-        outputs: as in :func:`tomepass.apply`.
         progress: told what is being done.
 
     Raises:
@@ -146,39 +173,44 @@ def write_artifact(
     """
     form = door(to)
     check_path(path, form, force)
-    if dynamic_batch and form.most is not None and batch > form.most:
-        raise NotExported(
-            f"{form.runtime} is written for batches of 1 to {form.most}, got {batch}",
-            advice="a smaller batch, or a fixed one: dynamic_batch=False, --dynamic none",
-        )
+    how.check(form)
     form.check()
-    inputs, options = example_inputs(model, batch), options or {}
-    exported: dict[str, Any] = {"example_inputs": inputs, "dynamic_batch": dynamic_batch}
+    inputs = example_inputs(model, how.batch)
     progress("merging and exporting")
-    program = export(model, method, outputs=outputs, **exported)
-    merged = apply(model, method, example_inputs=inputs, outputs=outputs)
+    program = export(
+        model,
+        method,
+        outputs=how.outputs,
+        example_inputs=inputs,
+        dynamic_batch=how.dynamic_batch,
+    )
+    merged = apply(model, method, example_inputs=inputs, outputs=how.outputs)
     with _aside(path) as folder:
         progress(f"writing {to}")
-        run = _written(form, program, folder / path.name, options)
+        run = _written(form, program, folder / path.name, how.options)
         progress("running what was written")
-        sizes = BATCHES if dynamic_batch else (batch,)
-        rows = tuple(parity(run, merged, example_inputs(model, size)) for size in sizes)
-        _check_parity(rows, path, _tolerance(model) if tolerance is None else tolerance)
+        rows = tuple(parity(run, merged, example_inputs(model, size)) for size in how.sizes)
+        _check_parity(rows, path, _tolerance(model) if how.tolerance is None else how.tolerance)
         milliseconds = None
-        if timed:
+        if how.timed:
             progress("writing the unmerged model to measure against")
-            other = folder / "unmerged"
-            other.mkdir()
-            unmerged = _written(
-                form, export_unmerged(model, **exported), other / path.name, options
-            )
+            beside = folder / "unmerged"
+            beside.mkdir()
+            unmerged = _unmerged(form, model, inputs, beside / path.name, how)
             progress("measuring")
-            before, after = medians_in_turns(
-                [lambda: unmerged(inputs), lambda: run(inputs)], _ROUNDS, calls=1
-            )
+            functions = [lambda: unmerged(inputs), lambda: run(inputs)]
+            before, after = medians_in_turns(functions, _ROUNDS, calls=1)
             milliseconds = (before, after)
         _put_in_place(folder, form, path, force)
-    return Artifact(path, form, rows, milliseconds, batch)
+    return Artifact(path, form, rows, milliseconds, how.batch)
+
+
+def _unmerged(
+    form: Door, model: nn.Module, inputs: Mapping[str, Any], path: Path, how: Writing
+) -> Run:
+    """What runs the unmerged model, written in the same format."""
+    program = export_unmerged(model, example_inputs=inputs, dynamic_batch=how.dynamic_batch)
+    return _written(form, program, path, how.options)
 
 
 def check_path(path: Path, form: Door, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""The third door: ``export`` makes an ``ExportedProgram`` of plain ATen, free of this package."""
+"""The entry `tomepass.export`: makes an ``ExportedProgram`` of plain ATen, free of this package."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ class CanonicalGraph:
         module: the graph; placeholders in the order of the call.
         data: names of the placeholders that hold the user's inputs, not the model's state.
         learned: names of those that hold parameters.
-        fragment: True if the graph may be a piece of a larger model (the Dynamo door).
+        fragment: True if the graph may be a piece of a larger model (from Dynamo).
     """
 
     module: fx.GraphModule

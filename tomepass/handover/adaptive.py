@@ -1,4 +1,9 @@
-"""A budget for each image: the more redundant it is, the more tokens it loses."""
+"""Merges more tokens in images whose tokens are more alike: methods with ``adaptive=True``.
+
+The model is rewritten for a few budgets, that is numbers of tokens to merge. For every image a
+router (``router.py``) measures how alike its tokens are, and the image runs through the graph of
+the fitting budget.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""A model rewritten for one call: captured, planned, rewritten, reported."""
+"""A model rewritten for one kind of call: its capture, the new graph, and the report on it.
+
+This is where the stages meet: the model is captured, its graph is read and planned, rewritten, and
+reported on.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""`apply` and `explain`: the first call of a user, and the same without building anything."""
+"""The entries `tomepass.apply` and `tomepass.explain`.
+
+``apply`` returns a module that merges tokens; ``explain`` reports what would be merged, and builds
+no module.
+"""
 
 from __future__ import annotations
 

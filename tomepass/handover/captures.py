@@ -1,4 +1,8 @@
-"""What has been captured of one model: found by many threads, made by one, never too many."""
+"""Keeps the captures of one model, one for each kind of call, and makes those that are missing.
+
+Calls may come from many threads: one captures, those that need the same capture wait for it. The
+number of captures kept is limited; the one longest out of use is dropped first.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of every way in that name one of a few choices."""
+"""Checks of options that several entries have in common, such as ``on_unmatched``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ OnUnmatched = Literal["raise", "warn"]
 Outputs = Literal["original", "merged"]
 
 
-def check_one_graph(method: Method, door: str) -> None:
-    """Refuses a method that makes several graphs, where a door is about one."""
+def check_one_graph(method: Method, entry: str) -> None:
+    """Refuses a method that makes several graphs, for an entry that works on one."""
     if method.adaptive is not False:
         raise Refused(
-            f"adaptive={method.adaptive!r} routes images to several graphs, {door} is about one",
+            f"adaptive={method.adaptive!r} routes images to several graphs, {entry} is about one",
             advice="give a method without adaptive=, or that of one budget: "
             "tomepass.apply(model, method, example_inputs=images).tome.budgets[0].tome.method",
         )
 
 
 def check_choices(on_unmatched: object, outputs: object) -> None:
-    """Refuses any other value of the two options that both doors have."""
+    """Refuses any other value of the two options that ``apply`` and the backend have."""
     _one_of("on_unmatched", on_unmatched, ("raise", "warn"))
     _one_of("outputs", outputs, ("original", "merged"))
 

@@ -1,4 +1,4 @@
-"""The first door: ``apply`` wraps a model; the wrapper runs rewritten graphs of it."""
+"""The module that `tomepass.apply` returns: it runs rewritten graphs on the model's parameters."""
 
 from __future__ import annotations
 

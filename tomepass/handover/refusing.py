@@ -1,4 +1,4 @@
-"""Arguments that are refused before anything is captured."""
+"""Checks of the model that is given to an entry, before anything is captured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""How redundant the tokens of each image are, which decides on its budget."""
+"""Measures how redundant the tokens of each image are; adaptive merging chooses a budget by it.
+
+Redundancy is the mean, over tokens, of the cosine with the most similar other token, where tokens
+enter the first block.
+"""
 
 from __future__ import annotations
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from tomepass.handover.applying import apply
 from tomepass.handover.choices import check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, inner_name, resolve_inner
-from tomepass.handover.merged import call_of, of_one_graph
+from tomepass.handover.merged import MergedModel, call_of, of_one_graph
 from tomepass.handover.refusing import check_model
 from tomepass.measuring.memory import peak_tensor_bytes
 from tomepass.measuring.values import Arm, Measurement, Settings, Spread
@@ -98,67 +99,142 @@ def measure(
     merged = apply(model, method, example_inputs=inputs)
     apply_seconds = time.perf_counter() - started
     call = merged._tome.call_of(inputs)
-    leaves = [v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim]
-    device, batch = leaves[0].device, leaves[0].shape[0]
-
-    def whose(form: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """What the model raises, or a backend that cannot compile it, is no fault of merging."""
-        if form is merged:
-            return compiling_merged(inner_name(inner))
-        return the_models_own(model, call, f"compiled by the backend {inner_name(inner)!r} raises")
-
-    forms = (("the original", model), ("the merged form", merged))
-    runs: list[Callable[[], Any]] = []
-    compile_seconds = []
+    first = next(v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim)
     with torch.no_grad(), _dynamo_of_its_own(), _marks_restored(model):
-        for name, form in forms:
-            say(f"compiling {name}")
-            compiled: Any = torch.compile(form, backend=backend, fullgraph=form is merged)
-            runs.append(_bound(compiled, call))
-            with _compiling(inner, options, cold), whose(form):
-                compile_seconds.append(_first_call(runs[-1], device))
-        say("warming up, measuring memory")
-        warm = math.inf
-        for run, (_, form) in zip(runs, forms, strict=True):
-            with whose(form):
-                warm = min(warm, *(seconds_a_call(run, 1, device) for _ in range(_WARM_CALLS)))
-        calls = min(max(math.ceil(_SAMPLE_SECONDS / warm), 1), _MOST_CALLS)
-        with torch.compiler.set_stance("fail_on_recompile"):
-            peaks = []
-            for run, (_, form) in zip(runs, forms, strict=True):
-                with whose(form):
-                    peaks.append(peak_tensor_bytes(run, device))
-            samples: list[list[float]] = [[], []]
-            for index in range(rounds):
-                say(f"round {index + 1} of {rounds}")
-                for arm in (0, 1) if index % 2 == 0 else (1, 0):
-                    with whose(forms[arm][1]):
-                        samples[arm].append(seconds_a_call(runs[arm], calls, device))
-
-    arms = [
-        Arm(Spread(tuple(1000.0 * s / batch for s in times)), peak, seconds)
-        for times, peak, seconds in zip(samples, peaks, compile_seconds, strict=True)
-    ]
+        forms = _forms(model, merged, call, first.device, inner, backend)
+        timed = _in_turns(forms, rounds, lambda: _compiling(inner, options, cold), say)
     return Measurement(
         settings=Settings(
             model=label or type(model).__name__,
             method=method,
-            dtype=_dtype_name(model, leaves[0]),
-            batch=batch,
+            dtype=_dtype_name(model, first),
+            batch=first.shape[0],
             inner=inner_name(inner),
             inner_options=tuple(sorted(options.items())),
-            device=device.type,
+            device=first.device.type,
             threads=torch.get_num_threads(),
             rounds=rounds,
-            calls=calls,
+            calls=timed.calls,
             cold=cold and inner == "inductor",
         ),
-        original=arms[0],
-        merged=arms[1],
-        ratio=Spread(tuple(a / b for a, b in zip(*samples, strict=True))),
+        original=timed.arm(0, first.shape[0]),
+        merged=timed.arm(1, first.shape[0]),
+        ratio=timed.ratio,
         ratio_ideal=captured(merged, inputs).report.speedup_ideal,
         apply_seconds=apply_seconds,
     )
+
+
+@dataclass(frozen=True)
+class _Form:
+    """The model, or its merged form, as a call that is compiled when it is first made.
+
+    Args:
+        name: for messages.
+        run: the call.
+        device: on which it runs.
+        fault: in force around each call: makes an error of one that says whose it is.
+    """
+
+    name: str
+    run: Callable[[], Any]
+    device: torch.device
+    fault: Callable[[], contextlib.AbstractContextManager[None]]
+
+    def first_call(self, compiling: contextlib.AbstractContextManager[None]) -> float:
+        """Compiles it: the seconds that took."""
+        with compiling, self.fault():
+            return _first_call(self.run, self.device)
+
+    def seconds(self, calls: int) -> float:
+        """Seconds a call."""
+        with self.fault():
+            return seconds_a_call(self.run, calls, self.device)
+
+    def peak_bytes(self) -> int:
+        """Memory of a call."""
+        with self.fault():
+            return peak_tensor_bytes(self.run, self.device)
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """What was measured of both forms, the original first.
+
+    Args:
+        compile_seconds: of each.
+        peaks: bytes of each.
+        calls: a sample.
+        samples: seconds a call of each, in each round.
+    """
+
+    compile_seconds: Sequence[float]
+    peaks: Sequence[int]
+    calls: int
+    samples: tuple[list[float], list[float]]
+
+    def arm(self, index: int, batch: int) -> Arm:
+        """One form's figures, in milliseconds an image."""
+        times = tuple(1000.0 * s / batch for s in self.samples[index])
+        return Arm(Spread(times), self.peaks[index], self.compile_seconds[index])
+
+    @property
+    def ratio(self) -> Spread:
+        """Unmerged over merged, round by round."""
+        return Spread(tuple(a / b for a, b in zip(*self.samples, strict=True)))
+
+
+def _forms(
+    model: nn.Module,
+    merged: MergedModel,
+    call: dict[str, Any],
+    device: torch.device,
+    inner: Inner,
+    backend: Any,
+) -> tuple[_Form, _Form]:
+    """Both forms. What the model raises, or a backend that cannot compile it, is no fault of
+    merging."""
+    reason = f"compiled by the backend {inner_name(inner)!r} raises"
+    original: Any = torch.compile(model, backend=backend)
+    compiled: Any = torch.compile(merged, backend=backend, fullgraph=True)
+    return (
+        _Form(
+            "the original",
+            lambda: call_with(original, call),
+            device,
+            lambda: the_models_own(model, call, reason),
+        ),
+        _Form(
+            "the merged form",
+            lambda: call_with(compiled, call),
+            device,
+            lambda: compiling_merged(inner_name(inner)),
+        ),
+    )
+
+
+def _in_turns(
+    forms: tuple[_Form, _Form],
+    rounds: int,
+    compiling: Callable[[], contextlib.AbstractContextManager[None]],
+    say: Callable[[str], None],
+) -> _Timed:
+    """Compiles both forms, then times them in rounds that swap their order."""
+    compile_seconds = []
+    for form in forms:
+        say(f"compiling {form.name}")
+        compile_seconds.append(form.first_call(compiling()))
+    say("warming up, measuring memory")
+    warm = min(form.seconds(1) for form in forms for _ in range(_WARM_CALLS))
+    calls = min(max(math.ceil(_SAMPLE_SECONDS / warm), 1), _MOST_CALLS)
+    samples: tuple[list[float], list[float]] = ([], [])
+    with torch.compiler.set_stance("fail_on_recompile"):
+        peaks = [form.peak_bytes() for form in forms]
+        for index in range(rounds):
+            say(f"round {index + 1} of {rounds}")
+            for arm in (0, 1) if index % 2 == 0 else (1, 0):
+                samples[arm].append(forms[arm].seconds(calls))
+    return _Timed(compile_seconds, peaks, calls, samples)
 
 
 def check_rounds(rounds: object) -> None:
@@ -241,10 +317,6 @@ def _marks_restored(model: nn.Module) -> Iterator[None]:
         for tensor, marks in zip(tensors, before, strict=True):
             tensor.__dict__.clear()
             tensor.__dict__.update(marks)
-
-
-def _bound(compiled: Callable[..., Any], call: dict[str, Any]) -> Callable[[], Any]:
-    return lambda: call_with(compiled, call)
 
 
 def _first_call(run: Callable[[], Any], device: torch.device) -> float:

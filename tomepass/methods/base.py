@@ -167,7 +167,7 @@ class Method:
 
     def reduce(self, block: ReducingBlock) -> Reduction:
         """The graph-building step: which tokens a block loses, in ``tome::`` operators."""
-        raise NotImplementedError(f"{type(self).__name__} says not how it reduces a block")
+        raise NotImplementedError(f"{type(self).__name__} does not say how it reduces a block")
 
     def step(self: Own, number: int, tokens: int, depth: int) -> Own:
         """This method, reducing the more the greater a number is: from 0 for nothing to

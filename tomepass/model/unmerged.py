@@ -79,7 +79,7 @@ def in_precision(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return twin
 
 
-def check_values(model: nn.Module, call: Mapping[str, Any], door: str) -> None:
+def check_values(model: nn.Module, call: Mapping[str, Any], entry: str) -> None:
     """Refuses what has shapes alone, where something is computed.
 
     Raises:
@@ -90,7 +90,7 @@ def check_values(model: nn.Module, call: Mapping[str, Any], door: str) -> None:
     for what, values in held.items():
         if any(isinstance(v, Tensor) and (v.is_meta or isinstance(v, FakeTensor)) for v in values):
             raise TomeError(
-                f"{door} computes with values, and some of the {what} have shapes alone: they are "
+                f"{entry} computes with values, and some of the {what} have shapes alone: they are "
                 "on the meta device, or fake tensors",
                 advice="give real ones; tomepass.explain tells what can be told without values",
             )

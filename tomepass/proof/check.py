@@ -45,7 +45,6 @@ FLOAT32_TOLERANCE = 1e-4
 # How much further from float64 than eager the compiled graph may be, in low precision.
 LOW_PRECISION_RATIO = 2.0
 
-
 # Cosines closer than this, of keys that went through some blocks, rounding may tie.
 _DEEP_TIE = 1e-5
 
@@ -107,26 +106,36 @@ def check(
     )
     check_model(model)
     check_one_graph(method, "check")
+    _refuse(model, progress)
+    options = options_of(inner_options)
+    resolve_inner(inner, {})  # a missing backend is better said before the work
+    check_values(model, call_of(model, inputs), "check")
+    merged = apply(model, method, example_inputs=inputs, outputs=outputs)
+    subject = _Subject(model, merged, inputs, inner, options)
+    lines = tuple(_all_lines(subject, progress))
+    told = describe_inputs(subject.call)
+    return CheckReport(type(model).__name__, method, _named(inner), told, lines)
+
+
+def _refuse(model: nn.Module, progress: object) -> None:
+    """Refuses a model in training mode, and a progress that cannot be called."""
     if model.training:
         raise TomeError(
             "check compares runs bit for bit and needs eval mode", advice="call model.eval() first"
         )
-    options = options_of(inner_options)
-    resolve_inner(inner, {})  # a missing backend is better said before the work
     if progress is not None and not callable(progress):
         raise TypeError(f"progress must be callable, got {progress!r}")
-    check_values(model, call_of(model, inputs), "check")
-    merged = apply(model, method, example_inputs=inputs, outputs=outputs)
-    subject = _Subject(model, merged, inputs, inner, options)
-    lines: list[CheckLine] = []
+
+
+def _all_lines(subject: _Subject, progress: Callable[[str], None] | None) -> Iterator[CheckLine]:
+    """Runs one line after another, each said before."""
     for name, line in _LINES.items():
         if progress is not None:
             with the_users_own():
                 progress(name)
         with torch.no_grad():
-            lines.extend(line(subject, name))
-    told = describe_inputs(subject.call)
-    return CheckReport(type(model).__name__, method, _named(inner), told, tuple(lines))
+            found = tuple(line(subject, name))
+        yield from found
 
 
 def _named(inner: Inner) -> str:

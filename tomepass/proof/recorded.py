@@ -106,7 +106,7 @@ class _Step:
 
 
 def _chains(run: Recorded) -> list[_Step]:
-    """The blocks of all streams, with the reference's own books of sizes and positions."""
+    """The blocks of all streams, with sizes and positions as the reference keeps them."""
     rewritten, report = run.applied.rewritten, run.applied.report
     assert rewritten is not None
     calls = {call.node.name: call for call in run.recorder.calls}

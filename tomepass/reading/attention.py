@@ -1,4 +1,8 @@
-"""Attentions of a graph: one fused operator, or product, softmax and product written out."""
+"""Finds the attentions of a graph, and their queries, keys, values and softmax.
+
+An attention is either one fused operator (``scaled_dot_product_attention``) or written out as a
+matrix product, a softmax and a second matrix product.
+"""
 
 from __future__ import annotations
 

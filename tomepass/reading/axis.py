@@ -1,8 +1,9 @@
-"""Where an axis goes: one transfer rule per kind of operator.
+"""Follows one dimension of a tensor, such as the one that counts tokens, through an operator.
 
-An axis is a factor of one dimension of a tensor: the dimension's size is
-``before * length * after``, and both are 1 unless a view has folded axes together.
-A rule answers with the axis of the result, or with the reason why there is none.
+Each kind of operator has a rule: given the axis in an operand, it returns the axis in the result,
+or the reason why there is none. An axis can be folded into a dimension together with others, as
+after ``view(B * N, C)``: the size of that dimension is then ``before * length * after``. Without
+folding ``before`` and ``after`` are 1.
 """
 
 from __future__ import annotations

@@ -1,4 +1,10 @@
-"""What the token analysis answers: how a value holds tokens, and what each reader does to them."""
+"""The results of following the tokens of a stream through a graph (see ``tokens.py``).
+
+A :class:`Layout` says which dimensions of a tensor count images and tokens. The other classes are
+the outcomes for one operator that reads tokens: for example :class:`Carried`, where the result
+holds the same tokens, :class:`Attended`, an attention over them, and :class:`Positional`, where
+the operator depends on where each token stands, so that tokens have to be unmerged before it.
+"""
 
 from __future__ import annotations
 
@@ -24,14 +30,14 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Layout:
-    """How a value holds tokens.
+    """Which dimensions of a tensor count images and tokens, and which tokens it holds.
 
     Args:
-        tokens: the token axis; of attention scores, the queries'.
+        tokens: the token axis; of attention scores, that of the queries.
         batch: the batch axis.
-        positions: the original positions the value covers, ascending.
-        columns: the second token axis of attention scores: the keys'.
-        weights: softmax has made it attention weights: summed over the keys they are one.
+        positions: the original positions of the tokens it holds, ascending.
+        columns: of attention scores, the second token axis, that of the keys.
+        weights: whether these are attention weights, which sum to 1 over the keys.
     """
 
     tokens: Axis
@@ -59,15 +65,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class Side:
-    """An operand, not made from tokens, that holds one row a token.
+    """An operand with one row for each token that is not itself computed from the tokens.
+
+    An example is a table of position embeddings.
 
     Args:
         node: the operand.
-        how: what merged tokens meet: the ``"mean"`` of its rows (it is added), the row of the
-            token merged into (``"kept"``: it multiplies, as a rotary table does), or a
-            ``"bias"`` of attention scores: mean over rows, log-mean-exp over columns. A mask that
-            hides ``"nothing"`` is left out. What was ``"read"`` off the tokens themselves, by
-            position, cannot come back to merged ones.
+        how: what takes its place once tokens have merged. ``"mean"``: the mean of the rows that
+            merged (the operand is added). ``"kept"``: the row of the token merged into (it
+            multiplies, as a rotary table does). ``"bias"``, of attention scores: the mean over
+            queries and the log-mean-exp over keys. ``"nothing"``: a mask that hides nothing, which
+            is left out. ``"read"``: it was computed from the tokens by position, so nothing can
+            take its place.
         factor: what a bias is multiplied by before the softmax takes its exponential: -1 where it
             is subtracted, and where scores are scaled after it was added, their scale.
     """
@@ -94,13 +103,13 @@ class Carried:
 
 @dataclass(frozen=True)
 class Taken:
-    """Some positions are read: protected ones alone, or all the others with them.
+    """A slice or select along the tokens that takes protected tokens, or all others, or all.
 
     Args:
         positions: original positions taken, ascending.
         dim: the token dimension of the operand.
         layout: of the result, None where only protected tokens are left.
-        drops: the token dimension disappears (a select).
+        drops: whether the token dimension disappears, as in a select.
     """
 
     positions: tuple[int, ...]
@@ -111,7 +120,12 @@ class Taken:
 
 @dataclass(frozen=True)
 class Divided:
-    """A split along the tokens, each piece of which may be :class:`Taken`; layout: before it."""
+    """A split along the tokens into pieces that may each be :class:`Taken`.
+
+    Args:
+        pieces: original positions in each.
+        layout: of the operand.
+    """
 
     pieces: tuple[tuple[int, ...], ...]
     layout: Layout

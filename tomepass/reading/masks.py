@@ -1,4 +1,8 @@
-"""Attention masks and biases: which hide nothing, which only say where tokens stand."""
+"""Classifies what is added to attention scores: position biases, padding masks and other masks.
+
+A learned position bias and a padding mask have exact counterparts on merged tokens; other masks
+mostly have none. A mask that hides nothing can be left out.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +80,7 @@ _SUMS = (
 
 
 def hides_all(value: Any) -> bool:
-    """Is an operand one number, finite, that hides whatever score it replaces?"""
+    """Is an operand one finite number so low that a key with this score gets no attention?"""
     if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor):
         constant = constant_value(value, up_to_broadcast=True)
         value = None if constant is None else _only_value(constant)
@@ -89,11 +93,12 @@ def _only_value(constant: Tensor) -> float | None:
 
 
 def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
-    """Is it made of learned parameters and constants alone, the same for every image?
+    """Is a bias computed from learned parameters and constants alone, the same for every image?
 
-    A mask is not: it is boolean, hides a key (minus infinity, or so far below another that next
-    to no weight is left), or comes from the input. Nor is a bias that some constant mask has been
-    written into or added to. What parameters hold is not read: it changes as they are trained.
+    A mask is not one: it is boolean, it hides keys (by minus infinity, or by a value so far below
+    the others that next to no weight is left), or it comes from the input. Nor is a bias that a
+    constant mask was written into or added to. The values of parameters are not looked at, since
+    training changes them.
     """
     if not bias.meta["val"].is_floating_point():
         return False
@@ -132,10 +137,10 @@ def is_position_bias(bias: fx.Node, captured: CanonicalGraph) -> bool:
 
 
 def bias_factor(added: fx.Node, bias: fx.Node) -> float | None:
-    """What a softmax sees of a bias that is added to scores, or subtracted: how many times it.
+    """The factor with which a bias that is added to scores, or subtracted, enters the softmax.
 
-    As far as numbers say it: those that multiply the scores between the sum and the softmax. None
-    where the sum itself does not say.
+    It is -1 for one that is subtracted, times the constants by which scores are multiplied between
+    the sum and the softmax. None where the sum's own factor is not a constant.
     """
     alpha = added.kwargs.get("alpha", 1)
     if not isinstance(alpha, (int, float)) or added.args.count(bias) != 1:
@@ -151,7 +156,7 @@ def bias_factor(added: fx.Node, bias: fx.Node) -> float | None:
 
 
 def _scaled_by(reader: fx.Node, scores: fx.Node) -> float:
-    """What an operator multiplies scores by, if a number says it; 1 otherwise."""
+    """The constant by which an operator multiplies scores; 1 if there is none."""
     if len(reader.args) < 2 or scores not in reader.args[:2]:
         return 1.0
     other = reader.args[1] if reader.args[0] is scores else reader.args[0]
@@ -168,7 +173,7 @@ def _scaled_by(reader: fx.Node, scores: fx.Node) -> float:
 
 
 def _puts_in(node: fx.Node, plain: bool) -> bool:
-    """Is one of an operator's numbers there to hide something?"""
+    """Does an operator have a constant argument so low, or so wide, that it serves to hide keys?"""
     given = (*node.args, *node.kwargs.values())
     numbers = [n for n in given if isinstance(n, (int, float)) and not isinstance(n, bool)]
     if plain and node.target in _CHOICES and any(abs(n) > _WIDE for n in numbers):
@@ -177,7 +182,7 @@ def _puts_in(node: fx.Node, plain: bool) -> bool:
 
 
 def _scales(node: fx.Node) -> bool:
-    """Is what the operands say changed, by something learned or by a function?"""
+    """Does an operator scale its operands, by a parameter or by a nonlinear function?"""
     if node.target in MULTIPLIES:
         return True
     if node.target in (aten.mul.Tensor, aten.div.Tensor):
@@ -186,10 +191,10 @@ def _scales(node: fx.Node) -> bool:
 
 
 def _is_wide(value: Tensor) -> bool:
-    """Would values near 0, which is where learned ones are, be hidden beside these, or hide them?
+    """Do constants differ so much from 0, where learned values are, that a softmax hides one?
 
-    Of a number that stands alone nothing but that can be said; a row that is the same all over
-    changes nothing.
+    A single number can be judged by nothing else. A row that is the same everywhere changes no
+    attention weight.
     """
     if not value.is_floating_point() or not value.numel():
         return False

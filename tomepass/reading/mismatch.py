@@ -1,4 +1,8 @@
-"""Why something was not merged: what was expected, what was found, and where."""
+"""The reason why something is not merged: what was expected, what was found, and where.
+
+A :class:`Mismatch` is a value. Reports show it; with ``on_unmatched="raise"`` an error is made
+of it.
+"""
 
 from __future__ import annotations
 

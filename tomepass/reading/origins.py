@@ -1,7 +1,8 @@
-"""Which tokens come from the input: the others are protected.
+"""Tells which tokens of a stream are made from the input; all others are protected.
 
-Class, distillation, register and detection tokens are parameters that a ``cat`` put beside the
-input's tokens. Walking back from the stream to that ``cat`` tells where they stand.
+Class, distillation, register and detection tokens are parameters of the model, which a ``cat``
+puts beside the tokens of the input. Following the stream's first value back to that ``cat`` tells
+their positions. Protected tokens are never merged.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Stage 2: blocks and residual streams, found by dominance and dataflow alone.
+"""Finds the residual streams of a graph and their transformer blocks, from dataflow alone.
 
-A residual sum adds a branch back to the value the branch was computed from. In graph terms:
-the sum post-dominates an attention (everything the attention computes goes through it), and its
-other operand dominates that attention (everything the attention reads came through it). That
-operand is the block's entry. LayerScale, DropPath, operand order, fused or split projections
-and the kind of MLP never show.
+A residual sum adds a branch to the value that the branch was computed from. In terms of the graph:
+everything the attention computes goes through the sum (the sum post-dominates the attention), and
+everything the attention reads comes through the other operand of the sum (that operand dominates
+the attention). That operand is where the block begins. LayerScale, DropPath, the order of operands,
+fused or split projections and the kind of MLP make no difference.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Stage 3: which dimension carries the tokens, node by node, and what each reader needs.
+"""Follows the tokens of a stream from node to node, and says what each reader does with them.
 
-The analysis runs on the graph as captured. Every node that the tokens reach gets an outcome:
-carried on, some positions taken, averaged, attended, or read by position, which means
-"unmerge first". The rewrite follows the outcomes; it decides nothing about operators itself.
+The graph is read as it was captured. Every node that tokens reach gets an outcome (``layouts.py``):
+the result holds the same tokens, some positions are taken out, tokens are averaged, tokens attend
+to each other, or the node depends on positions, so that tokens have to be unmerged before it.
+Rewriting follows these outcomes and decides nothing about operators itself.
 """
 
 from __future__ import annotations
@@ -69,12 +70,12 @@ _MASKED = (
 
 @dataclass(frozen=True)
 class TokenFlow:
-    """The analysis of one stream.
+    """The result of following the tokens of one stream.
 
     Args:
-        layouts: of every value that holds mergeable tokens.
-        outcomes: of every node that reads one.
-        held: layouts of values that hold protected tokens alone: no merge changes them.
+        layouts: of every tensor that holds tokens which may merge.
+        outcomes: of every node that reads such a tensor.
+        held: layouts of tensors that hold protected tokens alone, which no merge changes.
     """
 
     layouts: dict[fx.Node, Layout]
@@ -103,7 +104,10 @@ def follow_tokens(
 
 
 def attends(attention: Attention, flow: TokenFlow) -> Layout | Positional | None:
-    """The tokens among which an attention attends, or what keeps it from seeing all of them."""
+    """The layout of an attention's result, or the reason why it does not see all tokens.
+
+    None where it is no attention over the tokens of this stream.
+    """
     result = flow.outcomes.get(attention.result)
     if isinstance(result, Attended):
         return result.layout
@@ -142,7 +146,7 @@ class _Analysis:
             self._keep_held(node)
 
     def _keep_held(self, node: fx.Node) -> None:
-        """Protected tokens on their own: followed only to where they are joined again."""
+        """Follows protected tokens on their own, up to where they are joined to the others."""
         held = [a for a in node.all_input_nodes if a in self.flow.held]
         found = [self._moved(node, a, self.flow.held[a]) for a in held]
         if isinstance(first := found[0], Layout) and all(other == first for other in found):
@@ -178,7 +182,7 @@ class _Analysis:
     # ---- readers of the token dimension itself ---------------------------------------------
 
     def _read(self, node: fx.Node, operand: fx.Node, layout: Layout) -> Outcome | None:
-        """Slice, select, split, mean. None for all others."""
+        """The outcome of a slice, select, split or mean; None for every other operator."""
         if not layout.tokens.whole or operand is not node.args[0]:
             return None
         dim, ndim = layout.tokens.dim, len(shape_of(operand))
@@ -283,7 +287,7 @@ class _Analysis:
         return _hidden(mask)
 
     def _product(self, node: fx.Node) -> Outcome:
-        """A product of two token holders: attention scores, or weights times values."""
+        """The outcome of multiplying two tensors that hold tokens: scores, or weights by values."""
         pair = operands(node)
         if pair is None or pair[0] is pair[1]:
             return Positional("a product of more or less than two tensors of tokens")
@@ -336,7 +340,7 @@ class _Analysis:
         return Carried(layout, tuple(open_sizes(node, holders[0], layout)), sides)
 
     def _moved(self, node: fx.Node, operand: fx.Node, layout: Layout) -> Layout | Positional:
-        """The layout a value's tokens have after an operator, taken on its own."""
+        """The layout of the result for one of the operands that hold tokens."""
         axes = []
         for axis in layout.axes:
             moved = move(node, operand, axis, len(layout.positions))
@@ -350,7 +354,7 @@ class _Analysis:
         return replace(layout, tokens=axes[0], batch=batch, columns=columns)
 
     def _sides(self, node: fx.Node, layout: Layout) -> tuple[Side, ...] | Positional:
-        """Operands without tokens of their own that nevertheless hold one row a token."""
+        """Operands that hold no tokens of the stream but have one row for each token."""
         found: list[Side] = []
         for operand in node.all_input_nodes:
             if operand in self.flow.layouts or not has_rows(node, operand, layout):

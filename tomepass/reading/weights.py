@@ -1,4 +1,9 @@
-"""Attention weights and heads: which softmax gives weights, and what may stand around it."""
+"""Where an attention's softmax runs and where its heads are.
+
+Tells whether a softmax yields attention weights over the tokens, which dimension of keys and masks
+is that of the heads, and which operators between the weights and the values leave the result
+proportional to the weights.
+"""
 
 from __future__ import annotations
 

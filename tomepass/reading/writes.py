@@ -1,8 +1,8 @@
-"""Writes in place: which ones a dataflow analysis may read as plain results.
+"""Finds operators that write in place in a way that reading the graph by dataflow would miss.
 
-``relu_(linear(x))`` and ``mm(x, w).view(shape).add_(bias)`` are results like any other as long as
-nobody reads what they overwrote. A write into a slice of a tensor that is read again is not: its
-readers would not be seen to depend on what was written.
+``relu_(linear(x))`` and ``mm(x, w).view(shape).add_(bias)`` write in place, but nobody reads what
+they overwrote: they can be read as plain results. A write into a slice of a tensor that is read
+again cannot: nothing in the graph says that the later reader depends on what was written.
 """
 
 from __future__ import annotations

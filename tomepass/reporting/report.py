@@ -204,7 +204,7 @@ def _data(captured: CanonicalGraph) -> list[fx.Node]:
 
 def _inputs(captured: CanonicalGraph) -> str:
     nodes = _data(captured)
-    # Both doors prefix an input's name, each in its own way.
+    # torch.export and Dynamo both prefix an input's name, each in its own way.
     names = [n.name.removeprefix("call_").removeprefix("l_").removesuffix("_") for n in nodes]
     return describe_inputs(dict(zip(names, (n.meta["val"] for n in nodes), strict=True)))
 

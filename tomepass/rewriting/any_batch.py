@@ -1,9 +1,9 @@
-"""What an operator returns for a batch of any size, told from what it returns for two sizes.
+"""Works out what an operator returns for any batch size from what it returns for two sizes.
 
 On fake tensors with a symbolic size every operator reasons about each size it meets, which takes
-up to a hundred times as long as with numbers. So an operator runs on two batches of fixed size:
-what differs between the two results grows with the batch. ``[1009, 197, 64]`` and
-``[2003, 197, 64]`` are ``[B, 197, 64]``.
+up to a hundred times as long as with numbers. So an operator is run for two batches of fixed size,
+and sizes that differ between the two results are taken to grow with the batch:
+``[1009, 197, 64]`` and ``[2003, 197, 64]`` are ``[B, 197, 64]``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""Attention over merged tokens: what is added to its scores, fused or written out."""
+"""Writes proportional attention: attention in which a merged token counts as all it stands for.
+
+The logarithm of each key's size is added to the attention scores, in a fused attention as a bias,
+in one that is written out before its softmax. Position biases are merged as the tokens are.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,8 @@ class Attending:
     """Writes the attentions of streams that lose tokens.
 
     Args:
-        method: whose tokens they are.
-        carrying: what sizes and biases are at an epoch.
+        method: the method that removes them.
+        carrying: writes token sizes and merged biases.
     """
 
     def __init__(self, method: Method, carrying: Carrying) -> None:

@@ -1,4 +1,9 @@
-"""What is carried over a reduction: tokens, sizes, maps, and what lies beside the tokens."""
+"""Writes what follows from a merge: merged tokens, their sizes, index maps, tables and biases.
+
+After a merge a stream has fewer tokens. Whatever is combined with them afterwards has to have as
+many rows: other tensors that hold tokens, position tables that are added or multiplied, biases of
+attention scores, and the maps from original tokens to merged ones.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +28,11 @@ aten = torch.ops.aten
 
 
 class Carrying:
-    """Writes what values, sizes, maps, tables and biases are at an epoch of a stream.
+    """Writes tokens, sizes, index maps, tables and biases as they are after some merges.
 
     Args:
-        writer: of the graph.
-        new: the node that stands for each one of the captured graph.
+        writer: of the new graph.
+        new: the node of the new graph for each node of the captured one.
     """
 
     def __init__(self, writer: Writer, new: dict[fx.Node, fx.Node]) -> None:

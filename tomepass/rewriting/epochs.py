@@ -1,4 +1,9 @@
-"""The books of one stream while its graph is rewritten: an epoch is the sequence after a merge."""
+"""What is known about one stream while its graph is rewritten: all merges so far, in order.
+
+An *epoch* is the time between two merges: epoch 0 is the sequence before any, epoch ``e`` the one
+after ``e`` merges. For each epoch :class:`Merges` holds the number of tokens, and the graph nodes
+of their sizes and of the maps from original tokens to merged ones.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +19,18 @@ from tomepass.reading.layouts import Layout
 
 @dataclass
 class Merges:
-    """The merges done so far in one stream; epoch e is the sequence after e of them.
+    """The merges done so far in one stream; epoch ``e`` is the sequence after ``e`` of them.
 
     Args:
         planned: the stream.
-        tokens: there are at each epoch.
-        reductions: from each epoch to the next.
-        blocks: the block that each of them is in, by its index.
-        sizes: of the tokens at each epoch, None while nothing has merged.
-        sources: which token holds each original one, or stands in for it.
-        holds: the same without the tokens that were dropped, which are -1.
-        kept: the original position each token stands for.
-        sides: tables and biases made for an epoch.
+        tokens: the number of tokens at each epoch.
+        reductions: the index map, and how tokens combine, from each epoch to the next.
+        blocks: the index of the block in which each of them takes place.
+        sizes: original tokens that each token holds, at each epoch; None while nothing has merged.
+        sources: at each epoch, the token that holds each original one, or stands in for it.
+        holds: the same, with -1 for tokens that were dropped.
+        kept: at each epoch, the original position that each token stands for.
+        sides: tables and biases that were merged already, by operand and epoch.
         memory: what the method keeps from block to block.
         masked: whether some tokens are padding or out of use, and must not be attended to.
     """
@@ -47,7 +52,7 @@ class Merges:
 
     @property
     def epoch(self) -> int:
-        """The latest."""
+        """The latest: how many merges there have been."""
         return len(self.reductions)
 
     @property

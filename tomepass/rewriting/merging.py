@@ -1,4 +1,8 @@
-"""Merging the tokens of a stream where the plan says so, as the method decides."""
+"""Inserts the merge after a block's attention, where the plan removes tokens.
+
+The method decides which tokens merge (:meth:`tomepass.methods.Method.reduce`). Here its index map
+is applied to the residual stream, and the merge is added to the stream's :class:`Merges`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""What a method reads of a block that is to lose tokens, found in the captured graph."""
+"""What a method can read of a block in which it removes tokens.
+
+:class:`Reducing` finds the queries, keys, values and attention weights of the block in the graph,
+in whatever layout the model computes them, and returns them as ``[B, H, N, D]`` and ``[B, N]``.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ aten = torch.ops.aten
 
 @dataclass
 class Reducing(ReducingBlock):
-    """A block as its graph shows it: operands of its attention, in whatever layout they stand."""
+    """One block as a method sees it: its hidden state and the operands of its attention."""
 
     _writer: Writer
     _node: fx.Node

@@ -1,4 +1,4 @@
-"""What rewriting returns: the graph, and where tokens and sizes stand in it."""
+"""The result of rewriting: the new graph, and which of its nodes are index maps and sizes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
-"""Stage 5: one forward sweep over a copy of the graph.
+"""Rewrites a captured graph in one pass from its inputs to its outputs.
 
-Inserted nodes are ``tome::`` operators. Every touched node is re-executed on fake tensors, and
-its shape compared with the plan: metadata is never stale and a wrong count never silent.
+Every node is copied into a new graph. What its operands hold decides how: nodes without tokens are
+copied as they are, attention gets token sizes, tables are merged, and before nodes that depend on
+positions tokens are unmerged. Inserted nodes are ``tome::`` operators. Every node whose operands
+changed is run again on fake tensors and its shape compared with the plan, so that ``meta["val"]``
+is right and a wrong number of tokens raises an error.
 """
 
 from __future__ import annotations

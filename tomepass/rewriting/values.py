@@ -1,4 +1,9 @@
-"""The values of a graph that is being rewritten: what stands for each one, merged how often."""
+"""Which node of the new graph stands for which node of the captured one.
+
+For tensors that hold tokens it also records the stream, the token dimension and the epoch, that is
+how many merges their tokens had been through, and brings a tensor of an earlier epoch up to a
+later one, or back to the original tokens.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +25,17 @@ aten = torch.ops.aten
 
 
 class Values:
-    """The values written so far, and how they become those of other epochs.
+    """The nodes written so far, and how a value of one epoch becomes that of another.
 
     Args:
-        writer: of the graph.
+        writer: of the new graph.
 
     Attributes:
-        new: the node that stands for each one of the captured graph.
-        layouts: of the values that hold tokens, where these stand in them.
-        stream_of: of the same, whose tokens they hold.
-        epoch: of the same, how often their tokens had been merged.
-        carrying: writes what sizes, maps, tables and biases are at an epoch.
+        new: the node of the new graph for each node of the captured one.
+        layouts: for values that hold tokens, which dimensions count images and tokens.
+        stream_of: for the same, the stream whose tokens they hold.
+        epoch: for the same, how many merges their tokens have been through.
+        carrying: writes token sizes, index maps, tables and biases.
     """
 
     def __init__(self, writer: Writer) -> None:

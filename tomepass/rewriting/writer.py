@@ -1,4 +1,8 @@
-"""Writing nodes into a graph: each is run on fake tensors, so that metadata is never stale."""
+"""Appends nodes to the new graph, each with a fake tensor in ``meta["val"]``.
+
+Each node is run on fake tensors when it is written, so that shapes, dtypes and strides in the
+metadata are those of the new graph and not of the captured one.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +37,16 @@ _ANY_LAYOUT: dict[Any, Any] = {
 
 
 class Writer:
-    """A graph in the making.
+    """A graph to which nodes are appended.
 
     Args:
-        fake_mode: of the values its nodes carry.
+        fake_mode: the mode of the fake tensors in ``meta["val"]``.
 
     Attributes:
-        graph: what is written.
-        touched: the nodes whose values are no longer those of the captured graph.
-        constants: tensors that the graph holds besides the captured ones, by attribute.
-        block: what is being written, for errors.
+        graph: the new graph.
+        touched: the nodes whose values differ from those in the captured graph.
+        constants: tensors that the new graph holds besides the captured ones, by attribute.
+        block: the block that is being written, which errors name.
     """
 
     def __init__(self, fake_mode: FakeTensorMode) -> None:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.assignments import assignments
-from tests.kernels.gpu.gpu_cases import heads
+from benchmarks.gpu.operands import assignments, heads
 from tomepass.kernels.cpu import match_cpu, merge_cpu, pad_keys_cpu
 from tomepass.kernels.gpu import match as gpu_match
 from tomepass.ops.matching.match import match

@@ -13,8 +13,7 @@ import torch
 from depth import in_turn
 from torch import Tensor
 
-from tests.assignments import assignments
-from tests.kernels.gpu.gpu_cases import (
+from benchmarks.gpu.checks import (
     DTYPES,
     NEXT_TO_NOTHING,
     check_gradients,
@@ -26,10 +25,8 @@ from tests.kernels.gpu.gpu_cases import (
     check_strided_keys,
     check_strided_tokens,
     check_sums,
-    counts,
-    even_cosines,
-    heads,
 )
+from benchmarks.gpu.operands import assignments, counts, even_cosines, heads
 from tomepass.kernels.gpu import match as gpu_match
 from tomepass.kernels.gpu.match import match_triton
 from tomepass.kernels.gpu.merge import merge_norm_triton, merge_triton, sum_triton, unmerge_triton

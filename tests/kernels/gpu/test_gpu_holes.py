@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.gpu.gpu_cases import check_map, heads
+from benchmarks.gpu.checks import check_map
+from benchmarks.gpu.operands import heads
 from tomepass.kernels.gpu import match as gpu_match
 from tomepass.kernels.gpu.merge import merge_triton
 from tomepass.kernels.gpu.sources import sources_triton

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.assignments import assignments
+from benchmarks.gpu.operands import assignments
 from tomepass.kernels.cpu import DTYPES, merge_bias_cpu, merge_cpu
 from tomepass.ops.dropping.prune import fuse_rest, gather_size
 from tomepass.ops.merging.combine import merge_max, mlerp

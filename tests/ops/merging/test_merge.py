@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.assignments import assignments
+from benchmarks.gpu.operands import assignments
 from tomepass import reference
 from tomepass.ops.matching.match import match
 from tomepass.ops.merging.merge import merge, merge_size

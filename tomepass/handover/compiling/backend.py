@@ -1,4 +1,8 @@
-"""The second door: a backend for ``torch.compile``."""
+"""The entry ``torch.compile(model, backend="tome")``: merges tokens, then compiles.
+
+The backend gets a graph from Dynamo, rewrites it, and hands it to another backend, by default
+Inductor.
+"""
 
 from __future__ import annotations
 

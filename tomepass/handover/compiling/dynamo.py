@@ -1,7 +1,8 @@
-"""What Dynamo says about the call that a backend compiles for.
+"""Finds out about the call of a compiled function during which a backend is asked to compile.
 
-Dynamo offers a backend no hook at the end of a call and none where it gives up compiling: both
-are read off the frame of the compiled call and the number of the compilation.
+The backend warns once a call has ended without any graph that has attention. Dynamo tells a
+backend neither when a call ends nor when it gives up compiling, so both are read off the stack
+frame of the call and the number of the compilation.
 """
 
 from __future__ import annotations

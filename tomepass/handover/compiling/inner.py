@@ -1,4 +1,4 @@
-"""The compiler that gets the rewritten graph, looked up by its name and checked."""
+"""The inner backend: the compiler that gets the rewritten graph, found by name and checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A module that stands in for the user's model: its attributes, class, methods and state.
+"""Lets a merged module be used wherever the model can: same attributes, class, methods and state.
 
 May import: the files beside this folder that hold captures and choices, and every floor below.
 Start reading: ``wrapping.py``.

@@ -1,8 +1,8 @@
-"""Methods that are not ``forward``: merged, or one warning says that they are not.
+"""Calls of the model's other methods on a merged module, such as ``get_image_features``.
 
-A method runs on the merged model, so that a forward it calls merges. What attends without going
-through a forward (``get_image_features``, ``forward_features``) is seen while it runs, and is
-captured and merged as a call of its own.
+A method runs with the merged module as ``self``, so that a forward it calls merges tokens. Where
+it computes attention without calling a forward, this is noticed while it runs, and the method is
+captured and merged like a forward. Where that cannot be done, one warning says so.
 """
 
 from __future__ import annotations

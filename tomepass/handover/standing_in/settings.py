@@ -1,4 +1,8 @@
-"""Saving in the HuggingFace way: the model as usual, and ``tomepass.json`` beside it."""
+"""Saves and loads a merged model in the way of HuggingFace.
+
+The model is saved as usual, with a file ``tomepass.json`` beside it that holds the method and the
+options of ``apply``.
+"""
 
 from __future__ import annotations
 

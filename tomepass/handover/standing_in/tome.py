@@ -1,4 +1,4 @@
-"""What a merged model knows beside the model: method, captures, how its methods are called."""
+"""What a merged module holds besides the model: the method, the options and the captures."""
 
 from __future__ import annotations
 

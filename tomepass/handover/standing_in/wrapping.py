@@ -1,9 +1,9 @@
-"""Standing in for a model: its attributes, its class, its state, whoever asks.
+"""A module that takes the place of a model: everything that is not about merging is the model's.
 
-Whatever is not about merging belongs to the model. Attributes are read from it and written to it,
-its parameters, buffers and children are shared, ``isinstance`` and ``__class__`` answer with its
-class, and ``inspect.signature`` of the forward with its inputs: so Trainer, accelerate, PEFT and
-pipelines treat a merged model as the model.
+Attributes are read from the model and written to it; its parameters, buffers and children are
+shared; ``isinstance`` and ``__class__`` answer with its class, and ``inspect.signature`` of the
+forward with its inputs. So Trainer, accelerate, PEFT and pipelines treat a merged model as the
+model.
 """
 
 from __future__ import annotations

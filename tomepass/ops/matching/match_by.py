@@ -80,12 +80,16 @@ def match_by(
         scores = comparable(scores, kinds)
         best, partner = scores.max(dim=-1)
         if importance is not None:
-            own = importance[:, sources].to(best.dtype) ** exponent
-            nearest = 1.0 if similarity == "cosine" else 0.0
-            best = (best - nearest) * own
-            best = torch.where(best.isnan(), -float("inf"), best)
+            best = _weighed(best, importance[:, sources].to(best.dtype) ** exponent, similarity)
         merged = rank(padding_first(best, kinds)) < r
     return partitioned(held, sources, destinations, partner, merged, merged, r)
+
+
+def _weighed(best: Tensor, weights: Tensor, similarity: str) -> Tensor:
+    """Each source's best edge, its dissimilarity multiplied with the source's weight, negated."""
+    nearest = 1.0 if similarity == "cosine" else 0.0
+    best = (best - nearest) * weights
+    return torch.where(best.isnan(), -float("inf"), best)
 
 
 def _halves(

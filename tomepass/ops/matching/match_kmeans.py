@@ -55,33 +55,51 @@ def match_kmeans(
     clusters = free - r
     if clusters < 1:
         raise ValueError(f"{free} free tokens can lose {free - 1}, got r={r}")
-    device = features.device
-    with torch.no_grad(), without_autocast(device):
+    with torch.no_grad(), without_autocast(features.device):
         metric = head_mean(features)
         if similarity == "cosine":
             metric = torch.nn.functional.normalize(metric, dim=-1)
-        loose = free_mask(tokens, protected, device)
-        number = loose.cumsum(0) - 1  # among the free ones
-        spaced = torch.arange(clusters, device=device) * free // clusters
-        position = torch.arange(tokens, device=device)
-        seeds = torch.where(loose & (number == spaced[:, None]), position, 0).sum(-1)
-        seeds = seeds.expand(batch, -1)
-        seeded = sent(seeds, tokens).transpose(1, 2)  # [B, clusters, N]
-        centres = gather(metric, seeds, 1)
-        kinds = None
-        if size is not None:
-            kinds = [size < PADDED, (size < PADDED).gather(1, seeds)]
-        for step in range(iterations):
-            scores = similarities(metric, centres, similarity)
-            scores = comparable(scores, kinds, unknown=UNKNOWN, apart=APART)
-            # A seed stays where it is.
-            own, member = seeded.any(1), seeded.int().argmax(1)
-            nearest = torch.where(own, member, scores.argmax(-1))
-            if step + 1 < iterations:
-                goes = sent(nearest, clusters) & loose
-                if kinds is not None:  # what a centre is the mean of is of its seed's kind
-                    goes = goes & (kinds[0].unsqueeze(1) == kinds[1].unsqueeze(2))
-                shares = goes.to(metric.dtype)
-                centres = (shares @ metric) / shares.sum(-1, keepdim=True)
+        loose = free_mask(tokens, protected, features.device)
+        seeds = _spaced(loose, free, clusters).expand(batch, -1)
+        nearest = _nearest(metric, seeds, loose, size, similarity, iterations)
+        position = torch.arange(tokens, device=features.device)
         into = torch.where(loose, seeds.gather(1, nearest), position)
         return in_sequence(into, tokens - r, protected)
+
+
+def _spaced(loose: Tensor, free: int, clusters: int) -> Tensor:
+    """The positions ``[clusters]`` of evenly spaced tokens among the free ones."""
+    position = torch.arange(loose.shape[0], device=loose.device)
+    number = loose.cumsum(0) - 1  # among the free ones
+    spaced = torch.arange(clusters, device=loose.device) * free // clusters
+    return torch.where(loose & (number == spaced[:, None]), position, 0).sum(-1)
+
+
+def _nearest(
+    metric: Tensor,
+    seeds: Tensor,
+    loose: Tensor,
+    size: Tensor | None,
+    similarity: str,
+    iterations: int,
+) -> Tensor:
+    """The cluster ``[B, N]`` of each token, of ``metric [B, N, D]`` and ``seeds [B, clusters]``."""
+    tokens, clusters = metric.shape[1], seeds.shape[1]
+    seeded = sent(seeds, tokens).transpose(1, 2)  # [B, clusters, N]
+    centres = gather(metric, seeds, 1)
+    kinds = None
+    if size is not None:
+        kinds = [size < PADDED, (size < PADDED).gather(1, seeds)]
+    for step in range(iterations):
+        scores = similarities(metric, centres, similarity)
+        scores = comparable(scores, kinds, unknown=UNKNOWN, apart=APART)
+        # A seed stays where it is.
+        own, member = seeded.any(1), seeded.int().argmax(1)
+        nearest = torch.where(own, member, scores.argmax(-1))
+        if step + 1 < iterations:
+            goes = sent(nearest, clusters) & loose
+            if kinds is not None:  # what a centre is the mean of is of its seed's kind
+                goes = goes & (kinds[0].unsqueeze(1) == kinds[1].unsqueeze(2))
+            shares = goes.to(metric.dtype)
+            centres = (shares @ metric) / shares.sum(-1, keepdim=True)
+    return nearest

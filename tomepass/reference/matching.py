@@ -1,13 +1,4 @@
-"""A plain reference of Token Merging (Bolya et al., "Token Merging: Your ViT But Faster",
-arXiv 2210.09461), to test other implementations against.
-
-It shares no code with the rest of the package, imports only torch and the standard library, loops
-over images in Python and computes in float64. It is meant to be read and trusted, not to be fast.
-
-Notation: B images, N tokens, C channels, H heads, D channels a head. "Protected" tokens (class,
-distillation and register tokens) take no part in the matching. Positions are those of the current
-sequence, so after a merge the P protected tokens are at positions 0 .. P-1.
-"""
+"""Which tokens merge: counts, edges between sources and destinations, and the index map."""
 
 from __future__ import annotations
 
@@ -184,110 +175,6 @@ def match_margin(
     return margins
 
 
-def compose(assign: Tensor, source: Tensor) -> Tensor:
-    """Follow one more merge: `assign [B, N']` of it, `source [B, N]` up to it -> `[B, N]`."""
-    return torch.stack([a[s] for a, s in zip(assign, source, strict=True)])
-
-
-def merge(x: Tensor, size: Tensor, assign: Tensor, n_out: int) -> tuple[Tensor, Tensor]:
-    """Size-weighted mean of the tokens that share a place (arXiv 2210.09461, section 3).
-
-    x: `[B, N, C]`; size: `[B, N]`, positive: original tokens held by each; assign: `[B, N]` of
-    `match`; n_out: tokens after it. Returns `[B, n_out, C]` and `[B, n_out]`, dtypes as given.
-    """
-    merged, sizes = [], []
-    for tokens, weight, place in zip(x.double(), size.double(), assign, strict=True):
-        total = weight.new_zeros(n_out).index_add(0, place, weight)
-        weighted = tokens * weight[:, None]
-        summed = tokens.new_zeros(n_out, tokens.shape[-1]).index_add(0, place, weighted)
-        merged.append(summed / total[:, None])
-        sizes.append(total)
-    return torch.stack(merged).to(x.dtype), torch.stack(sizes).to(size.dtype)
-
-
-def combine(x: Tensor, size: Tensor, assign: Tensor, n_out: int, how: str) -> Tensor:
-    """Other ways than the weighted mean to make one token of several (table 1; ToFu, MLERP).
-
-    x: `[B, N, C]`; size: `[B, N]`; assign: `[B, N]` of `match`; how: "mean", "max" of each
-    channel, "mlerp_max" (the weighted mean at the greatest norm), or "mlerp_mean" (the weighted
-    mean of the directions at the weighted mean of the norms). Returns `[B, n_out, C]`.
-    """
-    images = []
-    for tokens, weight, places in zip(x.double(), size.double(), assign, strict=True):
-        made = []
-        for place in range(n_out):
-            group, w = tokens[places == place], weight[places == place, None]
-            norms = group.norm(dim=-1, keepdim=True)
-            if how == "mean" or len(group) == 1:
-                one = group.mean(0)
-            elif how == "max":
-                one = group.amax(0)
-            elif how == "mlerp_max":
-                mean = (w * group).sum(0) / w.sum()
-                one = mean / mean.norm() * norms.max()
-            else:
-                direction = (w * group / norms).sum(0)
-                one = direction / direction.norm() * (w * norms).sum() / w.sum()
-            made.append(one)
-        images.append(torch.stack(made))
-    return torch.stack(images).to(x.dtype)
-
-
-def attention_to(
-    q: Tensor, k: Tensor, size: Tensor | None, queries: tuple[int, ...], scale: float
-) -> Tensor:
-    """The attention each token gets, the mean over heads and over `queries` (all, if empty).
-
-    q: `[B, H, N, D]`; k: `[B, H', N, D]`, each shared by H / H' heads. Returns `[B, N]` float64.
-    """
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    weights = proportional_weights(q.double() @ k.double().transpose(-1, -2) * scale, size)
-    return weights[:, :, list(queries) or slice(None)].mean((1, 2))
-
-
-def unmerge(x: Tensor, source: Tensor) -> Tensor:
-    """Give every original position the value of the token that holds it.
-
-    x: `[B, N', C]`; source: `[B, N]`, the place in x of each original token. Returns `[B, N, C]`.
-    """
-    return torch.stack([tokens[place] for tokens, place in zip(x, source, strict=True)])
-
-
-def proportional_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    size: Tensor | None = None,
-    scale: float | None = None,
-    bias: Tensor | None = None,
-) -> Tensor:
-    """`softmax(q kᵀ · scale + log size) v` (arXiv 2210.09461, section 3, "Tracking Token Size").
-
-    q, k, v: `[B, H, N, D]`; size: `[B, N]` of the keys, None for plain attention; scale: 1/√D
-    unless given; bias: added to the scores. Returns `[B, H, N, D]` in the dtype of q.
-    """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q.double() @ k.double().transpose(-1, -2) * scale
-    if bias is not None:
-        scores = scores + bias.double()
-    if size is not None:
-        scores = scores + size.double().log()[:, None, None, :]
-    return (scores.softmax(-1) @ v.double()).to(q.dtype)
-
-
-def proportional_weights(scores: Tensor, size: Tensor | None) -> Tensor:
-    """The attention weights alone: every key counts as often as the tokens it holds.
-
-    scores: `[B, ..., N]`, or `[B * H, ..., N]` with the heads folded in; size: `[B, N]`.
-    """
-    exponential = (scores.double() - scores.double().amax(-1, keepdim=True)).exp()
-    if size is not None:
-        heads = scores.shape[0] // size.shape[0]
-        count = size.double().repeat_interleave(heads, dim=0)
-        exponential *= count.reshape(count.shape[0], *[1] * (scores.ndim - 2), count.shape[1])
-    return (exponential / exponential.sum(-1, keepdim=True)).to(scores.dtype)
-
-
 def kept(assign: Tensor, protected: tuple[int, ...], n_out: int, edges: Edges = _TOME) -> Tensor:
     """Which position each merged token stands for: its own, or of several the destination's.
 
@@ -301,29 +188,6 @@ def kept(assign: Tensor, protected: tuple[int, ...], n_out: int, edges: Edges = 
             if found[image, place] < 0 or position in destinations:
                 found[image, place] = position
     return found.to(assign.device)
-
-
-def merged_rows(table: Tensor, source: Tensor, n_out: int) -> Tensor:
-    """The mean of the rows of `table [1 or B, N, C]` that share a place of `source [B, N]`."""
-    wide = table.expand(source.shape[0], *table.shape[-2:])
-    return merge(wide, torch.ones(source.shape, device=source.device), source, n_out)[0]
-
-
-def merged_bias(bias: Tensor, source: Tensor, n_out: int) -> Tensor:
-    """A position bias among original tokens, for merged ones.
-
-    bias: `[1 or B, 1 or H, N, N]`; source: `[B, N]`. Several keys in one weigh together what
-    they weighed apart, `log Σ exp` less the log of their number; a query made of several has
-    their mean. Returns `[B, 1 or H, n_out, n_out]`.
-    """
-    images = []
-    for image, places in enumerate(source):
-        one = bias[image if bias.shape[0] > 1 else 0].double()
-        columns = [one[..., places == j] for j in range(n_out)]
-        one = torch.stack([c.logsumexp(-1) - math.log(c.shape[-1]) for c in columns], dim=-1)
-        rows = [one[..., places == i, :].mean(-2) for i in range(n_out)]
-        images.append(torch.stack(rows, dim=-2))
-    return torch.stack(images).to(bias.dtype)
 
 
 def _partition(tokens: int, protected: tuple[int, ...]) -> tuple[list[int], list[int]]:

@@ -1,13 +1,15 @@
-"""What kernels for CUDA are held against: run in Triton's interpreter, or on a device."""
+"""Checks of the Triton kernels, on a device or in Triton's interpreter: each raises AssertionError.
+
+The tests and ``python -m benchmarks gpu --only correctness`` call the same ones.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tests.assignments import assignments
+from benchmarks.gpu.operands import assignments, heads
 from tomepass import reference
-from tomepass.counts.schedule import capped
 from tomepass.kernels.gpu.match import match_triton
 from tomepass.kernels.gpu.merge import merge_norm_triton, merge_triton, sum_triton, unmerge_triton
 from tomepass.kernels.gpu.sources import sources_triton
@@ -20,37 +22,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NEXT_TO_NOTHING = PADDED * 1e-24
 # Relative to the largest token: one rounding of the result, and a few of the sum.
 ROUNDING = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-def heads(
-    images: int,
-    tokens: int,
-    seed: int = 0,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str = "cpu",
-    count: int = 3,
-    width: int = 24,
-) -> Tensor:
-    """Keys ``[B, H, N, D]`` as a projection leaves them."""
-    generator = torch.Generator().manual_seed(seed)
-    made = torch.randn(images, tokens, count, width, generator=generator)
-    return made.to(device, dtype).transpose(1, 2)
-
-
-def even_cosines(images: int, tokens: int, seed: int, *, device: str = "cpu") -> Tensor:
-    """Keys ``[B, 1, N, 16]`` of length 2, of zeros and ones: cosines are quarters, many of them
-    equal, and exact in whatever order they are summed."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.rand(images, 1, tokens, 16, generator=generator).argsort(-1)
-    same = torch.rand(images, 1, tokens, 1, generator=generator) < 0.5
-    return torch.where(same, order[:, :, :1] < 4, order < 4).float().to(device)
-
-
-def counts(tokens: int, protected: list[int]) -> list[int]:
-    """None, one, some, and all that can merge."""
-    most = capped(tokens, tokens, tuple(sorted(set(protected))))
-    return sorted({0, min(1, most), most // 2, most})
 
 
 def check_map(keys: Tensor, r: int, protected: list[int], size: Tensor | None = None) -> None:
@@ -198,7 +169,7 @@ def check_norm_gradients(dtype: torch.dtype, weights: torch.dtype, device: str =
     got = torch.autograd.grad(outputs, inputs, grads)
     wide = [x.detach().double().requires_grad_(True) for x in inputs]
     merged = merge(wide[0], size, assign, 8)
-    normed = torch.nn.functional.layer_norm(merged, (16,), *wide[1:], 1e-5)
+    normed = torch.nn.functional.layer_norm(merged, (16,), wide[1], wide[2], 1e-5)
     exact = torch.autograd.grad((merged, normed), wide, tuple(g.double() for g in grads))
     _near(got, exact, inputs)
 
