@@ -20,7 +20,7 @@ import tomepass
 from benchmarks.gpu import checks
 from benchmarks.gpu.checks import DTYPES, NEXT_TO_NOTHING, check_map
 from benchmarks.gpu.operands import counts, even_cosines, heads
-from tomepass.handover.merged import captured
+from tomepass.handover.added import captured
 from tomepass.kernels.gpu import match as gpu_match
 from tomepass.kernels.gpu import merge as gpu_merge
 from tomepass.kernels.gpu import tuning
