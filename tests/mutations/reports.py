@@ -75,7 +75,7 @@ MUTANTS = [
     ),
     Mutant(
         name="neighbours_are_not_changed",
-        file="tomepass/proof/check.py",
+        file="tomepass/proof/inputs.py",
         old="return torch.cat([value[:1], -1.5 * value[1:].flip(0) + 0.25])",
         new="return value",
         tests="tests/proof/test_check.py -k mixes_images",

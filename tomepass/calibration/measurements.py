@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -126,6 +127,7 @@ def read_measurements(path: Path, key: str, images: int, depth: int) -> dict[str
             advice="give another file, or remove it",
         )
     known: dict[str, Any] = stored["known"]
+    logging.getLogger("tomepass").info("cached: %d measurements read from %s", len(known), path)
     for name, value in known.items():
         if not _fits(name, value, images, depth):
             raise _broken(path, f"what stands under {name[:60]!r} is no measurement")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache as remembered
@@ -216,7 +217,9 @@ class _Search:
             tried=tuple(Candidate(m, self.judge.share(m), d) for m, d in tried.items()),
             seed=self.seed,
         )
-        return Plan(chosen, None, _why(calibration), (), "", _where(), calibration)
+        why = _why(calibration)
+        logging.getLogger("tomepass").info("chosen: %r, %s", chosen, why)
+        return Plan(chosen, None, why, (), "", _where(), calibration)
 
     def _alone(self, method: Method, index: int, r: int) -> float:
         counts = [0] * self.depth

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from rich.text import Text
 
 from tomepass.errors import TomeError
 from tomepass.methods import Method, ToMe, method_from_dict
-from tomepass.printing.style import facts, table, versions
+from tomepass.printing.style import Printed, facts, table, versions
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -34,8 +34,8 @@ class Candidate:
     divergence: float
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Printed):
     """What :func:`calibrate` measured.
 
     Args:
@@ -72,6 +72,18 @@ class Calibration:
         lists = {name: tuple(data[name]) for name in ("linearity", "sensitivity")}
         tried = [Candidate(**{**t, "method": method_from_dict(t["method"])}) for t in data["tried"]]
         return Calibration(**{**data, **scores, **lists, "tried": tuple(tried)})
+
+    def _line(self) -> str:
+        held = self.held_out
+        return (
+            f"{len(self.tried)} candidates at {self.macs:.1%} of the MACs, divergence "
+            f"{held.divergence:.4f} on {held.images} images held out"
+        )
+
+    def __rich_console__(
+        self, console: Console, options: ConsoleOptions
+    ) -> Iterator[RenderableType]:
+        yield from calibration_tables(self)
 
     def plot(self, path: str | Path) -> None:
         """Draws linearity and sensitivity, a bar a block, into a PNG."""
@@ -117,8 +129,8 @@ class Tried:
     greatest: float
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, repr=False)
+class Plan(Printed):
     """What :func:`plan` found: ``tomepass.apply(model, plan.method)`` carries it out.
 
     Args:
@@ -197,10 +209,9 @@ class Plan:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
-    def __str__(self) -> str:
-        from tomepass.printing.style import to_text
-
-        return to_text(self)
+    def _line(self) -> str:
+        speed = "" if self.speedup is None else f", {self.speedup:.2f}x measured"
+        return f"{self.method!r}{speed}"
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
@@ -217,11 +228,22 @@ def plan_tables(plan: Plan) -> Iterator[RenderableType]:
         yield Text(f"  {spread} with {t.macs:.0%} of the MACs: {t.method!r}")
     if (found := plan.calibration) is None:
         return
-    counts = plan.method.counts(len(found.linearity))
-    made = table("", "block", "r", "not linear", f"divergence if {found.alone} go here alone")
-    rows = zip(counts, found.linearity, found.sensitivity, strict=True)
-    for index, (r, bent, alone) in enumerate(rows):
-        made.add_row(str(index), str(r), f"{bent:.3f}", f"{alone:.4f}")
+    yield from calibration_tables(found, plan.method.counts(len(found.linearity)))
+
+
+def calibration_tables(
+    found: Calibration, counts: Sequence[int] | None = None
+) -> Iterator[RenderableType]:
+    """The printed form of a calibration.
+
+    Args:
+        counts: tokens that each block loses by the plan it led to.
+    """
+    alone = f"divergence if {found.alone} go here alone"
+    made = table("", "block", *([] if counts is None else ["r"]), "not linear", alone)
+    for index, (bent, lost) in enumerate(zip(found.linearity, found.sensitivity, strict=True)):
+        r = [] if counts is None else [str(counts[index])]
+        made.add_row(str(index), *r, f"{bent:.3f}", f"{lost:.4f}")
     yield made
     made = table("", "images", "divergence", "same top-1", "even ToMe's divergence")
     for name, score, even in (

@@ -7,6 +7,8 @@ number of captures kept is limited; the one longest out of use is dropped first.
 from __future__ import annotations
 
 import itertools
+import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -35,6 +37,8 @@ Check = Callable[["Applied", nn.Module, dict[str, Any], str], "Applied"]
 Signature = tuple[Any, ...]
 
 _clock = itertools.count(1)
+
+_LOG = logging.getLogger("tomepass")
 
 _stores: weakref.WeakValueDictionary[int, Captures] = weakref.WeakValueDictionary()
 
@@ -135,7 +139,9 @@ class Captures:
         return None
 
     def _new(self, model: nn.Module, call: dict[str, Any], method: str) -> _Kept:
+        started = time.perf_counter()
         applied = self.make(model, call, method)
+        _tell_of(applied, f"{type(model).__name__}.{method}", time.perf_counter() - started)
         signature = signature_of(model, call, method, applied.capture.form)
         new = _Kept(signature, applied, next(_clock))
         used = sorted((*self._all(), new), key=lambda kept: kept.used, reverse=True)
@@ -143,6 +149,8 @@ class Captures:
         for kept in used[: max(self.limit, 1)]:
             groups[kept.signature] = (*groups.get(kept.signature, ()), kept)
         self._kept = groups
+        told = "kept: %d of at most %d captures, %d dropped"
+        _LOG.info(told, len(self), self.limit, len(used) - len(self))
         self._numbers.setdefault(signature, len(self._numbers))
         return new
 
@@ -205,6 +213,13 @@ def _shape_of(value: Any, first: Tensor | None, form: Form) -> Any:
     if isinstance(value, dict):
         return ("dict", *((name, _shape_of(v, first, form)) for name, v in value.items()))
     return repr(value)
+
+
+def _tell_of(applied: Applied, what: str, seconds: float) -> None:
+    """Logs what was captured, and what was chosen for it."""
+    report = applied.report
+    _LOG.info("captured: %s for %s in %.2f s", what, report.inputs, seconds)
+    _LOG.info("chosen: %r%s", report, "".join(f"; {c}" for c in report.paths + report.kernels))
 
 
 def _device(tensor: Tensor) -> tuple[str, int | None]:

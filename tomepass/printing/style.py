@@ -6,6 +6,7 @@ import io
 import platform
 import sys
 from collections.abc import Sequence
+from typing import cast
 
 from rich import box
 from rich.console import Console, RenderableType
@@ -19,6 +20,42 @@ def to_text(renderable: RenderableType, width: int = 100) -> str:
     file = io.StringIO()
     Console(width=width, color_system=None, legacy_windows=False, file=file).print(renderable)
     return "\n".join(line.rstrip() for line in file.getvalue().splitlines()).rstrip("\n")
+
+
+def to_html(renderable: RenderableType, width: int = 100) -> str:
+    """A renderable as a piece of HTML, as a notebook shows it."""
+    console = Console(width=width, record=True, file=io.StringIO(), legacy_windows=False)
+    console.print(renderable)
+    form = '<pre style="white-space: pre; overflow-x: auto; line-height: 1.2">{code}</pre>'
+    return console.export_html(inline_styles=True, code_format=form)
+
+
+def one_line(text: str, width: int = 100) -> str:
+    """A text on one line of at most so many characters, its end kept: a ``repr``."""
+    text = " ".join(text.split())
+    if len(text) <= width:
+        return text
+    tail = width // 4
+    return f"{text[: width - tail - 3]}...{text[-tail:]}"
+
+
+class Printed:
+    """What prints as tables, and is shown as such in a notebook.
+
+    A subclass defines ``__rich_console__``, and ``_line``: what it is, on one line.
+    """
+
+    def __str__(self) -> str:
+        return to_text(cast(RenderableType, self))
+
+    def _repr_html_(self) -> str:
+        return to_html(cast(RenderableType, self))
+
+    def _line(self) -> str:
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return one_line(f"<{type(self).__name__} of {self._line()}>")
 
 
 def progress_bar(shown: bool = True) -> Progress:

@@ -34,6 +34,7 @@ from tomepass.model.unmerged import answer_of, check_values, in_precision
 from tomepass.ops.choices import CHOICES, MATCHES
 from tomepass.planning.plan_graph import plan_graph
 from tomepass.proof.duplicates import check_duplicates
+from tomepass.proof.inputs import at_least_two, double, other_neighbours, single
 from tomepass.proof.kernels import kernel_lines
 from tomepass.proof.recorded import Recorded, edges_of, record, reference_lines
 from tomepass.proof.replay import relative_error, replayed
@@ -297,7 +298,7 @@ def _low_precision_line(subject: _Subject) -> CheckLine:
     """One run's assignments in the eager, the compiled and a float64 graph."""
     eager, compiled, assigns = _replayed(subject)
     model = in_precision(subject.model, torch.float64)
-    call = pytree.tree_map(_double, subject.call)
+    call = pytree.tree_map(double, subject.call)
     merged = subject.merged
     exact = make_applied(model, merged._tome.method, call, outputs=merged._tome.outputs)
     assert exact.graph is not None
@@ -326,7 +327,7 @@ def _duplicates_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     model, applied, call = subject.model, subject.applied, subject.call
     if subject.low_precision:
         model = in_precision(model, torch.float32)
-        call = pytree.tree_map(_single, call)
+        call = pytree.tree_map(single, call)
         applied = make_applied(model, subject.merged._tome.method, call)
     found = check_duplicates(model, applied.capture, subject.merged._tome.method, call)
     passed: bool | None = found.error <= FLOAT32_TOLERANCE
@@ -337,7 +338,7 @@ def _duplicates_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
 
 
 def _determinism_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
-    call = _at_least_two(subject.call, subject.images)
+    call = at_least_two(subject.call, subject.images)
     first, second = subject.run_compiled(call), subject.run_compiled(call)
     again = _bits(name, first, second, "a second run gives other bits")
     yield again
@@ -345,7 +346,7 @@ def _determinism_line(subject: _Subject, name: str) -> Iterator[CheckLine]:
     if not again.passed:
         yield CheckLine(name, 0.0, 0.0, None, f"{BLIND}not even the same batch repeats")
         return
-    changed = subject.run_compiled(pytree.tree_map(_other_neighbours, call))
+    changed = subject.run_compiled(pytree.tree_map(other_neighbours, call))
     images = max(2, subject.images)
     alone = _own_rows(subject, call, images)
     rows = [(a[:1], b[:1]) for a, b, own in zip(first, changed, alone, strict=True) if own]
@@ -363,7 +364,7 @@ def _own_rows(subject: _Subject, call: dict[str, Any], images: int) -> list[bool
     A similarity of images and texts does not.
     """
     first = tensors(answer_of(subject.model, call))
-    changed = tensors(answer_of(subject.model, pytree.tree_map(_other_neighbours, call)))
+    changed = tensors(answer_of(subject.model, pytree.tree_map(other_neighbours, call)))
     pairs = zip(first, changed, strict=True)
     return [a.ndim > 0 and a.shape[0] == images and _same_bits(a[:1], b[:1]) for a, b in pairs]
 
@@ -383,29 +384,6 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 def _worst(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
     return max((relative_error(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
-
-
-def _double(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _single(value: Any) -> Any:
-    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _at_least_two(call: dict[str, Any], images: int) -> dict[str, Any]:
-    def doubled(value: Any) -> Any:
-        batched = isinstance(value, Tensor) and value.ndim and value.shape[0] == images
-        return torch.cat([value, value]) if batched else value
-
-    return call if images > 1 else dict(pytree.tree_map(doubled, call))
-
-
-def _other_neighbours(value: Any) -> Any:
-    """The first image as it is, the others replaced."""
-    if not isinstance(value, Tensor) or not value.ndim or not value.is_floating_point():
-        return value
-    return torch.cat([value[:1], -1.5 * value[1:].flip(0) + 0.25])
 
 
 _LINES: dict[str, Callable[[_Subject, str], Iterator[CheckLine]]] = {

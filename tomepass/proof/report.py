@@ -12,7 +12,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from tomepass.methods import Method
-from tomepass.printing.style import facts, table, versions
+from tomepass.printing.style import Printed, facts, table, versions
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions, RenderableType
@@ -22,8 +22,8 @@ BLIND = "blind here: "
 """How the note of a line begins that proves nothing for this method, model or inputs."""
 
 
-@dataclass(frozen=True)
-class CheckReport:
+@dataclass(frozen=True, repr=False)
+class CheckReport(Printed):
     """What :func:`tomepass.check` found, a line a property. Prints as a table.
 
     ``ok`` is True if no line fails, ``proved`` if every line could be tried and passes;
@@ -59,10 +59,11 @@ class CheckReport:
             "proved": self.proved,
         }
 
-    def __str__(self) -> str:
-        from tomepass.printing.style import to_text
-
-        return to_text(self)
+    def _line(self) -> str:
+        failed = sum(line.passed is False for line in self.lines)
+        told = [f"{failed} lines fail"] if failed else []
+        told += [f"{len(self.unproved)} lines not proved"] if self.unproved else []
+        return f"{self.model}: {self.method!r}, {', '.join(told) or 'all checks pass'}"
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions

@@ -16,7 +16,7 @@ from tomepass.graphs.surgery import only_outputs
 from tomepass.methods import Method
 from tomepass.ops.padding import PADDED
 from tomepass.planning.plan_graph import plan_graph
-from tomepass.printing.style import table
+from tomepass.printing.style import Printed, table
 from tomepass.rewriting.sweep import rewrite
 
 if TYPE_CHECKING:
@@ -50,8 +50,8 @@ class KeptBlock:
     mean: float
 
 
-@dataclass(frozen=True)
-class KeptReport:
+@dataclass(frozen=True, repr=False)
+class KeptReport(Printed):
     """How many tokens of their first stream some images keep; prints as a table."""
 
     model: str
@@ -77,10 +77,9 @@ class KeptReport:
         """As JSON types."""
         return asdict(self) | {"method": self.method.to_dict()}
 
-    def __str__(self) -> str:
-        from tomepass.printing.style import to_text
-
-        return to_text(self)
+    def _line(self) -> str:
+        last = f", {self.blocks[-1].mean:.1f} in use at the end" if self.blocks else ""
+        return f"{self.model}: {self.method!r}, {self.images} images of {self.tokens} tokens{last}"
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions

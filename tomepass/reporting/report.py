@@ -20,7 +20,7 @@ from tomepass.model.calls import describe_inputs
 from tomepass.ops.library import is_overhead
 from tomepass.planning.macs import batch_of, batch_sizes, graph_macs, macs_by_name, node_macs
 from tomepass.planning.streams import Planned, PlannedStream
-from tomepass.printing.style import facts, gmacs, ranges, table, versions
+from tomepass.printing.style import Printed, facts, gmacs, ranges, table, versions
 from tomepass.reading.layouts import Attended, Averaged, Contracted, Taken
 from tomepass.reading.mismatch import Mismatch
 from tomepass.rewriting.rewritten import Rewritten
@@ -68,8 +68,8 @@ class StreamReport:
     sides: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Report:
+@dataclass(frozen=True, repr=False)
+class Report(Printed):
     """What the pass found in a model and does to it. Prints as a table.
 
     Args:
@@ -145,10 +145,12 @@ class Report:
             "ok": self.ok,
         }
 
-    def __str__(self) -> str:
-        from tomepass.printing.style import to_text
-
-        return to_text(self)
+    def _line(self) -> str:
+        if not self.streams:
+            return f"{self.model}: {self.method!r}, left unmerged"
+        ends = ((s.tokens, s.blocks[-1].tokens_out) for s in self.streams)
+        tokens = " and ".join(f"{first} -> {last}" for first, last in ends)
+        return f"{self.model}: {self.method!r}, {tokens} tokens, ideal {self.speedup_ideal:.2f}x"
 
     def __rich_console__(
         self, console: Console, options: ConsoleOptions
