@@ -20,7 +20,7 @@ import tomepass
 from tomepass.sources.images import load_images
 from tomepass.sources.models import load_model
 
-DATA = Path(os.environ.get("TOMEPASS_DATA", Path(__file__).parents[2] / "shared" / "data"))
+DATA = Path(os.environ.get("TOMEPASS_DATA", Path(__file__).parents[3] / "shared" / "data"))
 pytestmark = [
     pytest.mark.skipif(not (DATA / "deit_tiny").is_dir(), reason="no data folder"),
     pytest.mark.usefixtures("captured_once"),
