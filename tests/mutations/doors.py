@@ -47,9 +47,9 @@ MUTANTS = [
     ),
     Mutant(
         name="copies_leave_the_method_behind",
-        file="tomepass/handover/adaptive.py",
-        old="return _rebuild, (tome.model, tome.method, ",
-        new="return _rebuild, (tome.model, ToMe(), ",
+        file="tomepass/handover/merged.py",
+        old="return rebuild, (tome.model, tome.method, ",
+        new="return rebuild, (tome.model, tome.method.replace(r=1), ",
         tests="tests/handover/test_merged.py -k copies",
     ),
     Mutant(

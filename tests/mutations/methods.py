@@ -57,7 +57,7 @@ MUTANTS = [
         file="tomepass/rewriting/reducing.py",
         old="return self.attention_to(self.protected[:1])",
         new="return self.attention_to([])",
-        tests="tests/methods/test_every_method.py -k 'plain_reference and prune and vit'",
+        tests="tests/reading/test_weights_read.py -k weights_are_those",
     ),
     Mutant(
         name="the_last_protected_token_is_the_class_token",
