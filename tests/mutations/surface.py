@@ -76,8 +76,8 @@ MUTANTS = [
     Mutant(
         name="explain_forgets_a_target",
         file="tomepass/handover/applying.py",
-        old=" speedup=speedup, standing=standing\n",
-        new=" standing=standing\n",
+        old="asked_of(model, method, r, keep_rate=keep_rate, macs=macs, speedup=speedup)",
+        new="asked_of(model, method, r, keep_rate=keep_rate, macs=macs)",
         tests="tests/handover/test_asked.py -k short_for",
     ),
     Mutant(

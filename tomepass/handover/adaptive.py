@@ -114,10 +114,6 @@ class AdaptiveModel(MergedModel):
     _tome_graphs = "several"
     _tome_parts: tuple[MergedModel, ...]
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own outputs for the model's own inputs, at any batch size."""
-        return self._tome_answer(self._tome.bind(args, kwargs), "forward")
-
     def _tome_answer(self, call: dict[str, Any], method: str) -> Any:
         tome = self._tome
         applied = tome.captures.get(tome.model, call, method)

@@ -15,6 +15,7 @@ from tomepass.errors import Refused, TomeError
 from tomepass.handover.applied import Applied
 from tomepass.handover.choices import OnUnmatched, Outputs
 from tomepass.methods import Method
+from tomepass.model.batches import first_of
 from tomepass.model.calls import as_call
 from tomepass.reporting.kept import KeptReport
 from tomepass.reporting.report import Report
@@ -138,7 +139,7 @@ class Added(Generic[M]):
         if applied.source_graph is not None:
             (source,) = applied.run(tome.model, leaves, graph=applied.source_graph)
             return source  # type: ignore[no-any-return]
-        first, stream = _first_tensor(call), applied.report.streams[0]
+        first, stream = first_of(call), applied.report.streams[0]
         assert first is not None
         assert not any(block.r for block in stream.blocks), "merges without a source map"
         # Nothing merges: every token is its own.
@@ -178,7 +179,7 @@ class Added(Generic[M]):
 
     def routes(self, *args: Any, **kwargs: Any) -> Tensor:
         """The budget of each image, ``[B]`` int64. Takes the model's inputs."""
-        first = _first_tensor(self._merged._tome.bind(args, kwargs))
+        first = first_of(self._merged._tome.bind(args, kwargs))
         assert first is not None
         return torch.zeros(first.shape[0], dtype=torch.int64, device=first.device)
 
@@ -201,8 +202,3 @@ def told_of_limit(applied: Applied, captures: int) -> Report:
         return report
     told = f"{captures} captures are kept: captures= of tomepass.apply"
     return replace(report, notes=(*report.notes, told))
-
-
-def _first_tensor(call: dict[str, Any]) -> Tensor | None:
-    """The input whose first dimension is the batch."""
-    return next((v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim), None)

@@ -17,6 +17,7 @@ from tomepass.handover.captures import CAPTURES
 from tomepass.handover.choices import OnUnmatched, Outputs, check_choices, check_one_graph
 from tomepass.handover.merged import (
     MergedModel,
+    asked_of,
     call_of,
     check_limit,
     of_one_graph,
@@ -126,12 +127,7 @@ def explain(
         TypeError, ValueError: on a wrong ``r`` or target, or more than one of them and ``method``
             given.
     """
-    standing = None
-    if of_one_graph(model):
-        standing, model = model._tome.method, model._tome.model
-    method = resolve_method(
-        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
-    )
+    model, method = asked_of(model, method, r, keep_rate=keep_rate, macs=macs, speedup=speedup)
     check_choices(on_unmatched, outputs)
     check_model(model)
     check_one_graph(method, "explain")

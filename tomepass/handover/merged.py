@@ -17,7 +17,8 @@ from tomepass.handover.choices import OnUnmatched, Outputs
 from tomepass.handover.standing_in.bypass import captured_another, merging
 from tomepass.handover.standing_in.tome import Tome
 from tomepass.handover.standing_in.wrapping import StandIn, moved, stand_in, value_gives_way
-from tomepass.methods import Method
+from tomepass.methods import Method, MethodLike, RLike
+from tomepass.methods.asked import resolve_method
 from tomepass.model.calls import Inputs, as_call, call_with, check_call
 
 
@@ -95,6 +96,20 @@ class MergedModel(StandIn):
 def of_one_graph(model: object) -> TypeGuard[MergedModel]:
     """Is it a merged model whose calls run one graph? An adaptive one runs several."""
     return isinstance(model, MergedModel) and model._tome_graphs == "one"
+
+
+def asked_of(
+    model: nn.Module, method: MethodLike | None, r: RLike | None, **targets: float | None
+) -> tuple[nn.Module, Method]:
+    """The model under a merged one, and the method asked of it: by default the merged one's.
+
+    Raises:
+        TypeError, ValueError: as :func:`resolve_method` says.
+    """
+    standing = None
+    if of_one_graph(model):
+        standing, model = model._tome.method, model._tome.model
+    return model, resolve_method(method, r, standing=standing, **targets)
 
 
 def maker(method: Method, on_unmatched: OnUnmatched, outputs: Outputs) -> Make:

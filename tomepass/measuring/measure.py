@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor, nn
 
 from tomepass.errors import TomeError, compiling_merged
@@ -23,12 +22,12 @@ from tomepass.handover.applying import apply
 from tomepass.handover.choices import check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, inner_name, resolve_inner
-from tomepass.handover.merged import MergedModel, call_of, of_one_graph
+from tomepass.handover.merged import MergedModel, asked_of, call_of
 from tomepass.handover.refusing import check_model
 from tomepass.measuring.memory import peak_tensor_bytes
 from tomepass.measuring.values import Arm, Measurement, Settings, Spread
 from tomepass.methods import MethodLike, RLike
-from tomepass.methods.asked import resolve_method
+from tomepass.model.batches import first_of
 from tomepass.model.calls import call_with
 from tomepass.model.unmerged import check_values, the_models_own
 
@@ -82,10 +81,7 @@ def measure(
             is then its cause; or if one of the two still recompiles after warming up.
         TypeError, ValueError: on options or ``rounds`` of a wrong type, or fewer rounds than 1.
     """
-    standing = None
-    if of_one_graph(model):
-        standing, model = model._tome.method, model._tome.model
-    method = resolve_method(method, r, standing=standing)
+    model, method = asked_of(model, method, r)
     check_model(model)
     check_one_graph(method, "measure")
     options = options_of(inner_options)
@@ -99,7 +95,8 @@ def measure(
     merged = apply(model, method, example_inputs=inputs)
     apply_seconds = time.perf_counter() - started
     call = merged._tome.call_of(inputs)
-    first = next(v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim)
+    first = first_of(call)
+    assert first is not None
     with torch.no_grad(), _dynamo_of_its_own(), _marks_restored(model):
         forms = _forms(model, merged, call, first.device, inner, backend)
         timed = _in_turns(forms, rounds, lambda: _compiling(inner, options, cold), say)

@@ -88,7 +88,7 @@ def forms(call: dict[str, Any]) -> list[Form]:
     return [ANY, ALONE, fixed] if doubtful else [ANY, fixed]
 
 
-def first_of(call: dict[str, Any]) -> Tensor | None:
+def first_of(call: Any) -> Tensor | None:
     """The first tensor that has dimensions: its first one is the batch."""
     return next((v for v in pytree.tree_leaves(call) if isinstance(v, Tensor) and v.ndim), None)
 

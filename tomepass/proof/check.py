@@ -25,10 +25,10 @@ from tomepass.handover.applying import apply
 from tomepass.handover.choices import Outputs, check_one_graph
 from tomepass.handover.compiling.backend import options_of
 from tomepass.handover.compiling.inner import Inner, resolve_inner
-from tomepass.handover.merged import MergedModel, call_of, of_one_graph
+from tomepass.handover.merged import MergedModel, asked_of, call_of
 from tomepass.handover.refusing import check_model
 from tomepass.methods import MethodLike, RLike
-from tomepass.methods.asked import resolve_method
+from tomepass.model.batches import first_of
 from tomepass.model.calls import call_with, describe_inputs
 from tomepass.model.unmerged import answer_of, check_values, in_precision
 from tomepass.ops.choices import CHOICES, MATCHES
@@ -99,12 +99,7 @@ def check(
         TypeError, ValueError: on a wrong ``r`` or target, more than one of them and ``method``
             given, or inputs or options of a wrong type.
     """
-    standing = None
-    if of_one_graph(model):
-        standing, model = model._tome.method, model._tome.model
-    method = resolve_method(
-        method, r, keep_rate=keep_rate, macs=macs, speedup=speedup, standing=standing
-    )
+    model, method = asked_of(model, method, r, keep_rate=keep_rate, macs=macs, speedup=speedup)
     check_model(model)
     check_one_graph(method, "check")
     _refuse(model, progress)
@@ -173,7 +168,9 @@ class _Subject:
 
     @property
     def images(self) -> int:
-        return next(int(v.shape[0]) for v in self.leaves if isinstance(v, Tensor) and v.ndim)
+        first = first_of(self.leaves)
+        assert first is not None
+        return int(first.shape[0])
 
     @property
     def low_precision(self) -> bool:

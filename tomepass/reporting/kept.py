@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from tomepass.capture.captured import Capture
 from tomepass.graphs.surgery import only_outputs
 from tomepass.methods import Method
+from tomepass.model.batches import first_of
 from tomepass.ops.padding import PADDED
 from tomepass.planning.plan_graph import plan_graph
 from tomepass.printing.style import Printed, table
@@ -122,7 +123,8 @@ class Counting:
         """
         sizes = () if self.graph is None else self.graph(*state, *leaves)
         used = [(size >= PADDED).sum(-1) for size in sizes]
-        first = next(v for v in leaves if isinstance(v, Tensor) and v.ndim)
+        first = first_of(leaves)
+        assert first is not None
         full = torch.full((first.shape[0],), self.tokens, device=first.device)
         return torch.stack([full if c is None else used[c] for c in self.columns], dim=1)
 

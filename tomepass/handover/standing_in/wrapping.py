@@ -23,7 +23,6 @@ from tomepass.handover.captures import Captures
 from tomepass.handover.standing_in.tome import Tome
 from tomepass.model.calls import Inputs, forward_signature, no_tracing
 
-F = TypeVar("F", bound=Callable[..., Any])
 V = TypeVar("V")
 
 # What is shared with the model: the state, and what is done to it when it is saved and loaded.
@@ -63,11 +62,6 @@ class _GivesWay:
         if has_own(merged._tome.model, self.name):
             return of_the_model(merged, self.name)
         return self.function(merged) if self.is_value else types.MethodType(self.function, merged)
-
-
-def gives_way(function: F) -> F:
-    """A method of ours, unless the model has something of the same name."""
-    return cast(F, _GivesWay(function, is_value=False))
 
 
 def value_gives_way(function: Callable[[Any], V]) -> V:
